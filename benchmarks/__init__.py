@@ -1,0 +1,1 @@
+"""Measurements: always ratios of medians in one process, interleaved, after a correctness gate."""

@@ -1,0 +1,65 @@
+"""Interleaved timing, and what machine it was on."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each job in each round; every round runs every job once, after one warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for job in jobs.values():
+        job()
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            begun = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def summary(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
+    """Median and p20/p80 in milliseconds, and the median over rounds of the ratio to ``baseline``."""
+    rows = {}
+    for name, values in seconds.items():
+        fifths = statistics.quantiles(values, n=5)
+        ratios = [a / b for a, b in zip(values, seconds[baseline], strict=True)]
+        rows[name] = {
+            "median_ms": round(1e3 * statistics.median(values), 2),
+            "p20_ms": round(1e3 * fifths[0], 2),
+            "p80_ms": round(1e3 * fifths[-1], 2),
+            "ratio": round(statistics.median(ratios), 3),
+        }
+    return rows
+
+
+def conditions() -> dict[str, object]:
+    """The machine and versions a result belongs to."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = lines[0].partition(":")[2].strip() if lines else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write(name: str, result: object) -> Path:
+    """Store a result as ``benchmarks/results/<name>.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,41 @@
+"""Attention, LayerNorm and GELU to second order, and the head-diversity penalty that needs them.
+
+Letters, the same in every file: ``B`` batch, ``H`` heads, ``N`` tokens, ``d`` head width, ``D`` model width.
+Attention works on ``[B, H, N, d]``, the rest of a ViT on ``[B, N, D]``. ``do`` is the cotangent of ``o``;
+``dq dk dv`` those of the inputs; ``ddq ddk ddv`` the cotangents of those; ``gq gk gv gdo`` what the
+double backward returns.
+
+The pipeline, a file per stage: attention (``ops``) -> ``capture`` -> ``head_gradients`` -> Gram and penalty
+(``ops.head_penalty``, ``ops.routed_head_penalty``) -> ``diversity`` -> ``pruning`` and ``selection``.
+"""
+
+from . import data, models, nn
+from .backends import use_backend
+from .capture import capture_heads
+from .diversity import HeadDiversity
+from .errors import UnsupportedError, UsageError
+from .ops import attention, gelu, head_penalty, layer_norm, routed_head_penalty
+from .pruning import keep_heads, prune_heads
+from .selection import HeadChoice, select_heads
+from .version import __version__
+
+__all__ = [
+    "HeadChoice",
+    "HeadDiversity",
+    "UnsupportedError",
+    "UsageError",
+    "__version__",
+    "attention",
+    "capture_heads",
+    "data",
+    "gelu",
+    "head_penalty",
+    "keep_heads",
+    "layer_norm",
+    "models",
+    "nn",
+    "prune_heads",
+    "routed_head_penalty",
+    "select_heads",
+    "use_backend",
+]

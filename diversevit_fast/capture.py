@@ -1,0 +1,67 @@
+"""Per-head outputs of any forward pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .attach import Attachment, AttentionLayer, Forward, choose_layers
+from .errors import expected
+
+
+class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
+    """Context manager: the per-head outputs ``[B, H, N, d]`` of the forwards run inside.
+
+    >>> with capture_heads(model, layers="all") as heads:
+    ...     logits = model(images)
+    >>> heads[-1].shape                     # the last chosen layer, of the last forward
+    torch.Size([32, 12, 197, 64])
+
+    The tensors are the ones the model went on with: the loss can be differentiated with respect to
+    them. ``len(heads)`` is the number of chosen layers, in the model's order. They are kept until
+    the context is entered again.
+
+    Args:
+        model: a model with timm ``Attention`` or ``dvf.nn.MultiHeadAttention`` layers.
+        layers: ``"last"``, ``"all"`` or a list of indices (negative allowed).
+
+    Raises:
+        UsageError: no attention found, or a layer that does not exist.
+        UnsupportedError: the model is compiled at or above a chosen layer.
+    """
+
+    def __init__(self, model: nn.Module, layers: str | Sequence[int] = "all"):
+        super().__init__(model, choose_layers(model, layers))
+        self._heads: dict[int, Tensor] = {}
+
+    def __enter__(self) -> "capture_heads":
+        self._heads.clear()
+        super().__enter__()
+        return self
+
+    def attended(
+        self,
+        layer: AttentionLayer,
+        attend: Forward,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        options: dict[str, Any],
+    ) -> Tensor:
+        heads = attend(*qkv, **options)
+        self._heads[layer.index] = heads
+        return heads
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, position: int) -> Tensor:
+        """The head outputs of the ``position``-th chosen layer.
+
+        Raises:
+            IndexError: there is no such chosen layer.
+            UsageError: the layer has not run inside the context.
+        """
+        layer = self.layers[position]
+        if layer.index not in self._heads:
+            cure = "run the model inside the `with` block; timm layers need fused_attn=True"
+            raise expected(f"heads[{position}]", "a forward of " + layer.name, "none", cure)
+        return self._heads[layer.index]

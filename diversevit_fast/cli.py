@@ -1,0 +1,50 @@
+"""The console script ``diversevit``: runs a command, and says every expected failure in one line.
+
+Typer is an optional dependency, imported when the command line is used: by ``main``, or by asking
+this module for ``app``.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import UnsupportedError, UsageError, require
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run ``diversevit`` with ``args`` (the process's own if None) and exit.
+
+    Exit codes: 0 done; 1 ``doctor`` found a fault; 2 a mistake the caller can mend, said on
+    standard error as ``error: ...``; 130 interrupted.
+    """
+    try:
+        app = __getattr__("app")
+        code = app(args=args, prog_name="diversevit", standalone_mode=False)
+    except (UsageError, UnsupportedError, OSError) as error:
+        code = _fail(str(error))
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 130)
+    except Exception as error:
+        say = getattr(error, "format_message", None)  # what typer raises for a wrong command line
+        if say is None:
+            raise
+        code = _fail(f"{say()} (see diversevit --help)") if say() else 2  # 2: help was shown
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require("typer", extra="train")
+    from .experiment.commands import app
+
+    return app
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The commands of ``diversevit``, as a typer app; ``cli.main`` turns errors into one line."""
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import expected
+from . import options as o
+
+app = typer.Typer(
+    help="Train vision transformers whose attention heads look at different things.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@app.command()
+def run(
+    ctx: typer.Context,
+    data: o.Data = None,
+    source: o.Source = None,
+    download: o.Download = None,
+    correlation: o.Correlation = None,
+    samples: o.Samples = None,
+    preset: o.Preset = None,
+    config: o.Config = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    lr: o.Lr = None,
+    erm_lr: o.ErmLr = None,
+    penalty_weight: o.PenaltyWeight = None,
+    wrt: o.Wrt = None,
+    granularity: o.Granularity = None,
+    layers: o.Layers = None,
+    seeds: o.Seeds = None,
+    seed: o.Seed = None,
+    threads: o.Threads = None,
+    device: o.Device = None,
+    tensorboard: o.TensorBoard = None,
+    out: o.Out = None,
+    resume: o.Resume = None,
+) -> None:
+    """The experiment end to end: train ERM and DiverseViT, select heads, write a report."""
+    if resume is not None:
+        given = [name for name, value in ctx.params.items() if value is not None]
+        if len(given) > 1:
+            others = ", ".join(f"--{name.replace('_', '-')}" for name in given if name != "resume")
+            raise expected("resume", "no other option", others, "the run folder holds the settings")
+        from .run import resume as finish
+
+        return _work(lambda console: finish(resume, console=console))
+    if seed is not None and seeds is not None:
+        raise expected("seed", "--seed or --seeds", "both", "drop one")
+    if seeds is not None and seeds < 1:
+        raise expected("seeds", "a number of seeds, at least 1", seeds, "try --seeds 2")
+    chosen = {} if seeds is None else {"seeds": tuple(range(seeds))}
+    chosen |= {} if seed is None else {"seeds": (seed,)}
+    _start(_settings_of(ctx) | chosen, config, out)
+
+
+@app.command()
+def train(
+    ctx: typer.Context,
+    method: Annotated[str, typer.Argument(help="erm or diversevit.")],
+    seed: Annotated[int, typer.Option(help="Initial weights and order of batches.")] = 0,
+    data: o.Data = None,
+    source: o.Source = None,
+    download: o.Download = None,
+    correlation: o.Correlation = None,
+    samples: o.Samples = None,
+    preset: o.Preset = None,
+    config: o.Config = None,
+    epochs: o.Epochs = None,
+    batch_size: o.BatchSize = None,
+    lr: o.Lr = None,
+    penalty_weight: o.PenaltyWeight = None,
+    wrt: o.Wrt = None,
+    granularity: o.Granularity = None,
+    layers: o.Layers = None,
+    threads: o.Threads = None,
+    device: o.Device = None,
+    tensorboard: o.TensorBoard = None,
+    out: o.Out = None,
+) -> None:
+    """Train one method on one seed; the folder is that of a run."""
+    options = _settings_of(ctx)
+    if method == "erm" and "lr" in options:
+        options["erm_lr"] = options.pop("lr")
+    _start({**options, "methods": (method,), "seeds": (seed,)}, config, out)
+
+
+@app.command()
+def evaluate(
+    ctx: typer.Context,
+    weights: o.Weights,
+    data: o.Data = None,
+    source: o.Source = None,
+    download: o.Download = None,
+    correlation: o.Correlation = None,
+    samples: o.Samples = None,
+    config: o.DataConfig = None,
+) -> None:
+    """Accuracy of all heads and of each head of the last layer alone, on every split."""
+    from .weights import load_model, show_evaluation, splits_for
+
+    model = load_model(weights)
+    splits, named = splits_for(Path(weights), _settings_of(ctx), config, model)
+    show_evaluation(model, splits, f"{weights} on {named}")
+
+
+@app.command()
+def select_heads(
+    ctx: typer.Context,
+    weights: o.Weights,
+    search: Annotated[str, typer.Option(help="single, greedy or exhaustive.")] = "single",
+    score: Annotated[str, typer.Option(help="accuracy or worst_group.")] = "accuracy",
+    save: Annotated[
+        str | None, typer.Option(help="New file for the model without the other heads.")
+    ] = None,
+    data: o.Data = None,
+    source: o.Source = None,
+    download: o.Download = None,
+    correlation: o.Correlation = None,
+    samples: o.Samples = None,
+    config: o.DataConfig = None,
+) -> None:
+    """Choose heads of the last layer on OOD validation; say what they reach on the test sets."""
+    from .weights import load_model, save_pruned, show_selection, splits_for
+
+    if save is not None and Path(save).exists():
+        raise expected("save", "a new file", f"{save}, which exists", "choose another name")
+    model = load_model(weights)
+    splits, named = splits_for(Path(weights), _settings_of(ctx), config, model)
+    best = show_selection(model, splits, f"{weights} on {named}", search, score)
+    if save is not None:
+        save_pruned(model, best, save)
+        typer.echo(save)
+
+
+@app.command()
+def report(folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
+    """Draw the pictures and write report.html again from the files of a finished run."""
+    from .report import write_report
+
+    typer.echo(write_report(Path(folder)))
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, backends, and a numerical self-check; exits with 1 if that fails."""
+    from ..doctor import report_health
+
+    if not report_health():
+        raise typer.Exit(1)
+
+
+@data_app.command()
+def prepare(
+    root: Annotated[str, typer.Option(help="torchvision's data folder.")],
+    out: Annotated[str, typer.Option(help="The .npz file to write.")],
+    download: Annotated[bool, typer.Option("--download", help="Fetch what is missing.")] = False,
+) -> None:
+    """Write MNIST-CIFAR's images to one file that later runs take as --source."""
+    from ..data import prepare_mnist_cifar
+
+    if Path(out).exists():
+        raise expected("out", "a new file", f"{out}, which exists", "choose another name")
+    typer.echo(prepare_mnist_cifar(root, out, download=download))
+
+
+def _settings_of(ctx: typer.Context) -> dict[str, Any]:
+    """The given options that are settings; layers as numbers where they are."""
+    from .config import Settings
+
+    names = Settings.__dataclass_fields__
+    given = {k: v for k, v in ctx.params.items() if k in names and k != "seeds" and v is not None}
+    if "layers" in given and given["layers"] not in ("last", "all"):
+        try:
+            given["layers"] = tuple(int(part) for part in given["layers"].split(","))
+        except ValueError:
+            got = repr(given["layers"])
+            raise expected("layers", "last, all or numbers such as 0,-1", got, "mend it") from None
+    return given
+
+
+def _start(options: dict[str, Any], config: str | None, out: str | None) -> None:
+    from .config import resolve
+    from .run import run
+
+    settings = resolve(options, config)
+    folder = out or Path("runs") / f"{settings.data}-{datetime.now():%Y%m%d-%H%M%S}"
+    _work(lambda console: run(settings, folder, console=console))
+
+
+def _work(job: Callable[[Any], Path]) -> None:
+    """Run ``job``, show its comparison; an interrupt is one line and exit code 130."""
+    from rich.console import Console
+
+    from .run import Interrupted
+    from .summary import show_comparison
+
+    console = Console()
+    try:
+        folder = job(console)
+    except Interrupted as interrupted:
+        typer.echo(interrupted, err=True)
+        raise typer.Exit(130) from None
+    show_comparison(folder, console)

@@ -1,0 +1,74 @@
+"""Accuracy with all heads and with each head alone, and how alike the heads are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data import batches
+from ..diversity import HeadDiversity
+from .metrics import EVALUATED, Row
+
+_BATCH = 256  # evaluation keeps no graph, so larger than a training batch
+
+
+def evaluate_splits(model: Any, splits: Mapping[str, Any]) -> list[Row]:
+    """Rows for the four evaluation splits: all heads, then each head of the last layer alone."""
+    return [row for split in EVALUATED for row in evaluate(model, splits[split], split)]
+
+
+@torch.no_grad()
+def evaluate(model: Any, dataset: Any, split: str) -> list[Row]:
+    """Rows ``{"split", "heads", "accuracy", "worst_group", "loss"}``, one per choice of heads.
+
+    Args:
+        model: a ``models.DiverseViT``; anything with ``head_logits`` as documented there.
+        dataset: a data set of ``diversevit_fast.data``.
+        split: the name that goes into the rows.
+    """
+    device = next(model.parameters()).device
+    hits: list[Tensor] = []
+    losses: list[Tensor] = []
+    groups: list[Tensor] = []
+    for images, labels, group in batches(dataset, _BATCH):
+        logits = model.head_logits(images.to(device)).cpu()  # [1 + H, b, classes]
+        hits.append(logits.argmax(-1) == labels)
+        expanded = labels.expand(logits.shape[:2])
+        losses.append(F.cross_entropy(logits.transpose(1, 2), expanded, reduction="none"))
+        groups.append(group)
+    hit, loss, group = torch.cat(hits, 1).double(), torch.cat(losses, 1).double(), torch.cat(groups)
+    members = F.one_hot(group, len(dataset.group_names)).double()  # [n, G]
+    counts = members.sum(0)
+    per_group = (hit @ members)[:, counts > 0] / counts[counts > 0]
+    return [
+        {
+            "split": split,
+            "heads": "all" if i == 0 else str(i - 1),
+            "accuracy": hit[i].mean().item(),
+            "worst_group": per_group[i].min().item(),
+            "loss": loss[i].mean().item(),
+        }
+        for i in range(len(hit))
+    ]
+
+
+def likeness(model: nn.Module, diversity: HeadDiversity, images: Tensor) -> tuple[float, list]:
+    """The penalty on ``images``, and the mean absolute cosine between the heads of the last layer.
+
+    Args:
+        model: the model that ``diversity`` was made for.
+        images: ``[B, C, height, width]`` on the model's device.
+
+    Returns:
+        The penalty, and an H x H nested list: the mean over samples and over the tokens that have a
+        gradient of the absolute cosine of every pair of heads.
+    """
+    with torch.enable_grad():
+        with diversity:
+            logits = model(images)
+        penalty = diversity.penalty(logits).item()
+    cosines = diversity.cosines[-1].flatten(0, -3).abs().double()  # [B N, H, H]
+    reached = cosines.diagonal(dim1=-2, dim2=-1).amax(-1) > 0
+    return penalty, cosines[reached].mean(0).tolist()

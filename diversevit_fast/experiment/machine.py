@@ -1,0 +1,58 @@
+"""What a run ran on: versions and machine, for ``config.json`` and ``doctor``."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = (
+    "diversevit-fast",
+    "torch",
+    "triton",
+    "numpy",
+    "scikit-learn",
+    "safetensors",
+    "timm",
+    "torchvision",
+    "transformers",
+    "matplotlib",
+    "rich",
+    "typer",
+    "tensorboard",
+)
+
+
+def version_of(package: str) -> str | None:
+    """Version of an installed distribution, None if there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Python's and the packages' versions by name."""
+    return {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
+
+
+def describe_machine() -> dict[str, str | int]:
+    """Processor, cores and operating system; the GPU where there is one."""
+    facts: dict[str, str | int] = {
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,175 @@
+"""The three pictures of a report, drawn from rows and cosines alone, as PNG files."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import require
+from .files import write_atomically
+from .metrics import SELECTED, Row, of_run, present
+from .progress import NAMES
+
+COLOURS = {"erm": "#0072B2", "diversevit": "#D55E00"}  # Okabe and Ito: blue, vermilion
+MARKERS = {"erm": "o", "diversevit": "^"}
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e3e3e0",
+    "grid.linewidth": 0.7,
+    "axes.edgecolor": "#8a8a85",
+    "axes.labelcolor": "#33332f",
+    "xtick.color": "#55554f",
+    "ytick.color": "#55554f",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "savefig.dpi": 180,
+}
+PICTURES = ("curves.png", "heads.png", "cosines.png")
+
+
+def draw(rows: Sequence[Row], cosines: Mapping[str, Any], folder: Path) -> None:
+    """Write ``PICTURES`` into ``folder``."""
+    with require("matplotlib", extra="train").rc_context(_STYLE):
+        figures = (_curves(rows), _heads(rows), _cosines(cosines))
+        for name, figure in zip(PICTURES, figures, strict=True):
+            write_atomically(folder / name, lambda path, f=figure: f.savefig(path, format="png"))
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches; made without pyplot, so it needs no display."""
+    module = require("matplotlib.figure", extra="train")
+    return module.Figure(figsize=(width, height), layout="constrained")
+
+
+def _curves(rows: Sequence[Row]) -> Any:
+    """Loss, penalty, ID and OOD accuracy over epochs: each seed thin, the mean thick."""
+    panels = (
+        ("Training loss", "cross-entropy (nats)", "train", "loss"),
+        ("Penalty, ID validation", "mean squared cosine", "val_id", "penalty"),
+        ("ID test", "accuracy", "test_id", "accuracy"),
+        ("OOD test", "accuracy", "test_ood", "accuracy"),
+    )
+    figure = _figure(7.2, 5.4)
+    axes = figure.subplots(2, 2, sharex=True).flat
+    methods, seeds = present(rows)
+    for axis, (title, unit, split, column) in zip(axes, panels, strict=True):
+        for method in methods:
+            runs = [_series(of_run(rows, method, seed), split, column) for seed in seeds]
+            _mean_and_seeds(axis, [r for r in runs if r], COLOURS[method], NAMES[method], "-")
+            if split == "test_ood":
+                best = [_best_head(of_run(rows, method, seed)) for seed in seeds]
+                label = f"{NAMES[method]}, best head"
+                _mean_and_seeds(axis, [r for r in best if r], COLOURS[method], label, "--")
+        axis.set(title=title, ylabel=unit)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in figure.axes[2:]:
+        axis.set_xlabel("epoch")
+    handles, labels = figure.axes[3].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def _series(run: Sequence[Row], split: str, column: str) -> dict[int, float]:
+    return {r["epoch"]: r[column] for r in run if (r["split"], r["heads"]) == (split, "all")}
+
+
+def _best_head(run: Sequence[Row]) -> dict[int, float]:
+    """OOD test accuracy, at each epoch, of the head that is best on that epoch's OOD validation."""
+    tests = {(r["epoch"], r["heads"]): r["accuracy"] for r in run if r["split"] == "test_ood"}
+    picks = {
+        epoch: SELECTED.pick([r for r in run if r["epoch"] == epoch])
+        for epoch in dict.fromkeys(r["epoch"] for r in run)
+    }
+    return {epoch: tests[epoch, pick["heads"]] for epoch, pick in picks.items()}
+
+
+def _mean_and_seeds(
+    axis: Any, runs: Sequence[Mapping[int, float]], colour: str, label: str, style: str
+) -> None:
+    for run in runs if len(runs) > 1 else ():
+        axis.plot(list(run), list(run.values()), style, color=colour, alpha=0.35, linewidth=0.8)
+    epochs = list(runs[0]) if runs else []
+    means = [statistics.fmean(run[epoch] for run in runs) for epoch in epochs]
+    marker = "." if len(epochs) == 1 else None
+    axis.plot(epochs, means, style, color=colour, label=label, marker=marker)
+
+
+def _heads(rows: Sequence[Row]) -> Any:
+    """ID against OOD test accuracy of every head, at the epoch of the selected head."""
+    figure = _figure(5.8, 4.8)
+    axis = figure.subplots()
+    methods, seeds = present(rows)
+    for method in methods:
+        for seed in seeds:
+            if run := of_run(rows, method, seed):
+                _heads_of_run(axis, run, COLOURS[method], MARKERS[method])
+    _legend_of_heads(axis, methods)
+    axis.set(
+        title="Heads of the last layer, each seed at the epoch of its selected head",
+        xlabel="ID test accuracy",
+        ylabel="OOD test accuracy",
+    )
+    return figure
+
+
+def _heads_of_run(axis: Any, run: Sequence[Row], colour: str, marker: str) -> None:
+    pick = SELECTED.pick(run)
+    at = {(r["heads"], r["split"]): r["accuracy"] for r in run if r["epoch"] == pick["epoch"]}
+    points = {h: (at[h, "test_id"], at[h, "test_ood"]) for h, split in at if split == "test_id"}
+    x, y = zip(*(point for heads, point in points.items() if heads != "all"), strict=True)
+    outline = {"facecolors": "none", "edgecolors": colour, "linewidths": 1.5}
+    axis.scatter(x, y, s=34, color=colour, marker=marker, alpha=0.75, linewidths=0)
+    axis.scatter(*points["all"], s=80, marker="s", **outline)
+    axis.scatter(*points[pick["heads"]], s=130, marker=marker, **outline)
+
+
+def _legend_of_heads(axis: Any, methods: Sequence[str]) -> None:
+    def sample(label: str, colour: str, marker: str, **look: Any) -> Any:
+        return axis.plot([], [], color=colour, marker=marker, linestyle="", label=label, **look)
+
+    for method in methods:
+        sample(f"{NAMES[method]}, one head", COLOURS[method], MARKERS[method], markersize=6)
+    hollow = {"markerfacecolor": "none"}
+    sample("outlined: selected on OOD validation", "#55554f", "o", markersize=11, **hollow)
+    sample("all heads", "#55554f", "s", markersize=8, **hollow)
+    axis.figure.legend(loc="outside lower center", ncols=2)
+
+
+def _cosines(cosines: Mapping[str, Any]) -> Any:
+    """Mean absolute cosines between heads before and after training, each method's first seed."""
+    first: dict[str, tuple[str, Any]] = {}
+    for task, matrices in cosines.items():
+        first.setdefault(task.partition("-")[0], (task, matrices))
+    height = 0.6 + 2.4 * len(first)
+    figure = _figure(5.6, height)
+    axes = figure.subplots(len(first), 2, squeeze=False)
+    image = None
+    for line, (method, (task, matrices)) in zip(axes, first.items(), strict=True):
+        for axis, when in zip(line, ("before", "after"), strict=True):
+            image = _matrix(axis, matrices[when])
+            seed = task.rpartition("seed")[2]
+            axis.set_title(f"{NAMES[method]}, seed {seed}, {when}")
+    figure.colorbar(image, ax=axes, shrink=0.7, label="mean absolute cosine (no unit)")
+    return figure
+
+
+def _matrix(axis: Any, matrix: Sequence[Sequence[float]]) -> Any:
+    """One H x H heat map; the diagonal, always 1, is left out."""
+    heads = len(matrix)
+    values = [
+        [float("nan") if i == j else x for j, x in enumerate(r)] for i, r in enumerate(matrix)
+    ]
+    image = axis.imshow(values, cmap="cividis", vmin=0, vmax=1)
+    axis.set(xticks=range(heads), yticks=range(heads), xlabel="head", ylabel="head")
+    axis.grid(visible=False)
+    for i, row in enumerate(values if heads <= 8 else ()):
+        for j, value in enumerate(row):
+            if i != j:
+                colour = "white" if value < 0.5 else "black"
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
+    return image

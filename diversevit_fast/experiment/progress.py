@@ -1,0 +1,109 @@
+"""What a run shows while it works: a live bar on a terminal, plain lines elsewhere, event files."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import require
+from .metrics import Row
+from .state import Task
+
+NAMES = {"erm": "ERM", "diversevit": "DiverseViT"}
+_EVERY = 0.25  # seconds between two updates of the live bar
+
+
+class Progress:
+    """A ``train.Watcher`` that talks to a rich console; a context manager, for the live bar.
+
+    Args:
+        console: a ``rich.console.Console``.
+        tensorboard: folder for event files, one run per training; None for none.
+    """
+
+    def __init__(self, console: Any, tensorboard: Path | None = None):
+        self._console = console
+        self._events = tensorboard
+        self._writer: Any = None
+        self._bar: Any = None
+        if console.is_terminal:
+            columns = require("rich.progress", extra="train")
+            self._bar = columns.Progress(
+                columns.TextColumn("{task.description}"),
+                columns.BarColumn(bar_width=24),
+                columns.MofNCompleteColumn(),
+                columns.TextColumn("{task.fields[note]}"),
+                columns.TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self._line = self._bar.add_task("", note="", total=None)
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+    def started(self, task: Task, epoch: int, epochs: int, steps: int) -> None:
+        self._epochs, self._done, self._step = epochs, epoch * steps, 0
+        self._begun, self._shown = time.perf_counter(), 0.0
+        where = f"continues after epoch {epoch}" if epoch else f"{epochs} epochs of {steps} steps"
+        self._print(f"{_title(task)}: {where}")
+        if self._bar is not None:
+            self._bar.reset(self._line, total=epochs * steps, description=_title(task), note="")
+            self._bar.update(self._line, completed=self._done)
+        if self._events is not None:
+            if self._writer is not None:
+                self._writer.close()
+            module = require("torch.utils.tensorboard", extra="train")
+            folder = str(self._events / str(task))
+            self._writer = module.SummaryWriter(folder, purge_step=epoch + 1)
+
+    def stepped(self, task: Task, loss: float, penalty: float | None) -> None:
+        self._step += 1
+        now = time.perf_counter()
+        if self._bar is None or now - self._shown < _EVERY:
+            return
+        self._shown = now
+        rate = self._step / (now - self._begun)
+        note = f"{rate:.1f} steps/s, loss {loss:.3f}{_penalty(penalty)}"
+        self._bar.update(self._line, completed=self._done + self._step, note=note)
+
+    def epoch_done(self, task: Task, epoch: int, rows: list[Row]) -> None:
+        trained = rows[0]
+        at = {(row["split"], row["heads"]): row["accuracy"] for row in rows[1:]}
+        best = max(
+            value for (split, heads), value in at.items() if split == "val_ood" and heads != "all"
+        )
+        self._print(
+            f"{_title(task)}, epoch {epoch:>{len(str(self._epochs))}}/{self._epochs}: "
+            f"{trained['steps_per_second']:.1f} steps/s, loss {trained['loss']:.3f}"
+            f"{_penalty(trained['penalty'])}, validation ID {at['val_id', 'all']:.3f}, "
+            f"OOD {at['val_ood', 'all']:.3f}, best head OOD {best:.3f}"
+        )
+        if self._writer is not None:
+            for row in rows:
+                for name in ("accuracy", "worst_group", "loss", "penalty"):
+                    if row.get(name) is not None:
+                        tag = f"{name}/{row['split']}/heads {row['heads']}"
+                        self._writer.add_scalar(tag, row[name], epoch)
+            self._writer.flush()
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _title(task: Task) -> str:
+    return f"{NAMES[task.method]} seed {task.seed}"
+
+
+def _penalty(value: float | None) -> str:
+    return "" if value is None else f", penalty {value:.4f}"

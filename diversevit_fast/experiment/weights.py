@@ -1,0 +1,120 @@
+"""``evaluate`` and ``select-heads``: a trained model, its data, tables on the terminal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..data import batches, load_splits
+from ..errors import expected, require
+from ..models import DiverseViT
+from ..pruning import keep_heads, prune_heads
+from ..selection import HeadChoice, select_heads
+from .config import read_config, resolve
+from .evaluate import evaluate, evaluate_splits
+from .metrics import EVALUATED, Row
+
+_SHOWN = 10  # choices of heads listed by ``select-heads``
+_LEGEND = "accuracy (accuracy of the worst group)"
+_DATA_KEYS = ("data", "source", "correlation", "samples", "data_seed", "download")
+
+
+def load_model(path: str) -> DiverseViT:
+    """The model in a ``.safetensors`` file, in evaluation mode."""
+    return DiverseViT.load(path).eval()
+
+
+def splits_for(
+    weights: Path, options: Mapping[str, Any], config: str | None, model: DiverseViT
+) -> tuple[Mapping[str, Any], str]:
+    """The data to judge ``weights`` on, and their name.
+
+    Options beat ``config``, which is the ``config.json`` beside the weights if there is one and
+    ``--data`` does not ask for other data.
+
+    Raises:
+        UsageError: the data are missing or do not fit the model.
+    """
+    beside = weights.parent / "config.json"
+    if config is None and "data" not in options and beside.exists():
+        config = str(beside)
+    filed = {} if config is None else read_config(config)
+    settings = resolve({**{k: filed[k] for k in _DATA_KEYS if k in filed}, **options})
+    splits = load_splits(
+        settings.data,
+        source=settings.source,
+        seed=settings.data_seed,
+        correlation=settings.correlation,
+        samples=settings.samples,
+        download=settings.download,
+    )
+    height, width = splits["test_id"].image_size
+    if (height, width) != tuple(model.config["image_size"]):
+        wanted = f"images of {model.config['image_size']} pixels, the model's size"
+        raise expected("data", wanted, (height, width), "give the weights' own data")
+    return splits, settings.data + (f" (as in {config})" if config else "")
+
+
+def show_evaluation(model: DiverseViT, splits: Mapping[str, Any], title: str) -> None:
+    """Accuracy and worst-group accuracy of every choice of heads on every split."""
+    rows = evaluate_splits(model, splits)
+    table = _table("heads", *EVALUATED)
+    for heads in dict.fromkeys(row["heads"] for row in rows):
+        at = {row["split"]: row for row in rows if row["heads"] == heads}
+        table.add_row(heads, *(_cell(at[split]) for split in EVALUATED))
+    _print(title, table, f"{_LEGEND}; a number: that head alone")
+
+
+def show_selection(
+    model: DiverseViT, splits: Mapping[str, Any], title: str, search: str, score: str
+) -> HeadChoice:
+    """Rank choices of heads on OOD validation; print them and what the best does on the tests."""
+    loader = list(batches(splits["val_ood"], 256))
+    wanted: Any = score  # select_heads checks the word
+    choices = select_heads(model, loader, layers="last", search=search, score=wanted)
+    table = _table("heads", score)
+    for choice in choices[:_SHOWN]:
+        table.add_row(_heads(choice), f"{choice.score:.3f}")
+    note = f"the best {_SHOWN} of {len(choices)}" if len(choices) > _SHOWN else ""
+    _print(f"{title}, OOD validation", table, note)
+    best = choices[0]
+    tests = EVALUATED[2:]
+    table = _table("heads", *tests)
+    with keep_heads(model, best.kept):
+        selected = [_with_all_heads(model, splits[split], split) for split in tests]
+    whole = [_with_all_heads(model, splits[split], split) for split in tests]
+    table.add_row(f"selected: {_heads(best)}", *map(_cell, selected))
+    table.add_row("all", *map(_cell, whole))
+    _print("Test sets", table, _LEGEND)
+    return best
+
+
+def save_pruned(model: DiverseViT, choice: HeadChoice, path: str) -> None:
+    """Write the model without the heads that were not chosen."""
+    prune_heads(model, choice.kept)
+    model.save(path)
+
+
+def _with_all_heads(model: DiverseViT, dataset: Any, split: str) -> Row:
+    return evaluate(model, dataset, split)[0]
+
+
+def _cell(row: Row) -> str:
+    return f"{row['accuracy']:.3f} ({row['worst_group']:.3f})"
+
+
+def _heads(choice: HeadChoice) -> str:
+    return ", ".join(str(head) for heads in choice.kept.values() for head in heads)
+
+
+def _table(*columns: str) -> Any:
+    table = require("rich.table", extra="train").Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def _print(title: str, table: Any, note: str) -> None:
+    console = require("rich.console", extra="train").Console()
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    console.print(table)
+    console.print(note, highlight=False, soft_wrap=True)

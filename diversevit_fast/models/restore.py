@@ -1,0 +1,84 @@
+"""From a file's configuration and tensors to a model, or one line that names what does not fit."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError, expected
+from ..pruning import prune_heads
+
+if TYPE_CHECKING:
+    from .diverse_vit import DiverseViT
+
+StrPath = str | PathLike[str]
+
+
+def existing_file(path: StrPath) -> Path:
+    """``path`` as a ``Path``.
+
+    Raises:
+        UsageError: it is no file.
+    """
+    if not Path(path).is_file():
+        got = "a folder" if Path(path).is_dir() else "nothing there"
+        raise misfit(path, "a file", got, "check the path")
+    return Path(path)
+
+
+def skeleton(
+    build: "type[DiverseViT]",
+    config: Mapping[str, Any],
+    kept: Mapping[int, Sequence[int]] | None = None,
+) -> "DiverseViT":
+    """A model without storage, already pruned to the ``kept`` heads per layer.
+
+    On the meta device initialisation costs nothing and leaves the random generators alone.
+
+    Raises:
+        UsageError: sizes or heads that no model has.
+    """
+    with torch.device("meta"):
+        model = build(**config)
+    if kept:
+        prune_heads(model, {layer: list(heads) for layer, heads in kept.items()}, rescale=False)
+    return model
+
+
+def check_tensors(path: StrPath, got: Mapping[str, Any], wanted: Mapping[str, torch.Size]) -> None:
+    """``got`` has exactly the keys and shapes ``wanted``, and one floating dtype.
+
+    Raises:
+        UsageError: naming the keys that do not fit.
+    """
+    if missing := [key for key in wanted if key not in got]:
+        raise misfit(path, f"the keys {listing(missing)}", "a file without", "is it complete?")
+    if extra := [key for key in got if key not in wanted]:
+        raise misfit(path, "no other keys", listing(extra), "is it another model's?")
+    first = next(iter(wanted))
+    for key, shape in wanted.items():
+        value = got[key]
+        if not isinstance(value, Tensor):
+            raise misfit(path, f"a tensor under {key}", type(value).__name__, "save tensors only")
+        if value.shape != shape:
+            cure = "is it of another configuration?"
+            raise misfit(path, f"{key} of shape {list(shape)}", list(value.shape), cure)
+        if not value.is_floating_point():
+            raise misfit(path, f"{key} of a floating dtype", value.dtype, "dequantise it")
+        if value.dtype != got[first].dtype:
+            wish = f"{key} of dtype {got[first].dtype} like {first}"
+            raise misfit(path, wish, value.dtype, "save the weights in one dtype")
+
+
+def misfit(path: StrPath, wanted: str, got: object, cure: str) -> UsageError:
+    """The error for a file that is not what it should be."""
+    return expected(f"path {str(path)!r}", wanted, got, cure)
+
+
+def listing(keys: Sequence[object]) -> str:
+    """The first three keys by name, the rest by number."""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(map(str, keys[:3])) + more

@@ -1,0 +1,306 @@
+"""Attention, twice differentiable in O(N) memory: schema, fakes and the ladder d0 -> d1 -> d2.
+
+Saved for the backward passes: q, k, v, mask, o, lse and the cotangent; nothing of size Nq x Nk unless
+the mask itself is. ``o`` and ``lse`` are constants of a rung: the formulas account for both, so their
+gradients are None. Equations (1)-(9) of ``kernels/README.md``.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import reference
+from ..backends import cast_for_autocast, launch
+from ..errors import UnsupportedError, expected
+from .checks import check_alike, check_tensor, shape_error
+from .ladder import Rung, in_forward_mode, refuse_third_order
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Scaled dot-product attention, exactly ``F.scaled_dot_product_attention``, twice differentiable.
+
+    Forward, backward and double backward keep O(N) memory. Inside a forward-mode level
+    (``torch.func.jvp``, ``forward_ad``) the composite formula of ``reference`` is used: right to any
+    order, N x N memory.
+
+    Args:
+        q: ``[..., H, Nq, d]``.
+        k: ``[..., H, Nk, d]`` (``[..., Hkv, Nk, d]`` with ``enable_gqa``, H a multiple of Hkv).
+        v: ``[..., H, Nk, dv]``; dv may differ from d.
+        attn_mask: broadcastable to ``[..., H, Nq, Nk]``; bool (True: attend) or added to the scores.
+            An additive mask that requires a gradient gets one, to second order.
+        dropout_p: must be 0; dropout on the attention weights is refused.
+        is_causal: query i sees keys 0..i; excludes ``attn_mask``.
+        scale: softmax scale; ``d ** -0.5`` if None.
+        enable_gqa: let groups of query heads share a key and value head.
+
+    Returns:
+        ``[..., H, Nq, dv]``; zeros in rows that attend to nothing.
+
+    Raises:
+        UsageError: wrong shapes, dtypes, devices or arguments.
+        UnsupportedError: ``dropout_p`` > 0; a third derivative.
+    """
+    if has_torch_function((q, k, v, attn_mask)):
+        return handle_torch_function(
+            attention,
+            (q, k, v, attn_mask),
+            q,
+            k,
+            v,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+    _check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    q, k, v, attn_mask = cast_for_autocast(q, k, v, attn_mask)  # pyright: ignore[reportAssignmentType]
+    check_alike(q=q, k=k, v=v)
+    q4, k4, v4, lead = _as_samples(q, k, v, enable_gqa)
+    mask = None if attn_mask is None else _mask_as_samples(attn_mask, lead, q4, k4)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if in_forward_mode():
+        o = reference.attention(q4, k4, v4, mask, is_causal, scale)
+    else:
+        o = _d0(q4, k4, v4, mask, is_causal, scale)[0]
+    return o if o.shape[:2] == lead else o.reshape(*lead, *o.shape[2:])
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+        if x.ndim < 2 + enable_gqa or 0 in x.shape[-2:] or (x.ndim > 2 and x.shape[-3] == 0):
+            raise shape_error(name, "[..., H, N, d], none of H, N, d zero", x, "check its axes")
+    if k.shape[-1] != q.shape[-1]:
+        raise shape_error(
+            "k", f"[..., {q.shape[-1]}], q's head width", k, "project both to one width"
+        )
+    if v.shape[-2] != k.shape[-2]:
+        raise shape_error(
+            "v", f"[..., {k.shape[-2]}, dv], k's token count", v, "pass a value per key"
+        )
+    if enable_gqa and (k.shape[-3] != v.shape[-3] or q.shape[-3] % k.shape[-3]):
+        cure = "k and v need one head count that divides q's"
+        raise shape_error("k", f"a head count that divides {q.shape[-3]} and equals v's", k, cure)
+    if not 0.0 <= dropout_p < 1.0:
+        raise expected("dropout_p", "a probability in [0, 1)", dropout_p, "pass 0.0")
+    if dropout_p > 0.0:
+        raise UnsupportedError(
+            f"dropout_p: attention dropout is not supported, got {dropout_p}; pass 0.0 (for timm: "
+            "attn_drop_rate=0) and use dropout after the projection instead"
+        )
+    if scale is not None and not math.isfinite(scale):
+        raise expected("scale", "a finite number", scale, "leave it None for d ** -0.5")
+    if is_causal and mask is not None:
+        raise expected("attn_mask", "None with is_causal", "a mask", "put causality in the mask")
+    if mask is not None and mask.dtype != torch.bool:
+        check_tensor("attn_mask", mask)
+    if mask is not None and mask.device != q.device:
+        raise expected("attn_mask", f"device {q.device} like q", mask.device, "move it")
+
+
+def _as_samples(
+    q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """q, k, v as ``[B, heads, N, .]`` views where possible, and the output's leading shape."""
+    axes = 1 if enable_gqa else 2
+    if q.ndim == k.ndim == v.ndim == 4 and q.shape[:axes] == k.shape[:axes] == v.shape[:axes]:
+        return q, k, v, tuple(q.shape[:2])
+    try:
+        batch = torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
+        heads = () if enable_gqa else torch.broadcast_shapes(*(x.shape[-3:-2] for x in (q, k, v)))
+    except RuntimeError:
+        shapes = " and ".join(str(list(x.shape)) for x in (q, k, v))
+        raise expected("q, k, v", "leading axes that broadcast", shapes, "match them") from None
+
+    def view(x: Tensor) -> Tensor:
+        count = x.shape[-3:-2] if enable_gqa else (heads or (1,))
+        x = x.expand(*batch, *count, *x.shape[-2:])
+        return x.reshape(math.prod(batch), *count, *x.shape[-2:])
+
+    return view(q), view(k), view(v), (*batch, *(q.shape[-3:-2] if enable_gqa else heads))
+
+
+def _mask_as_samples(mask: Tensor, lead: tuple[int, ...], q: Tensor, k: Tensor) -> Tensor:
+    """The mask as ``[B | 1, H | 1, Nq | 1, Nk | 1]``, broadcast axes kept at size 1."""
+    full = (*lead, q.shape[2], k.shape[2])
+    shape = (1,) * (len(full) - mask.ndim) + tuple(mask.shape)
+    if mask.ndim > len(full) or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
+        raise shape_error("attn_mask", f"broadcastable to {list(full)}", mask, "check its axes")
+    mask = mask.reshape(shape)
+    if len(full) < 4:
+        return mask.reshape((1,) * (4 - len(full)) + shape)
+    batch = shape[:-3]
+    if math.prod(batch) != 1:
+        batch = lead[:-1]
+    return mask.expand(*batch, *shape[-3:]).reshape(math.prod(batch), *shape[-3:])
+
+
+@torch.library.custom_op("diversevit::attention", mutates_args=())
+def attention_operator(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """d0, (1)-(2): ``o`` [B, H, Nq, dv] and ``lse`` [B, H, Nq]."""
+    return launch("attention", "forward", q, k, v, mask, is_causal, scale)
+
+
+@torch.library.custom_op("diversevit::attention_backward", mutates_args=())
+def attention_backward_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    is_causal: bool,
+    scale: float,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d1, (3)-(5): ``dq, dk, dv`` and ``dmask`` (no elements unless ``mask_grad``)."""
+    *grads, dmask = launch(
+        "attention", "backward", q, k, v, mask, o, lse, do, is_causal, scale, mask_grad
+    )
+    return *grads, q.new_empty(0) if dmask is None else dmask
+
+
+@torch.library.custom_op("diversevit::attention_double_backward", mutates_args=())
+def attention_double_backward_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    ddq: Tensor | None,
+    ddk: Tensor | None,
+    ddv: Tensor | None,
+    ddmask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """d2, (6)-(9): ``gq, gk, gv, gdo`` and ``gmask`` (no elements unless ``mask_grad``)."""
+    tensors = (q, k, v, mask, o, lse, do, ddq, ddk, ddv, ddmask)
+    *grads, gmask = launch("attention", "double_backward", *tensors, is_causal, scale, mask_grad)
+    return *grads, q.new_empty(0) if gmask is None else gmask
+
+
+def _heads_like(x: Tensor, width: int) -> Tensor:
+    """``[B, H, N, width]`` stored as ``[B, N, H, width]``, the layout every backend returns."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], width).transpose(1, 2)
+
+
+@attention_operator.register_fake
+def _(q, k, v, mask, is_causal, scale):
+    statistics = torch.promote_types(q.dtype, torch.float32)
+    return _heads_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=statistics)
+
+
+@attention_backward_operator.register_fake
+def _(q, k, v, mask, o, lse, do, is_causal, scale, mask_grad):
+    grads = (_heads_like(x, x.shape[-1]) for x in (q, k, v))
+    return *grads, mask.new_empty(mask.shape) if mask_grad else q.new_empty(0)
+
+
+@attention_double_backward_operator.register_fake
+def _(q, k, v, mask, o, lse, do, ddq, ddk, ddv, ddmask, is_causal, scale, mask_grad):
+    grads = (_heads_like(x, x.shape[-1]) for x in (q, k, v, do))
+    return *grads, mask.new_empty(mask.shape) if mask_grad else q.new_empty(0)
+
+
+def _save_d0(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.is_causal, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _d0_derivative(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
+    if do is None:
+        return (None,) * 6
+    mask_grad = ctx.needs_input_grad[3]
+    dq, dk, dv, dmask = _d1(*ctx.saved_tensors, do, ctx.is_causal, ctx.scale, mask_grad)
+    return dq, dk, dv, dmask if mask_grad else None, None, None
+
+
+def _save_d1(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.is_causal, ctx.scale, ctx.mask_grad = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _d1_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    if all(x is None for x in cotangents):
+        return (None,) * 10
+    *dd, ddmask = cotangents
+    ddmask = ddmask if ctx.mask_grad else None
+    gq, gk, gv, gdo, gmask = _d2(
+        *ctx.saved_tensors, *dd, ddmask, ctx.is_causal, ctx.scale, ctx.mask_grad
+    )
+    return gq, gk, gv, gmask if ctx.mask_grad else None, None, None, gdo, None, None, None
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """A last rung keeps nothing: its derivative raises."""
+
+
+def _fold_samples(
+    call: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The vmap rule: samples are independent, so the mapped axis joins the sample axis."""
+    lifted = [
+        x
+        if not isinstance(x, Tensor)
+        else x.expand(size, *x.shape)
+        if dim is None
+        else x.movedim(dim, 0)
+        for x, dim in zip(args, in_dims, strict=True)
+    ]
+    samples, mask = lifted[0].shape[1], lifted[3]
+
+    def fold(x: Any) -> Any:
+        return x.expand(size, samples, *x.shape[2:]).flatten(0, 1) if isinstance(x, Tensor) else x
+
+    def unfold(x: Tensor) -> Tensor:
+        return x.unflatten(0, (size, samples)) if x.ndim > 1 else x.expand(size, *x.shape)
+
+    results = [unfold(x) for x in call(*map(fold, lifted))]
+    if mask is not None and results[-1].ndim == 5 and mask.shape[1] == 1:
+        results[-1] = results[-1].sum(1, keepdim=True)  # the mask's gradient, over its samples
+    return tuple(results), (0,) * len(results)
+
+
+_d2 = Rung(
+    attention_double_backward_operator,
+    save=_save_nothing,
+    derivative=refuse_third_order("attention"),
+    batch=_fold_samples,
+)
+_d1 = Rung(
+    attention_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=_fold_samples
+)
+_d0 = Rung(attention_operator, save=_save_d0, derivative=_d0_derivative, batch=_fold_samples)

@@ -1,0 +1,228 @@
+"""The penalty on cosines between head gradients: schema, fakes and the ladder d0 -> d1 -> d2.
+
+Saved for the backward passes: grads, cosines, norms and the cotangents. ``cosines`` and ``norms`` are
+constants of a rung: the formulas account for both, so their gradients are None. Equations (30)-(39)
+of ``kernels/README.md``.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import reference
+from ..backends import launch
+from ..errors import expected
+from .checks import check_choice, check_tensor, shape_error
+from .ladder import Rung, batch_by_loop, in_forward_mode, refuse_third_order
+
+GRANULARITIES = ("token", "sample")
+REDUCTIONS = ("all", "pairs")
+
+
+def head_penalty(
+    grads: Tensor,
+    *,
+    granularity: str = "token",
+    reduction: str = "all",
+    eps: float = 1e-12,
+    return_cosines: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mean squared cosine between the gradients of different heads, twice differentiable.
+
+    0 where every two heads are orthogonal. Under autocast it is computed in the dtype given. Inside a
+    forward-mode level the composite formula of ``reference`` is used: right to any order.
+
+    Args:
+        grads: ``[B, H, N, E]``, any strides.
+        granularity: ``"token"`` (one Gram matrix per token, as in the paper) or ``"sample"`` (one per
+            sample, over all its tokens and channels).
+        reduction: divides a Gram matrix's sum of squares, its diagonal counted as zero, by H * H
+            (``"all"``, as published) or by H * (H - 1) (``"pairs"``). Then the mean over samples and tokens.
+        eps: gradient norms are clamped below at it, so a zero gradient has cosine 0 with every head.
+        return_cosines: return the Gram matrices of cosines too; they are as differentiable.
+
+    Returns:
+        A scalar, float32 for half dtypes; with ``return_cosines`` also ``[B, N, H, H]`` by token or
+        ``[B, H, H]`` by sample.
+
+    Raises:
+        UsageError: wrong shape, dtype or argument; one head with ``"pairs"``.
+        UnsupportedError: a third derivative.
+
+    Source: arXiv 2308.16274, the regulariser ("input gradients of the attention heads").
+    """
+    if has_torch_function((grads,)):
+        return handle_torch_function(
+            head_penalty,
+            (grads,),
+            grads,
+            granularity=granularity,
+            reduction=reduction,
+            eps=eps,
+            return_cosines=return_cosines,
+        )
+    check_tensor("grads", grads)
+    if grads.ndim != 4 or grads.numel() == 0:
+        raise shape_error("grads", "[B, H, N, E], none of them zero", grads, "check its axes")
+    check_kind(granularity, reduction, eps, grads.shape[1], grads.dtype)
+    if in_forward_mode():
+        with torch.autocast(grads.device.type, enabled=False):
+            penalty, cosines = reference.head_penalty(grads, granularity, reduction, eps)
+    else:
+        penalty, cosines, _ = _d0(grads, granularity, reduction, float(eps))
+    return (penalty, cosines) if return_cosines else penalty
+
+
+def check_kind(
+    granularity: str, reduction: str, eps: float, heads: int, dtype: torch.dtype
+) -> None:
+    """The arguments that both penalties share.
+
+    Raises:
+        UsageError: an unknown choice, one head without pairs, or an ``eps`` whose square underflows.
+    """
+    check_choice("granularity", granularity, GRANULARITIES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if reduction == "pairs" and heads == 1:
+        raise expected("reduction", "'all' for one head", "'pairs'", "one head has no pairs")
+    smallest = math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).tiny)
+    if not smallest <= eps < math.inf:
+        raise expected("eps", f"a finite number of at least {smallest:.2g}", eps, "pass 1e-12")
+
+
+def statistics_fake(like: Tensor, B: int, H: int, N: int, granularity: str) -> tuple[Tensor, ...]:
+    """Penalty, cosines and norms without contents, typed like ``like``."""
+    groups = (B, N) if granularity == "token" else (B,)
+    return like.new_empty(()), like.new_empty(*groups, H, H), like.new_empty(*groups, H)
+
+
+@torch.library.custom_op("diversevit::head_penalty", mutates_args=())
+def head_penalty_operator(
+    grads: Tensor, granularity: str, reduction: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d0, (30)-(32): penalty, cosines, norms."""
+    return launch("head_penalty", "forward", grads, granularity, reduction, eps)
+
+
+@torch.library.custom_op("diversevit::head_penalty_backward", mutates_args=())
+def head_penalty_backward_operator(
+    grads: Tensor,
+    cosines: Tensor,
+    norms: Tensor,
+    dpenalty: Tensor | None,
+    dcosines: Tensor | None,
+    granularity: str,
+    reduction: str,
+    eps: float,
+) -> Tensor:
+    """d1, (33)-(35): ``dgrads``."""
+    given = (grads, cosines, norms, dpenalty, dcosines)
+    return launch("head_penalty", "backward", *given, granularity, reduction, eps)
+
+
+@torch.library.custom_op("diversevit::head_penalty_double_backward", mutates_args=())
+def head_penalty_double_backward_operator(
+    grads: Tensor,
+    cosines: Tensor,
+    norms: Tensor,
+    dpenalty: Tensor | None,
+    dcosines: Tensor | None,
+    ddgrads: Tensor,
+    granularity: str,
+    reduction: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d2, (36)-(39): ``ggrads``, ``gdpenalty``, ``gdcosines`` (no elements without the cotangent)."""
+    given = (grads, cosines, norms, dpenalty, dcosines, ddgrads)
+    results = launch("head_penalty", "double_backward", *given, granularity, reduction, eps)
+    return present(results, cosines)
+
+
+def present(results: tuple[Tensor | None, ...], like: Tensor) -> Any:
+    """``results`` with tensors of no elements for those that are absent, as operators must return."""
+    return tuple(like.new_empty(0) if x is None else x for x in results)
+
+
+@head_penalty_operator.register_fake
+def _(grads, granularity, reduction, eps):
+    B, H, N, _ = grads.shape
+    like = grads.new_empty(0, dtype=torch.promote_types(grads.dtype, torch.float32))
+    return statistics_fake(like, B, H, N, granularity)
+
+
+def _grads_fake(grads: Tensor) -> Tensor:
+    """``[B, H, N, E]`` stored as ``[B, N, H, E]``, the layout every backend returns."""
+    return grads.transpose(1, 2).new_empty(grads.transpose(1, 2).shape).transpose(1, 2)
+
+
+@head_penalty_backward_operator.register_fake
+def _(grads, cosines, norms, dpenalty, dcosines, granularity, reduction, eps):
+    return _grads_fake(grads)
+
+
+@head_penalty_double_backward_operator.register_fake
+def _(grads, cosines, norms, dpenalty, dcosines, ddgrads, granularity, reduction, eps):
+    return _grads_fake(grads), *cotangents_fake(cosines, dpenalty, dcosines)
+
+
+def cotangents_fake(
+    cosines: Tensor, dpenalty: Tensor | None, dcosines: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``gdpenalty`` and ``gdcosines`` without contents, no elements where there is no cotangent."""
+    return (
+        cosines.new_empty(0 if dpenalty is None else ()),
+        cosines.new_empty(0 if dcosines is None else cosines.shape),
+    )
+
+
+def _save_d0(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grads, *ctx.kind = inputs
+    ctx.save_for_backward(grads, *output[1:])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _d0_derivative(
+    ctx: Any, dpenalty: Tensor | None, dcosines: Tensor | None, _: None
+) -> tuple[Any, ...]:
+    if dpenalty is None and dcosines is None:
+        return (None,) * 4
+    return _d1(*ctx.saved_tensors, dpenalty, dcosines, *ctx.kind), None, None, None
+
+
+def _save_d1(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, granularity, reduction, eps = inputs
+    ctx.kind = (granularity, reduction, eps)
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _d1_derivative(ctx: Any, ddgrads: Tensor | None) -> tuple[Any, ...]:
+    if ddgrads is None:
+        return (None,) * 8
+    *_, dpenalty, dcosines = ctx.saved_tensors
+    ggrads, gdpenalty, gdcosines = _d2(*ctx.saved_tensors, ddgrads, *ctx.kind)
+    given = (
+        gdpenalty if dpenalty is not None else None,
+        gdcosines if dcosines is not None else None,
+    )
+    return ggrads, None, None, *given, None, None, None
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """A last rung keeps nothing: its derivative raises."""
+
+
+_d2 = Rung(
+    head_penalty_double_backward_operator,
+    save=_save_nothing,
+    derivative=refuse_third_order("head_penalty"),
+    batch=batch_by_loop,
+)
+_d1 = Rung(
+    head_penalty_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=batch_by_loop
+)
+_d0 = Rung(head_penalty_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop)

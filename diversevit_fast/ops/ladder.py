@@ -1,0 +1,117 @@
+"""The derivative ladder: each rung's registered derivative is the next rung, and the last one raises.
+
+A rung is one ``torch.library`` operator plus a twin ``autograd.Function`` with the same two methods. The
+operator is what compilers, export and plain autograd want; it raises under ``torch.func`` transforms,
+where the twin is right. Forward-mode derivatives have no rung: public functions use the composite
+formula inside a forward-mode level, and a rung that meets a tangent all the same raises.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..errors import UnsupportedError
+
+Save = Callable[[Any, tuple[Any, ...], Any], None]
+Derivative = Callable[..., Any]
+Batch = Callable[..., tuple[Any, Any]]
+
+
+class Rung:
+    """One differentiation order of one operator, callable from any autograd system.
+
+    Args:
+        operator: the ``torch.library.custom_op``.
+        save: ``setup_context(ctx, inputs, output)``.
+        derivative: ``backward(ctx, *cotangents)``; calls the next rung.
+        batch: ``vmap(call, size, in_dims, args) -> (outputs, out_dims)`` for ``torch.func.vmap``.
+    """
+
+    def __init__(
+        self,
+        operator: torch.library.CustomOpDef,
+        *,
+        save: Save,
+        derivative: Derivative,
+        batch: Batch,
+    ):
+        operator.register_autograd(derivative, setup_context=save)
+        self._operator = operator
+        overload = operator._opoverload
+        self._twin = type(
+            f"{operator._name}_twin",
+            (torch.autograd.Function,),
+            {
+                "forward": staticmethod(lambda *args: overload(*args)),
+                "setup_context": staticmethod(
+                    lambda ctx, inputs, output: save(ctx, inputs, output)
+                ),
+                "backward": staticmethod(derivative),
+                "vmap": staticmethod(
+                    lambda info, in_dims, *args: batch(self, info.batch_size, in_dims, args)
+                ),
+            },
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            if torch.compiler.is_compiling():
+                raise UnsupportedError(
+                    "torch.func transforms inside torch.compile drop second-order terms; call "
+                    "torch.func outside torch.compile, or use torch.autograd.grad inside it"
+                )
+            return self._twin.apply(*args)
+        refuse_tangents(args)
+        return self._operator(*args)
+
+
+def in_forward_mode() -> bool:
+    """Whether a forward-mode level is open (``torch.func.jvp``, ``forward_ad.dual_level``)."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_tangents(args: Sequence[Any]) -> None:
+    """Raise if a tensor carries a forward-mode tangent, which an operator would drop silently."""
+    if not in_forward_mode():
+        return
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise UnsupportedError(
+                "forward-mode derivative of a backward pass recorded outside the forward-mode "
+                "level; compute the forward pass inside it, where the composite formula is used"
+            )
+
+
+def refuse_third_order(name: str) -> Derivative:
+    """The derivative of a last rung."""
+
+    def derivative(ctx: Any, *cotangents: Tensor | None) -> NoReturn:
+        raise UnsupportedError(
+            f"{name} is differentiable twice, not three times; "
+            f"use diversevit_fast.reference.{name} for higher orders"
+        )
+
+    return derivative
+
+
+def batch_by_loop(
+    call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """A vmap rule that is right for every operator: one call per element, results stacked."""
+
+    def element(i: int) -> tuple[Any, ...]:
+        taken = (
+            x.select(dim, i) if dim is not None and isinstance(x, Tensor) else x
+            for x, dim in zip(args, in_dims, strict=True)
+        )
+        result = call(*taken)
+        return result if isinstance(result, tuple) else (result,)
+
+    parts = zip(*map(element, range(size)), strict=True)
+    stacked: tuple[Any, ...] = tuple(map(torch.stack, parts))
+    if len(stacked) == 1:
+        return next(iter(stacked)), 0
+    return stacked, (0,) * len(stacked)

@@ -1,0 +1,236 @@
+"""LayerNorm, twice differentiable: schema, fakes and the ladder d0 -> d1 -> d2.
+
+Saved for the backward passes: x, weight, mean, rstd and the cotangent. ``mean`` and ``rstd`` are
+constants of a rung: the formulas account for both, so their gradients are None. Equations (10)-(19)
+of ``kernels/README.md``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import reference
+from ..backends import launch
+from ..errors import expected
+from .checks import check_tensor, shape_error
+from .ladder import Rung, batch_by_loop, in_forward_mode, refuse_third_order
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalization, exactly ``F.layer_norm``, twice differentiable and fused.
+
+    Statistics are kept in float32 (float64 for float64). Under autocast the result is float32 on a
+    GPU and has the dtype of x on a CPU, as PyTorch's own. Inside a forward-mode level
+    (``torch.func.jvp``, ``forward_ad``) the composite formula of ``reference`` is used: right to
+    any order, but not fused.
+
+    Args:
+        x: ``[..., *normalized_shape]``.
+        normalized_shape: sizes of the last axes, over which mean and variance are taken; an int is
+            the size of the last one.
+        weight: ``normalized_shape``, multiplies the normalized values; x's dtype, or float32 for a
+            float16 or bfloat16 x.
+        bias: ``normalized_shape``, is added; weight's dtype (x's without a weight).
+        eps: added to the variance.
+
+    Returns:
+        Shape and dtype of x, contiguous.
+
+    Raises:
+        UsageError: wrong shapes, dtypes or devices.
+        UnsupportedError: a third derivative.
+    """
+    if has_torch_function((x, weight, bias)):
+        return handle_torch_function(
+            layer_norm,
+            (x, weight, bias),
+            x,
+            normalized_shape,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+        )
+    check_tensor("x", x)
+    shape = _normalized_shape(normalized_shape, x)
+    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    _check_parameter("weight", weight, shape, x, half_as_float=True)
+    _check_parameter("bias", bias, shape, x if weight is None else weight, half_as_float=False)
+    if in_forward_mode():
+        return reference.layer_norm(x, shape, weight, bias, eps)
+    return _d0(x, weight, bias, len(shape), float(eps))[0]
+
+
+def _normalized_shape(normalized_shape: int | Sequence[int], x: Tensor) -> tuple[int, ...]:
+    """The sizes as a tuple, once they are known to be x's last ones."""
+    one = isinstance(normalized_shape, int)
+    shape = (normalized_shape,) if one else normalized_shape
+    if not isinstance(shape, Sequence) or not all(isinstance(n, int) for n in shape) or not shape:
+        got = repr(normalized_shape)
+        raise expected("normalized_shape", "an int or a sequence of ints", got, "pass x.shape[-1]")
+    shape = tuple(shape)
+    if len(shape) > x.ndim or tuple(x.shape[x.ndim - len(shape) :]) != shape:
+        wanted = f"the last sizes of x, which has shape {list(x.shape)}"
+        raise expected("normalized_shape", wanted, list(shape), "pass x.shape[-1]")
+    return shape
+
+
+def _check_parameter(
+    name: str, p: Tensor | None, shape: tuple[int, ...], like: Tensor, *, half_as_float: bool
+) -> None:
+    """``p`` has ``shape``, the device of ``like`` and its dtype, or one that may stand for it."""
+    if p is None:
+        return
+    check_tensor(name, p)
+    if tuple(p.shape) != shape:
+        raise shape_error(
+            name, f"{list(shape)}, normalized_shape", p, "pass one number per feature"
+        )
+    if p.device != like.device:
+        raise expected(name, f"device {like.device} like x", p.device, "move one of them")
+    allowed = [like.dtype]
+    if half_as_float and like.dtype in (torch.float16, torch.bfloat16):
+        allowed.append(torch.float32)
+    if p.dtype not in allowed:
+        wanted = "dtype " + " or ".join(map(str, allowed))
+        raise expected(name, wanted, p.dtype, "cast it")
+
+
+def _cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Under autocast half tensors in float32; on a CPU PyTorch leaves layer_norm alone."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if device == "cpu" or not torch.is_autocast_enabled(device):
+        return tensors
+    half = (torch.float16, torch.bfloat16)
+    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in half else t for t in tensors)
+
+
+@torch.library.custom_op("diversevit::layer_norm", mutates_args=())
+def layer_norm_operator(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d0, (10)-(12): ``y`` like x; ``mean`` and ``rstd`` [*lead] of the last ``axes`` axes."""
+    y, mean, rstd = launch("layer_norm", "forward", x, weight, bias, axes, eps)
+    return y.contiguous(), mean, rstd
+
+
+@torch.library.custom_op("diversevit::layer_norm_backward", mutates_args=())
+def layer_norm_backward_operator(
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    axes: int,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d1, (14): ``dx``; ``dw`` and ``db`` (no elements unless asked for)."""
+    dx, *grads = launch(
+        "layer_norm", "backward", x, weight, mean, rstd, dy, axes, weight_grad, bias_grad
+    )
+    dw, db = (x.new_empty(0) if g is None else g for g in grads)
+    return dx.contiguous(), dw, db
+
+
+@torch.library.custom_op("diversevit::layer_norm_double_backward", mutates_args=())
+def layer_norm_double_backward_operator(
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    ddx: Tensor | None,
+    ddw: Tensor | None,
+    ddb: Tensor | None,
+    axes: int,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d2, (15)-(19): ``gx``, ``gw``, ``gdy``.
+
+    No elements where no cotangent can reach: ``gx`` without ``ddx`` and ``ddw``, ``gw`` without
+    ``ddx`` or unless ``weight_grad``.
+    """
+    tensors = (x, weight, mean, rstd, dy, ddx, ddw, ddb)
+    gx, gw, gdy = launch("layer_norm", "double_backward", *tensors, axes, weight_grad)
+    gx = x.new_empty(0) if gx is None else gx.contiguous()
+    return gx, x.new_empty(0) if gw is None else gw, gdy.contiguous()
+
+
+@layer_norm_operator.register_fake
+def _(x, weight, bias, axes, eps):
+    lead, dtype = x.shape[: x.ndim - axes], torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty(lead, dtype=dtype), x.new_empty(lead, dtype=dtype)
+
+
+@layer_norm_backward_operator.register_fake
+def _(x, weight, mean, rstd, dy, axes, weight_grad, bias_grad):
+    like, shape = x if weight is None else weight, x.shape[x.ndim - axes :]
+    grads = (like.new_empty(shape) if g else x.new_empty(0) for g in (weight_grad, bias_grad))
+    return x.new_empty(x.shape), *grads
+
+
+@layer_norm_double_backward_operator.register_fake
+def _(x, weight, mean, rstd, dy, ddx, ddw, ddb, axes, weight_grad):
+    gx = x.new_empty(0 if ddx is None and ddw is None else x.shape)
+    if weight is None or ddx is None or not weight_grad:
+        return gx, x.new_empty(0), x.new_empty(x.shape)
+    return gx, weight.new_empty(weight.shape), x.new_empty(x.shape)
+
+
+def _save_d0(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, ctx.axes, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _d0_derivative(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 5
+    weight_grad, bias_grad = ctx.needs_input_grad[1:3]
+    dx, dw, db = _d1(*ctx.saved_tensors, dy, ctx.axes, weight_grad, bias_grad)
+    return dx, dw if weight_grad else None, db if bias_grad else None, None, None
+
+
+def _save_d1(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.axes, ctx.weight_grad, ctx.bias_grad = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _d1_derivative(
+    ctx: Any, ddx: Tensor | None, ddw: Tensor | None, ddb: Tensor | None
+) -> tuple[Any, ...]:
+    ddw, ddb = ddw if ctx.weight_grad else None, ddb if ctx.bias_grad else None
+    if ddx is None and ddw is None and ddb is None:
+        return (None,) * 8
+    weight_grad = ctx.needs_input_grad[1] and ddx is not None
+    gx, gw, gdy = _d2(*ctx.saved_tensors, ddx, ddw, ddb, ctx.axes, weight_grad)
+    gx = None if ddx is None and ddw is None else gx
+    return gx, gw if weight_grad else None, None, None, gdy, None, None, None
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """A last rung keeps nothing: its derivative raises."""
+
+
+_d2 = Rung(
+    layer_norm_double_backward_operator,
+    save=_save_nothing,
+    derivative=refuse_third_order("layer_norm"),
+    batch=batch_by_loop,
+)
+_d1 = Rung(
+    layer_norm_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=batch_by_loop
+)
+_d0 = Rung(layer_norm_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop)

@@ -1,0 +1,198 @@
+"""Cosines between heads, (30)-(39) of kernels/README.md: everything that is H x H, and the tiles.
+
+A *group* is what one Gram matrix is about: a token, or all tokens of a sample. A tile's heads come
+as ``[groups, H, K]``, K = E by token and tokens * E by sample, so one set of formulas serves both
+granularities, and both penalties: they differ only in where a tile's heads come from.
+
+Shapes   cosines [B, N, H, H] and norms [B, N, H] by token; [B, H, H] and [B, H] by sample.
+Dtypes   float32 (float64 for float64).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_ELEMENTS = 1 << 19
+"""Elements of a tile's heads, or of what routes to them (2 MiB in float32): near the fastest of
+2^18 ... 2^22, whether D is 64 or 768."""
+
+
+class Tile(NamedTuple):
+    """Some tokens of one sample, or all tokens of some samples."""
+
+    samples: slice
+    tokens: slice
+
+
+class Grouping(NamedTuple):
+    """The shape of a problem: which tokens form a group, and what a group counts in the mean."""
+
+    B: int
+    H: int
+    N: int
+    granularity: str
+    reduction: str
+    eps: float
+
+    @property
+    def by_token(self) -> bool:
+        return self.granularity == "token"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.B, self.N) if self.by_token else (self.B,)
+
+    @property
+    def weight(self) -> float:
+        """w of (32): the weight of one squared cosine in the mean over groups and head pairs."""
+        pairs = self.H * (self.H if self.reduction == "all" else self.H - 1)
+        return 1 / (pairs * self.B * (self.N if self.by_token else 1))
+
+    def blocks(self, width: int) -> Iterator[list[Tile]]:
+        """Tiles that together hold whole groups, for heads of ``width`` channels."""
+        tokens = max(1, TILE_ELEMENTS // (self.H * width))
+        samples = max(1, tokens // self.N)
+        for b in range(0, self.B, samples):
+            some = slice(b, min(self.B, b + samples))
+            tiles = [
+                Tile(some, slice(i, min(self.N, i + tokens))) for i in range(0, self.N, tokens)
+            ]
+            yield from ([t] for t in tiles) if self.by_token else [tiles]
+
+    def of(self, x: Tensor, t: Tile) -> Tensor:
+        """The tile's groups of a statistic: ``[B, (N,) ...] -> [groups, ...]``."""
+        return x[t.samples, t.tokens].flatten(0, 1) if self.by_token else x[t.samples]
+
+
+class Statistics(NamedTuple):
+    """What a backward pass is given about every group (or, after ``of``, about a tile's groups)."""
+
+    cosines: Tensor
+    norms: Tensor
+    dpenalty: Tensor | None  # [] cotangent of the penalty
+    dcosines: Tensor | None  # cotangent of the cosines
+
+    def of(self, g: Grouping, t: Tile) -> "Statistics":
+        dcosines = None if self.dcosines is None else g.of(self.dcosines, t)
+        return Statistics(g.of(self.cosines, t), g.of(self.norms, t), self.dpenalty, dcosines)
+
+
+class Slope(NamedTuple):
+    """First order, of a tile's groups."""
+
+    lam: Tensor  # [groups, H, H] (33) cotangent of the cosines, symmetric
+    s: Tensor  # [groups, H] (34)
+    m: Tensor  # [groups, H, H] (34) dG = M G
+
+
+class Curvature(NamedTuple):
+    """Second order, of a tile's groups: derivatives along the direction A."""
+
+    m: Tensor  # [groups, H, H] (34)
+    m_dot: Tensor  # [groups, H, H] (38) gG = M A + M_dot G
+    c_dot: Tensor  # [groups, H, H] (37)
+
+
+def penalty_forward(
+    g: Grouping, like: Tensor, width: int, heads: Callable[[Tile], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(30)-(32): penalty, cosines, norms, typed like ``like``; ``heads(tile)``: [groups, H, K]."""
+    penalty = like.new_zeros(())
+    cosines, norms = like.new_empty(*g.shape, g.H, g.H), like.new_empty(*g.shape, g.H)
+    for block in g.blocks(width):
+        c, n = g.of(cosines, block[0]), g.of(norms, block[0])
+        for i, t in enumerate(block):
+            x = heads(t)
+            torch.baddbmm(c, x, x.mT, beta=int(i > 0), out=c)
+        n.copy_(c.diagonal(dim1=1, dim2=2)).sqrt_().clamp_(min=g.eps)
+        _over_norms(c, n)
+        penalty += _off_diagonal(c.square()).sum()
+    return penalty.mul_(g.weight), cosines, norms
+
+
+def slopes(g: Grouping, given: Statistics, width: int) -> Iterator[tuple[Tile, Tensor]]:
+    """Every tile with the ``M`` of its groups."""
+    for block in g.blocks(width):
+        m = _slope(g, given.of(g, block[0])).m
+        yield from ((t, m) for t in block)
+
+
+def curvatures(
+    g: Grouping,
+    given: Statistics,
+    width: int,
+    operands: Callable[[Tile], tuple[Tensor, Tensor]],
+    gdpenalty: Tensor | None,
+    gdcosines: Tensor | None,
+) -> Iterator[tuple[Tile, Tensor, Tensor, Curvature]]:
+    """Every tile with its ``G`` and ``A``, read twice from ``operands`` if a group spans tiles.
+
+    Adds to ``gdpenalty`` and fills ``gdcosines`` (37) on the way.
+    """
+    for *others, last in g.blocks(width):
+        here = given.of(g, last)
+        k = torch.zeros_like(here.cosines)
+        for t in others:
+            x, a = operands(t)
+            k.baddbmm_(a, x.mT)
+        x, a = operands(last)
+        second = _curvature(g, here, k.baddbmm_(a, x.mT))
+        if gdpenalty is not None:
+            total = _off_diagonal(here.cosines * second.c_dot).sum()
+            gdpenalty.add_(total, alpha=2 * g.weight)
+        if gdcosines is not None:
+            g.of(gdcosines, last).copy_(second.c_dot)
+        yield last, x, a, second
+        for t in others:
+            yield t, *operands(t), second
+
+
+def _slope(g: Grouping, here: Statistics) -> Slope:
+    """(33)-(34)."""
+    c, n, dp, dc = here
+    lam = torch.zeros_like(c) if dp is None else _off_diagonal(c * (4 * g.weight * dp))
+    if dc is not None:
+        lam.add_(dc).add_(dc.mT)
+    s = (lam * c).sum(-1)
+    m = _over_norms(lam.clone(), n)
+    m.diagonal(dim1=1, dim2=2).sub_(_over_free_norm(s, n, g.eps))
+    return Slope(lam, s, m)
+
+
+def _curvature(g: Grouping, here: Statistics, k: Tensor) -> Curvature:
+    """(36)-(38) for ``k`` = A G^T [groups, H, H]."""
+    c, n, dp, _ = here
+    lam, s, m = _slope(g, here)
+    r_dot = k + k.mT
+    delta = _over_free_norm(r_dot.diagonal(dim1=1, dim2=2), n, g.eps).mul_(-0.5)
+    deltas = delta[:, :, None] + delta[:, None, :]
+    c_dot = _over_norms(r_dot, n).addcmul_(c, deltas)
+
+    m_dot = lam * deltas
+    s_dot = (lam * c_dot).sum(-1)
+    if dp is not None:
+        lam_dot = _off_diagonal(c_dot * (4 * g.weight * dp))
+        m_dot += lam_dot
+        s_dot += (lam_dot * c).sum(-1)
+    _over_norms(m_dot, n)
+    s_dot.addcmul_(delta, s, value=2)
+    m_dot.diagonal(dim1=1, dim2=2).sub_(_over_free_norm(s_dot, n, g.eps))
+    return Curvature(m, m_dot, c_dot)
+
+
+def _over_norms(x: Tensor, n: Tensor) -> Tensor:
+    """``x_hk / (n_h n_k)`` in place, a factor at a time: their product may leave float32's range."""
+    return x.div_(n[:, :, None]).div_(n[:, None, :])
+
+
+def _over_free_norm(x: Tensor, n: Tensor, eps: float) -> Tensor:
+    """``f_h x_h`` of (34), x / n^2: zero where the norm is clamped, for there it is a constant."""
+    return x.div(n).div_(n).masked_fill_(n <= eps, 0.0)
+
+
+def _off_diagonal(x: Tensor) -> Tensor:
+    """``x`` with its diagonals set to zero, in place."""
+    x.diagonal(dim1=1, dim2=2).zero_()
+    return x

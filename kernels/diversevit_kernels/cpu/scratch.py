@@ -1,0 +1,35 @@
+"""Scratch memory of one call: each name is allocated once, then handed out as tile-shaped views."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, sums and accumulators: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Scratch:
+    """Named buffers that grow to the largest shape asked for and are then reused.
+
+    A view is valid until the same name is asked for again. Contents are undefined.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self._dtype, self._device = dtype, device
+        self._buffers: dict[str, Tensor] = {}
+
+    def get(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised contiguous tensor of ``shape``."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
+        return self._buffers[name][:size].view(shape)
+
+    def load(self, name: str, source: Tensor) -> Tensor:
+        """``source`` dense and in the accumulation dtype; copied only if it is not already so."""
+        if source.dtype == self._dtype and source.is_contiguous():
+            return source
+        return self.get(name, *source.shape).copy_(source)

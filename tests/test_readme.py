@@ -1,0 +1,58 @@
+"""The README is true: its code runs, its commands exist, its numbers are recorded ones."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=[f"block-{i}" for i in range(len(BLOCKS))])
+def test_code_blocks_run(code):
+    prelude = "import warnings; warnings.simplefilter('ignore')\n"
+    run = subprocess.run(
+        [sys.executable, "-c", prelude + code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_there_are_code_blocks():
+    assert len(BLOCKS) >= 2
+
+
+def test_commands_exist():
+    from typer.testing import CliRunner
+
+    from diversevit_fast.cli import app
+
+    named = set(re.findall(r"diversevit ((?:data )?[a-z-]+)", README)) - {"data"}
+    assert {"run", "doctor"} <= named
+    for command in named:
+        result = CliRunner().invoke(app, [*command.split(), "--help"])
+        assert result.exit_code == 0, command
+
+
+def test_step_table_is_the_recorded_result():
+    """The table of the README holds the ratios of benchmarks/results, not others."""
+    rows = json.loads((ROOT / "benchmarks/results/paper_step.json").read_text())["rows"]
+    for name, row in rows.items():
+        assert f"| {name} | {row['median_ms']:.0f} ms | {row['ratio']:.2f} |" in README, name
+
+
+def test_picture_is_drawn_by_its_script():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import pipeline
+    finally:
+        sys.path.pop(0)
+    assert (ROOT / "docs/pipeline.svg").read_text(encoding="utf-8") == pipeline.draw()
