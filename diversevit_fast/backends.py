@@ -5,11 +5,14 @@ the rungs ``<stage>_forward``, ``<stage>_backward``, ``<stage>_double_backward``
 adding a row to ``_BACKENDS``. Nothing is imported before it is launched.
 """
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,14 +25,27 @@ from .errors import UnsupportedError, expected
 class _Backend:
     module: str  # "{stage}" is replaced by the stage's name
     devices: tuple[str, ...] | None  # None: any
-    missing: str | None = None  # why it cannot run at all
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run here at all
+
+
+def _interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors: ``TRITON_INTERPRET=1``."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _triton_missing() -> str | None:
+    if "triton" in sys.modules and sys.modules["triton"] is None or find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if _interpreted() or torch.cuda.is_available() or torch.xpu.is_available():
+        return None
+    return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
 
 
 _BACKENDS = {
     "triton": _Backend(
         "diversevit_kernels.triton.{stage}",
-        ("cuda", "xpu"),
-        "this version has no Triton kernels yet",
+        ("cuda", "xpu", "cpu") if _interpreted() else ("cuda", "xpu"),
+        _triton_missing,
     ),
     "cpu": _Backend("diversevit_kernels.cpu.{stage}", ("cpu",)),
     "reference": _Backend("diversevit_fast.reference", None),
@@ -39,7 +55,7 @@ _chosen = "auto"  # process-wide: autograd runs backward passes on threads of it
 
 def unavailable() -> dict[str, str | None]:
     """Every backend, and why it cannot be used here (``None``: it can)."""
-    return {name: backend.missing for name, backend in _BACKENDS.items()}
+    return {name: backend.missing() for name, backend in _BACKENDS.items()}
 
 
 @contextmanager
@@ -60,7 +76,7 @@ def use_backend(name: str) -> Iterator[None]:
     if name != "auto" and name not in _BACKENDS:
         names = ", ".join(["auto", *_BACKENDS])
         raise expected("use_backend", f"one of {names}", repr(name), "check the spelling")
-    if name != "auto" and (reason := _BACKENDS[name].missing):
+    if name != "auto" and (reason := _BACKENDS[name].missing()):
         raise UnsupportedError(f"use_backend: {name!r} is unavailable: {reason}")
     before, _chosen = _chosen, name
     try:
@@ -76,19 +92,22 @@ def launch(stage: str, rung: str, *args: Any) -> Any:
     """
     device = args[0].device.type
     kernel = _kernel(_chosen, device, stage, f"{stage}_{rung}")
-    if not torch.is_autocast_enabled(device):
-        return kernel(*args)
-    with torch.autocast(device, enabled=False):
-        return kernel(*args)
+    try:
+        if not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+    except NotImplementedError as refusal:
+        raise UnsupportedError(f"{refusal}; dvf.use_backend('reference') runs anything") from None
 
 
 @cache
 def _kernel(chosen: str, device: str, stage: str, function: str) -> Callable[..., Any]:
     name = chosen if chosen != "auto" else ("cpu" if device == "cpu" else "triton")
     backend = _BACKENDS[name]
-    if backend.missing:
+    if reason := backend.missing():
         raise UnsupportedError(
-            f"backend {name!r} is unavailable for {device} tensors: {backend.missing}; "
+            f"backend {name!r} is unavailable for {device} tensors: {reason}; "
             "move the tensors to the CPU, or use dvf.use_backend('reference')"
         )
     if backend.devices is not None and device not in backend.devices:

@@ -1,0 +1,132 @@
+"""Launch configurations: one table keyed by kernel, architecture, element size and width.
+
+Nothing outside this file looks at the device or at the environment. The first row that matches is
+taken; each row is justified by ``python -m benchmarks.compile_report`` (no spill in a main loop, at most
+64 bytes of stack, shared memory within the chip's limit).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+
+AUTOTUNE = os.environ.get("DIVERSEVIT_AUTOTUNE") == "1"
+"""Whether the first launch of each kind times the candidates of ``candidates`` and keeps the fastest."""
+
+_pretended: str | None = None
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How one kernel is launched: its tile sizes (constexpr arguments of the kernel), warps, stages."""
+
+    tiles: tuple[tuple[str, int], ...]
+    warps: int
+    stages: int
+
+    def __getitem__(self, tile: str) -> int:
+        return dict(self.tiles)[tile]
+
+
+@dataclass(frozen=True)
+class _Row:
+    kernel: str
+    architectures: tuple[str, ...]  # beginnings of names; empty: every architecture
+    itemsize: tuple[int, ...]  # bytes of an element; empty: every size
+    width: int | None  # the largest width it serves; None: every width
+    configuration: Configuration
+
+    def serves(self, kernel: str, architecture: str, itemsize: int, width: int) -> bool:
+        return (
+            self.kernel == kernel
+            and (not self.architectures or architecture.startswith(self.architectures))
+            and (not self.itemsize or itemsize in self.itemsize)
+            and (self.width is None or width <= self.width)
+        )
+
+
+def _row(
+    kernel: str,
+    architectures: tuple[str, ...] = (),
+    itemsize: tuple[int, ...] = (),
+    width: int | None = None,
+    *,
+    warps: int,
+    stages: int,
+    **tiles: int,
+) -> _Row:
+    return _Row(
+        kernel, architectures, itemsize, width, Configuration(tuple(tiles.items()), warps, stages)
+    )
+
+
+_TABLE: tuple[_Row, ...] = ()
+
+
+def architecture(device: torch.device) -> str:
+    """``sm_90``, ``gfx942``, ``xpu`` or ``interpreter``."""
+    if _pretended is not None:
+        return _pretended
+    if INTERPRETED:
+        return "interpreter"
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@contextmanager
+def pretend(name: str) -> Iterator[None]:
+    """Inside the block every device is of architecture ``name``: for ahead-of-time compilation."""
+    global _pretended
+    before, _pretended = _pretended, name
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+def configuration(kernel: str, like: Tensor, width: int) -> Configuration:
+    """The table's first row for ``kernel`` on the device and dtype of ``like``, at this width.
+
+    Raises:
+        NotImplementedError: no row serves it.
+    """
+    name, itemsize = architecture(like.device), like.dtype.itemsize
+    for row in _TABLE:
+        if row.serves(kernel, name, itemsize, width):
+            return row.configuration
+    raise NotImplementedError(
+        f"{kernel}: no launch configuration for width {width}, {like.dtype}, on {name}"
+    )
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The dtype of statistics, sums and accumulators: float64 for float64, else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def precision(like: Tensor) -> str:
+    """``input_precision`` of ``tl.dot``: float32 products follow torch's matmul precision on NVIDIA.
+
+    "highest" is three TF32 products (float32's accuracy on tensor cores), "high" and "medium" one.
+    """
+    if like.dtype != torch.float32 or not architecture(like.device).startswith("sm_"):
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def options(like: Tensor) -> dict[str, Any]:
+    """Compiler options that must not depend on Triton's defaults, which change between versions."""
+    return {} if INTERPRETED else {"enable_fp_fusion": True}

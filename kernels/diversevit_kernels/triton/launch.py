@@ -1,0 +1,117 @@
+"""Starting kernels and allocating their results, so that tools can watch both.
+
+Every launch of the package goes through ``launch`` and every result through ``allocate``. The compile
+report records launches on meta tensors instead of running them; the tests put guard zones around
+results; the roofline counts what each launch loads and stores.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .configurations import Configuration, configuration, options
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: what ``kernel[grid](*args, **constants, num_warps=..., num_stages=...)`` is called with."""
+
+    name: str
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    configuration: Configuration
+
+
+_record: list[Launch] | None = None
+_running = True
+allocator: Callable[..., Tensor] = torch.empty
+"""What ``allocate`` calls: tests replace it by one that poisons and guards."""
+
+
+@contextmanager
+def recording(run: bool) -> Iterator[list[Launch]]:
+    """Collect the launches of the block; with ``run=False`` none is started (meta tensors will do)."""
+    global _record, _running
+    before = _record, _running
+    _record, _running = [], run
+    try:
+        yield _record
+    finally:
+        _record, _running = before
+
+
+def launch(
+    name: str,
+    kernel: Any,
+    grid: Callable[[Configuration], int],
+    like: Tensor,
+    width: int,
+    *args: Any,
+    **constants: Any,
+) -> None:
+    """Start ``kernel`` with the table's configuration for (``name``, dtype and device of ``like``, ``width``).
+
+    Args:
+        grid: the number of programs under a configuration. 0 starts nothing.
+        constants: constexpr arguments besides the configuration's tile sizes.
+    """
+    chosen = configuration(name, like, width)
+    programs = grid(chosen)
+    everything = {**constants, **dict(chosen.tiles)}
+    if _record is not None:
+        _record.append(Launch(name, kernel, (programs,), args, everything, chosen))
+    if programs and _running:
+        kernel[(programs,)](
+            *args,
+            **everything,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+            **options(like),
+        )
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Uninitialised dense memory on the device of ``like``; a kernel must write all of it."""
+    return allocator(shape, dtype=dtype, device=like.device)
+
+
+def check_operand(name: str, x: Tensor) -> None:
+    """Refuse what no kernel takes, in one line, before any launch.
+
+    Raises:
+        NotImplementedError: a dtype, device or layout without a kernel.
+    """
+    if x.dtype not in DTYPES:
+        raise NotImplementedError(
+            f"{name}: Triton kernels take float16, bfloat16, float32 or float64, not {x.dtype}"
+        )
+    if x.layout != torch.strided or x.is_nested:
+        raise NotImplementedError(f"{name}: Triton kernels take strided tensors, not {x.layout}")
+
+
+def cdiv(a: int, b: int) -> int:
+    """Tiles of size ``b`` that cover ``a``."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def split_width(width: int) -> tuple[int, ...]:
+    """Tile widths, powers of two and at least 16, that cover ``width`` with little padding.
+
+    ``64 -> (64,)``, ``80 -> (64, 16)``, ``96 -> (64, 32)``, ``256 -> (256,)``.
+    """
+    largest = max(16, 1 << (width.bit_length() - 1))
+    rest = width - largest
+    return (largest,) if rest <= 0 else (largest, max(16, power_of_two(rest)))

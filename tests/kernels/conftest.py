@@ -1,0 +1,44 @@
+"""Tests of the Triton kernels themselves: in the interpreter on a CPU, or on a real GPU.
+
+``TRITON_INTERPRET=1 pytest tests/kernels`` interprets them; ``pytest -m gpu`` on a machine with a GPU runs
+the same tests on it. Anywhere else they are skipped, and say so.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def pytest_collection_modifyitems(items):
+    here = os.path.dirname(__file__)
+    for item in items:
+        if not str(item.path).startswith(here):
+            continue
+        if not INTERPRETED:
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(
+                    pytest.mark.skip(reason="no GPU; TRITON_INTERPRET=1 pytest tests/kernels")
+                )
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch):
+    """Every result a kernel allocates is poisoned with NaN and lies between guard zones."""
+    from diversevit_kernels.triton import launch
+
+    from .guards import Guards
+
+    guards = Guards()
+    monkeypatch.setattr(launch, "allocator", guards.empty)
+    yield guards
+    guards.check()

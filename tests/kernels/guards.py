@@ -1,0 +1,39 @@
+"""Guard zones: memory around a tensor that must not change, poisoned so that reading it shows."""
+
+import torch
+from torch import Tensor
+
+ZONE = 256
+"""Elements on either side."""
+
+
+class Guards:
+    """Hands out NaN-filled tensors inside guard zones, and checks the zones afterwards."""
+
+    def __init__(self):
+        self._zones: list[tuple[Tensor, torch.Size]] = []
+
+    def empty(self, shape, *, dtype, device) -> Tensor:
+        """Like ``torch.empty``: dense, but every element is NaN and so are its surroundings."""
+        size = torch.Size(shape).numel()
+        whole = torch.full((size + 2 * ZONE,), torch.nan, dtype=dtype, device=device)
+        self._zones.append((whole, torch.Size(shape)))
+        return whole[ZONE : ZONE + size].view(shape)
+
+    def place(self, x: Tensor) -> Tensor:
+        """A copy of ``x`` with its strides (its storage extent at least), between zones of NaN."""
+        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        room = self.empty((max(0, extent),), dtype=x.dtype, device=x.device)
+        placed = room.as_strided(x.shape, x.stride(), ZONE)
+        placed.copy_(x)
+        return placed.requires_grad_(x.requires_grad)
+
+    def check(self) -> None:
+        """No element outside the tensors was written.
+
+        Raises:
+            AssertionError: a kernel stored out of bounds.
+        """
+        for whole, shape in self._zones:
+            for zone in (slice(0, ZONE), slice(len(whole) - ZONE, None)):
+                assert whole[zone].isnan().all(), f"stored outside a result of shape {tuple(shape)}"
