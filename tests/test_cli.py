@@ -266,6 +266,8 @@ def test_ctrl_c_says_how_to_resume(config, tmp_path):
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # a shell that starts jobs in the background makes them, and so this child, ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     with process:
         assert process.stdout is not None
