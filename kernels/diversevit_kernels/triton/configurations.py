@@ -69,7 +69,61 @@ def _row(
     )
 
 
-_TABLE: tuple[_Row, ...] = ()
+_INTERPRETER = ("interpreter",)
+_TABLE: tuple[_Row, ...] = (
+    # attention: rows of whole tiles where the keys fit BLOCK_N (BLOCK_KEYS), else key tiles
+    _row("attention_forward", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
+    _row("attention_forward_few", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
+    _row("attention_delta", warps=1, stages=1),
+    _row("attention_mask_gradient", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
+    _row("attention_backward_few", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
+    _row("attention_backward_rows_whole", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
+    _row("attention_backward_rows", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
+    _row("attention_backward_columns", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
+    _row("attention_double_backward_few", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
+    _row(
+        "attention_double_backward_rows_whole",
+        _INTERPRETER,
+        warps=4,
+        stages=1,
+        BLOCK_M=16,
+        BLOCK_N=32,
+    ),
+    _row("attention_double_backward_rows", _INTERPRETER, warps=4, stages=1, BLOCK_M=32, BLOCK_N=16),
+    _row(
+        "attention_double_backward_columns", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32
+    ),
+    _row(
+        "attention_double_backward_head",
+        _INTERPRETER,
+        warps=4,
+        stages=1,
+        BLOCK_ROWS=16,
+        BLOCK_KEYS=32,
+        BLOCK_M=16,
+        BLOCK_N=16,
+    ),
+    _row("attention_forward", warps=4, stages=2, BLOCK_M=64, BLOCK_N=64),
+    _row("attention_forward_few", warps=4, stages=2, BLOCK_M=16, BLOCK_N=64),
+    _row("attention_mask_gradient", warps=4, stages=1, BLOCK_M=64, BLOCK_N=32),
+    _row("attention_backward_few", warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
+    _row("attention_backward_rows_whole", warps=8, stages=1, BLOCK_M=32, BLOCK_N=256),
+    _row("attention_backward_rows", warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
+    _row("attention_backward_columns", warps=8, stages=2, BLOCK_M=32, BLOCK_N=64),
+    _row("attention_double_backward_few", warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
+    _row("attention_double_backward_rows_whole", warps=16, stages=1, BLOCK_M=64, BLOCK_N=256),
+    _row("attention_double_backward_rows", warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
+    _row("attention_double_backward_columns", warps=8, stages=1, BLOCK_M=32, BLOCK_N=64),
+    _row(
+        "attention_double_backward_head",
+        warps=16,
+        stages=1,
+        BLOCK_ROWS=64,
+        BLOCK_KEYS=256,
+        BLOCK_M=64,
+        BLOCK_N=64,
+    ),
+)
 
 
 def architecture(device: torch.device) -> str:
@@ -97,19 +151,47 @@ def pretend(name: str) -> Iterator[None]:
         _pretended = before
 
 
+def _find(kernel: str, like: Tensor, width: int) -> Configuration | None:
+    name, itemsize = architecture(like.device), like.dtype.itemsize
+    rows = (row for row in _TABLE if row.serves(kernel, name, itemsize, width))
+    return next((row.configuration for row in rows), None)
+
+
 def configuration(kernel: str, like: Tensor, width: int) -> Configuration:
     """The table's first row for ``kernel`` on the device and dtype of ``like``, at this width.
 
     Raises:
         NotImplementedError: no row serves it.
     """
-    name, itemsize = architecture(like.device), like.dtype.itemsize
-    for row in _TABLE:
-        if row.serves(kernel, name, itemsize, width):
-            return row.configuration
-    raise NotImplementedError(
-        f"{kernel}: no launch configuration for width {width}, {like.dtype}, on {name}"
-    )
+    found = _find(kernel, like, width)
+    if found is None:
+        raise NotImplementedError(
+            f"{kernel}: no launch configuration for width {width}, {like.dtype}, "
+            f"on {architecture(like.device)}"
+        )
+    return found
+
+
+def fits(kernel: str, like: Tensor, width: int, tile: str, n: int) -> bool:
+    """Whether the table has a row for ``kernel``, and its tile ``tile`` holds ``n``."""
+    found = _find(kernel, like, width)
+    return found is not None and n <= found[tile]
+
+
+_MULTIPROCESSORS = {
+    **{"interpreter": 2, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148},
+    **{"sm_120": 170, "gfx942": 304},
+}
+"""Of the largest chip of an architecture: A100, A40, L40S, H100, B200, RTX 5090, MI300X (vendors' data sheets)."""
+
+
+def fills(like: Tensor, programs: int) -> bool:
+    """Whether ``programs`` keep every multiprocessor of the device busy twice over."""
+    name = architecture(like.device)
+    count = _MULTIPROCESSORS.get(name)
+    if _pretended is None and not INTERPRETED and like.device.type == "cuda":
+        count = torch.cuda.get_device_properties(like.device).multi_processor_count
+    return count is not None and programs >= 2 * count
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -21,14 +21,18 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_split(ptr, stride_row, stride_col, rows, inside, WIDTH: tl.constexpr, WIDTHS: tl.constexpr):
+def load_split(
+    ptr, stride_row, stride_col, rows, inside, WIDTH: tl.constexpr, WIDTHS: tl.constexpr
+):
     """Rows ``rows`` of a [*, WIDTH] matrix as a split tile, zero outside."""
     tile = ()
     first = 0
     for i in tl.static_range(len(WIDTHS)):
         cols = first + tl.arange(0, WIDTHS[i])
         at = rows[:, None] * stride_row + cols[None, :] * stride_col
-        tile = tile + (tl.load(ptr + at, mask=inside[:, None] & (cols[None, :] < WIDTH), other=0.0),)
+        tile = tile + (
+            tl.load(ptr + at, mask=inside[:, None] & (cols[None, :] < WIDTH), other=0.0),
+        )
         first += WIDTHS[i]
     return tile
 
@@ -80,3 +84,12 @@ def scale_split(x, factor):
     for i in tl.static_range(len(x)):
         scaled = scaled + (x[i] * factor,)
     return scaled
+
+
+@triton.jit
+def subtract_split(x, y, factor):
+    """x − factor ∘ y of split tiles, in x's dtype."""
+    difference = ()
+    for i in tl.static_range(len(x)):
+        difference = difference + (x[i] - factor * y[i].to(x[i].dtype),)
+    return difference

@@ -1,0 +1,300 @@
+"""What every attention kernel shares: its operands, where a program works, score tiles.
+
+Shapes   q, o, do and their like [B, H, Nq, .]; k, v and theirs [B, Hkv, Nk, .], H = GROUP Hkv; mask
+         [B|1, H|1, Nq|1, Nk|1] with stride 0 on axes of size 1; statistics (lse, D, x, t) [B, H, Nq], dense.
+Dtypes   float16, bfloat16, float32, float64; products take tiles rounded to the input's dtype and accumulate
+         in ``ACC``, float32 (float64 for float64), like all statistics.
+Scores   are kept in base 2, S log2(e), so that exp2 serves: one instruction on a GPU.
+Tiles    have query index ``i`` and key index ``j``; both arrive broadcast ([M, 1] and [1, N], or transposed), so
+         that one function serves row programs [M, N] and column programs [N, M].
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configurations import accumulator, precision
+from .launch import allocate, check_operand, split_width
+from .tiles import INTERPRETED, dot_nt, load_split, store_split
+
+MAX_WIDTH = 256
+FEW_QUERIES = 16
+"""Up to so many queries, one tile of 16 rows holds them all."""
+
+
+class Operand(NamedTuple):
+    """A tensor [B, H, N, .] and its strides; in a kernel its ``ptr`` is a pointer."""
+
+    ptr: Any
+    sample: int
+    head: int
+    row: int
+    col: int
+
+
+class HeadScale(NamedTuple):
+    """A factor per head of each sample, [B, H]: o is multiplied by it (0 prunes a head)."""
+
+    ptr: Any
+    sample: int
+    head: int
+
+
+class Problem(NamedTuple):
+    """What a kernel reads; None where a rung, or a caller, has no such tensor."""
+
+    q: Operand  # [B, H, Nq, WIDTH]
+    k: Operand  # [B, H / GROUP, Nk, WIDTH]
+    v: Operand  # [B, H / GROUP, Nk, VALUE_WIDTH]
+    mask: Operand | None  # [B|1, H|1, Nq|1, Nk|1], uint8 (1: attend) or additive
+    head_scale: HeadScale | None  # [B, H]
+    H: int
+    Nq: int
+    Nk: int
+    lse: Any = None  # [B, H, Nq], dense
+    o: Operand | None = None  # [B, H, Nq, VALUE_WIDTH], head_scale included
+    do: Operand | None = None  # like o: G / head_scale of the equations
+    dq: Operand | None = None  # like q, the result of (5)
+    ddq: Operand | None = None  # like q: A
+    ddk: Operand | None = None  # like k: B
+    ddv: Operand | None = None  # like v: C
+    ddmask: Operand | None = None  # like mask, additive: A_M
+
+
+class Static(NamedTuple):
+    """What is known when a kernel is compiled."""
+
+    WIDTH: int  # d
+    WIDTHS: tuple[int, ...]  # of the split tile that holds it
+    VALUE_WIDTH: int
+    VALUE_WIDTHS: tuple[int, ...]
+    GROUP: int  # query heads per key head
+    ACC: tl.dtype  # of accumulators and statistics
+    INDEX: tl.dtype  # of row and key numbers: int64 where an offset inside a head needs it
+    PRECISION: str  # of tl.dot
+    IS_CAUSAL: bool
+    HAS_X: bool  # a cotangent feeds X of (6)
+
+
+def operand(x: Tensor | None) -> Operand | None:
+    """A tensor with its strides; axes of size 1 get stride 0, so that masks broadcast."""
+    if x is None:
+        return None
+    data = x.view(torch.uint8) if x.dtype == torch.bool else x
+    return Operand(data, *(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)))
+
+
+def problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    head_scale: Tensor | None,
+    lse: Tensor | None = None,
+    **more: Tensor | None,
+) -> tuple[Problem, Static]:
+    """The arguments of a kernel, checked.
+
+    Raises:
+        NotImplementedError: a dtype, layout or head width without a kernel.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_operand(name, x)
+        if x.shape[-1] > MAX_WIDTH:
+            raise NotImplementedError(
+                f"{name}: Triton attention takes head widths up to {MAX_WIDTH}, not {x.shape[-1]}"
+            )
+    scale = None
+    if head_scale is not None:
+        full = head_scale.expand(q.shape[:2])
+        scale = HeadScale(full, *full.stride())
+    tensors = [x for x in (q, k, v, mask, *more.values()) if x is not None]
+    reach = max(
+        sum((n - 1) * abs(s) for n, s in zip(x.shape[2:], x.stride()[2:], strict=True))
+        for x in tensors
+    )
+    static = Static(
+        WIDTH=q.shape[-1],
+        WIDTHS=split_width(q.shape[-1]),
+        VALUE_WIDTH=v.shape[-1],
+        VALUE_WIDTHS=split_width(v.shape[-1]),
+        GROUP=q.shape[1] // k.shape[1],
+        ACC=accumulator(q.dtype),
+        INDEX=tl.int32 if reach < 2**30 else tl.int64,
+        PRECISION=precision(q),
+        IS_CAUSAL=is_causal,
+        HAS_X=any(more.get(name) is not None for name in ("ddq", "ddk", "ddmask")),
+    )
+    read = {name: operand(x) for name, x in {"q": q, "k": k, "v": v, "mask": mask, **more}.items()}
+    sizes = {"H": q.shape[1], "Nq": q.shape[2], "Nk": k.shape[2]}
+    return Problem(head_scale=scale, lse=lse, **sizes, **read), static  # pyright: ignore[reportArgumentType]
+
+
+def empty_heads(like: Tensor) -> Tensor:
+    """Uninitialised, shaped like ``like`` [B, H, N, .] and laid out as ``[B, N, H, .]``, what a projection reads."""
+    B, H, N, width = like.shape
+    return allocate((B, N, H, width), like.dtype, like).transpose(1, 2)
+
+
+def empty_statistic(q: Tensor) -> Tensor:
+    """Uninitialised ``[B, H, Nq]``, dense, in the accumulator's dtype."""
+    return allocate(tuple(q.shape[:3]), torch.promote_types(q.dtype, torch.float32), q)
+
+
+@triton.jit
+def log2e(ACC: tl.constexpr):
+    """log2(e), exact in the accumulator's dtype."""
+    return tl.full([], 1.4426950408889634, ACC)
+
+
+@triton.jit
+def as_number(x, ACC: tl.constexpr):
+    """A float64 scalar argument in the accumulator's dtype (interpreted, it is a Python number)."""
+    if INTERPRETED:
+        return tl.full([], x, ACC)
+    else:
+        return x.to(ACC)
+
+
+@triton.jit
+def program_tile(tiles, heads):
+    """(sample, head, tile) of this program; tiles of a head are neighbours, so they share the L2 cache."""
+    program = tl.program_id(0).to(tl.int64)
+    return program // tiles // heads, program // tiles % heads, program % tiles
+
+
+@triton.jit
+def indices(tile, BLOCK: tl.constexpr, S: tl.constexpr):
+    """The rows (or keys) of a tile."""
+    return (tile * BLOCK + tl.arange(0, BLOCK)).to(S.INDEX)
+
+
+@triton.jit
+def head_of(x, b, h):
+    """Where head ``h`` of sample ``b`` begins."""
+    return x.ptr + b * x.sample + h * x.head
+
+
+@triton.jit
+def load_rows(x, b, h, rows, n, WIDTH: tl.constexpr, WIDTHS: tl.constexpr):
+    """Rows of one head as a split tile, zero from row ``n`` on; None of None."""
+    if x is None:
+        return None
+    else:
+        return load_split(head_of(x, b, h), x.row, x.col, rows, rows < n, WIDTH, WIDTHS)
+
+
+@triton.jit
+def store_rows(x, b, h, rows, n, tile, WIDTH: tl.constexpr, WIDTHS: tl.constexpr):
+    """The inverse of ``load_rows``."""
+    store_split(head_of(x, b, h), x.row, x.col, rows, rows < n, tile, WIDTH, WIDTHS)
+
+
+@triton.jit
+def load_statistic(ptr, P, b, h, rows, other):
+    """[rows] of a dense [B, H, Nq]; ``other`` beyond its end."""
+    return tl.load(ptr + (b * P.H + h) * P.Nq + rows, mask=rows < P.Nq, other=other)
+
+
+@triton.jit
+def store_statistic(ptr, P, b, h, rows, value):
+    """The inverse of ``load_statistic``."""
+    tl.store(ptr + (b * P.H + h) * P.Nq + rows, value, mask=rows < P.Nq)
+
+
+@triton.jit
+def head_factor(P, b, h, S: tl.constexpr):
+    """This head's factor, 1 without ``head_scale``."""
+    if P.head_scale is None:
+        return 1.0
+    else:
+        at = b * P.head_scale.sample + h * P.head_scale.head
+        return tl.load(P.head_scale.ptr + at).to(S.ACC)
+
+
+@triton.jit
+def product_nt(x, y, S: tl.constexpr):
+    """x yᵀ of two split tiles."""
+    return dot_nt(x, y, tl.zeros([x[0].shape[0], y[0].shape[0]], S.ACC), S.PRECISION)
+
+
+@triton.jit
+def mask_tile(mask, b, h, i, j, inside):
+    """Elements (i, j) of a mask, zero outside."""
+    return tl.load(head_of(mask, b, h) + i * mask.row + j * mask.col, mask=inside, other=0)
+
+
+@triton.jit
+def scores(x, y, P, b, h, i, j, scale, S: tl.constexpr):
+    """(1): (s x yᵀ + M) log2(e), minus infinity where a query may not look or no pair (i, j) exists.
+
+    ``x, y`` are the split tiles of q and k, or of k and q for a transposed tile.
+    """
+    s = product_nt(x, y, S) * (scale * log2e(S.ACC))
+    inside = (i < P.Nq) & (j < P.Nk)
+    if P.mask is not None:
+        tile = mask_tile(P.mask, b, h, i, j, inside)
+        if P.mask.ptr.dtype.element_ty == tl.uint8:
+            inside = inside & (tile != 0)
+        else:
+            s += tile.to(S.ACC) * log2e(S.ACC)
+    if S.IS_CAUSAL:
+        inside = inside & (j <= i)
+    return tl.where(inside, s, float("-inf"))
+
+
+@triton.jit
+def probabilities(x, y, lse, P, b, h, i, j, scale, S: tl.constexpr):
+    """(1): exp(S − LSE); zero wherever S is minus infinity or ``lse``, broadcast, plus infinity."""
+    return tl.exp2(scores(x, y, P, b, h, i, j, scale, S) - lse * log2e(S.ACC))
+
+
+@triton.jit
+def score_cotangent(ddq, k, q, ddk, P, b, h, i, j, scale, S: tl.constexpr):
+    """(6): X = s (A Kᵀ + Q Bᵀ) + A_M; an absent cotangent costs nothing."""
+    x = tl.zeros([q[0].shape[0], k[0].shape[0]], S.ACC)
+    if ddq is not None:
+        x = dot_nt(ddq, k, x, S.PRECISION)
+    if ddk is not None:
+        x = dot_nt(q, ddk, x, S.PRECISION)
+    return _with_mask_cotangent(x * scale, P, b, h, i, j, S)
+
+
+@triton.jit
+def score_cotangent_transposed(ddq, k, q, ddk, P, b, h, i, j, scale, S: tl.constexpr):
+    """(6) transposed: Xᵀ, keys by queries."""
+    x = tl.zeros([k[0].shape[0], q[0].shape[0]], S.ACC)
+    if ddq is not None:
+        x = dot_nt(k, ddq, x, S.PRECISION)
+    if ddk is not None:
+        x = dot_nt(ddk, q, x, S.PRECISION)
+    return _with_mask_cotangent(x * scale, P, b, h, i, j, S)
+
+
+@triton.jit
+def _with_mask_cotangent(x, P, b, h, i, j, S: tl.constexpr):
+    if P.ddmask is not None:
+        x += mask_tile(P.ddmask, b, h, i, j, (i < P.Nq) & (j < P.Nk)).to(S.ACC)
+    return x
+
+
+@triton.jit
+def last_key(tile, P, BLOCK_M: tl.constexpr, S: tl.constexpr):
+    """One past the last key that the rows of a tile may see."""
+    if S.IS_CAUSAL:
+        return tl.minimum(P.Nk, (tile + 1) * BLOCK_M)
+    else:
+        return P.Nk
+
+
+@triton.jit
+def first_row_tile(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, S: tl.constexpr):
+    """The first row tile that may see a key of key tile ``tile``."""
+    if S.IS_CAUSAL:
+        return tile * BLOCK_N // BLOCK_M
+    else:
+        return tile * 0
