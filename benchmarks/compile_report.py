@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import triton
+
 from diversevit_kernels.triton.configurations import INTERPRETED
 
 from . import workloads

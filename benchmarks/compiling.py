@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 import triton
-from diversevit_kernels.triton import configurations, launch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from diversevit_kernels.triton import configurations, launch
 
 from .chips import CHIPS
 from .machine_code import Code, read_amdgcn, read_cubin
@@ -82,25 +84,32 @@ def record(
     workloads: list[Workload],
     find: Callable[[str, str], Callable[..., Any]] = host_function,
 ) -> tuple[list[Compilation], list[str]]:
-    """Distinct compilations that the workloads need on ``architecture``, and what went wrong."""
+    """Distinct compilations that the workloads need on ``architecture``, and a line per thing that went wrong."""
     found: dict[str, Compilation] = {}
-    wrong: list[str] = []
+    wrong: dict[str, list[Workload]] = {}
     for workload in workloads:
         try:
             with configurations.pretend(architecture), launch.recording(run=False) as launches:
                 workload.call(find(workload.stage, workload.rung))
             prepared = [_prepare(architecture, one) for one in launches]
         except (ModuleNotFoundError, AttributeError) as error:
-            wrong.append(f"{architecture} {workload}: missing: {error}")
+            wrong.setdefault(f"missing: {error}", []).append(workload)
             continue
         except Exception as error:
-            wrong.append(f"{architecture} {workload}: {type(error).__name__}: {_first_line(error)}")
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            wrong.setdefault(reason, []).append(workload)
             continue
         if not launches:
-            wrong.append(f"{architecture} {workload}: launches nothing")
+            wrong.setdefault("launches nothing", []).append(workload)
         for key, compilation in prepared:
             found.setdefault(key, compilation).workloads.append(workload)
-    return list(found.values()), wrong
+    lines = [f"{architecture} {_several(some)}: {reason}" for reason, some in wrong.items()]
+    return list(found.values()), lines
+
+
+def _several(workloads: list[Workload]) -> str:
+    more = len(workloads) - 1
+    return f"{workloads[0]}{f' and {more} more calls' if more else ''}"
 
 
 def _first_line(error: BaseException) -> str:
@@ -116,7 +125,7 @@ def target_of(architecture: str) -> GPUTarget:
 def _prepare(architecture: str, one: launch.Launch) -> tuple[str, Compilation]:
     """A launch as Triton's just-in-time path sees it, and what tells its binary from others."""
     backend = make_backend(target_of(architecture))
-    like = next(x for x in one.args if isinstance(x, torch.Tensor))
+    like = next(_tensors(one.args))
     with configurations.pretend(architecture):
         options = configurations.options(like)
     keywords = {
@@ -137,13 +146,21 @@ def _prepare(architecture: str, one: launch.Launch) -> tuple[str, Compilation]:
     return f"{one.name} {source.hash()} {parsed.hash()}", made
 
 
+def _tensors(args: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a launch, those inside its tuples too."""
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, tuple):
+            yield from _tensors(x)
+
+
 @contextlib.contextmanager
 def fresh_compilers() -> Iterator[None]:
     """Inside the block nothing is read from Triton's cache, and what it writes is thrown away.
 
     What it writes is kept where the user set ``TRITON_CACHE_DIR``.
     """
-    knobs = triton.knobs
     with contextlib.ExitStack() as stack:
         if "TRITON_CACHE_DIR" not in os.environ:
             stack.enter_context(knobs.cache.scope())

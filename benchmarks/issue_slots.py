@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from diversevit_kernels.triton import configurations, launch
 
 from .compiling import Workload, compile_one, fresh_compilers, record

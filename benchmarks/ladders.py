@@ -53,7 +53,7 @@ _KIND = {"granularity": "token", "reduction": "all", "eps": 1e-12, "dcosines": N
 
 STAGES: dict[str, Stage] = {
     "attention": Stage(
-        inputs={x: (1, 1, "N", WIDTH) for x in "qkv"},
+        inputs=dict.fromkeys("qkv", (1, 1, "N", WIDTH)),
         constants={
             **{"mask": None, "ddmask": None, "head_scale": None, "ddhead_scale": None},
             **{"is_causal": False, "scale": WIDTH**-0.5, "mask_grad": False},

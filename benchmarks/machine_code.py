@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import networkx as nx
-import triton
+from triton import knobs
 
 _FLOAT = r"(pk_)?(fma|fmac|fmaak|fmamk|mac|add|sub|subrev|mul|mad)_(mix\w*_)?(legacy_)?f(16|32|64)"
 CATEGORIES = {
@@ -214,8 +214,8 @@ def read_cubin(cubin: bytes, name: str, ptxas_log: str = "") -> Code:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        usage = _tool(triton.knobs.nvidia.cuobjdump, "--dump-resource-usage", str(path))
-        program = _sass(_tool(triton.knobs.nvidia.nvdisasm, "-c", str(path)), name)
+        usage = _tool(knobs.nvidia.cuobjdump, "--dump-resource-usage", str(path))
+        program = _sass(_tool(knobs.nvidia.nvdisasm, "-c", str(path)), name)
     found = re.search(rf"Function {re.escape(name)}:\s+REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise ValueError(f"{name}: not in what cuobjdump printed")

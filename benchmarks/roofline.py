@@ -62,6 +62,7 @@ class Order:
 def count(stage: str, tokens: int, architecture: str) -> dict[str, Order]:
     """Run the stage's rungs under the interpreter with ``architecture``'s launch configurations."""
     import torch
+
     from diversevit_kernels.triton import configurations, launch
 
     from .ladders import STAGES, climb
@@ -291,7 +292,12 @@ def main() -> int:
     print(
         f"\npredicted us: of {BATCH} samples ({HEADS} heads for attention); a prediction, not timed"
     )
-    result: dict[str, Any] = {"batch": BATCH, "heads": HEADS, "peaks": PEAKS, "results": results}
+    result: dict[str, Any] = {
+        "batch": BATCH,
+        "heads": HEADS,
+        "peaks": {n: p._asdict() for n, p in PEAKS.items()},
+        "results": results,
+    }
     if not options.no_issue_slots and present:
         slots = issue_slots(present, options.tokens, options.chips)
         print(issue_table(slots))

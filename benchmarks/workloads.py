@@ -62,7 +62,8 @@ def _by_token(B: int, H: int, N: int, d: int, dtype: torch.dtype) -> Tensor:
 
 def _attention(dtype: torch.dtype, d: int, quick: bool) -> _Cases:
     for n in (_SHORT, _LONG):
-        yield from _attention_case(f"plain N={n}", *_projected(_B, n, d, dtype))
+        q, k, v = _projected(_B, n, d, dtype)
+        yield from _attention_case(f"plain N={n}", q, k, v)
     q, k, v = (_empty(_B, _H, _LONG, d, dtype=dtype) for _ in range(3))
     yield from _attention_case(f"dense N={_LONG}", q, k, v)
     if d != 64:
@@ -83,7 +84,8 @@ def _attention(dtype: torch.dtype, d: int, quick: bool) -> _Cases:
         yield from _attention_case(f"4 key heads N={n}", q, k, v)
         q, k, v = _projected(_B, n, d, dtype)
         yield from _attention_case(f"class token N={n}", q[:, :, :1], k, v)
-        yield from _attention_case(f"one sample N={n}", *_projected(1, n, d, dtype))
+        one = _projected(1, n, d, dtype)
+        yield from _attention_case(f"one sample N={n}", one[0], one[1], one[2])
         for given in ((True, False, False), (False, True, False), (False, False, True)):
             name = f"only {('ddq', 'ddk', 'ddv')[given.index(True)]} N={n}"
             every = _attention_case(name, q, k, v, given=given)

@@ -87,6 +87,7 @@ def attention_double_backward(
     o: Tensor,
     lse: Tensor,
     do: Tensor,
+    dq: Tensor,
     ddq: Tensor | None,
     ddk: Tensor | None,
     ddv: Tensor | None,

@@ -173,7 +173,7 @@ def rungs(kernels, case, tensors):
     ddmask = like(mask) if additive else None
     first = kernels.attention_backward(q, k, v, mask, o, lse, do, causal, 0.4, additive)
     second = kernels.attention_double_backward(
-        q, k, v, mask, o, lse, do, ddq, ddk, ddv, ddmask, causal, 0.4, additive
+        q, k, v, mask, o, lse, do, first[0], ddq, ddk, ddv, ddmask, causal, 0.4, additive
     )
     return [x for x in (o, lse, *first, *second) if x is not None]
 
@@ -267,14 +267,14 @@ class Sabotaged:
         dq, dk, dv, dmask = cpu.attention_backward(q, k, v, mask, o, lse, do, *rest)
         return dq, dk * 0.4 if self.mistake == "dk scaled twice" else dk, dv, dmask
 
-    def attention_double_backward(self, q, k, v, mask, o, lse, do, ddq, ddk, ddv, *rest):
+    def attention_double_backward(self, q, k, v, mask, o, lse, do, dq, ddq, ddk, ddv, *rest):
         if self.mistake == "dropped cotangent of dv":
             ddv = None
         if self.mistake == "dropped cotangent of dk":
             ddk = None
         if self.mistake == "stale statistics":
             lse = lse + 1e-2
-        return cpu.attention_double_backward(q, k, v, mask, o, lse, do, ddq, ddk, ddv, *rest)
+        return cpu.attention_double_backward(q, k, v, mask, o, lse, do, dq, ddq, ddk, ddv, *rest)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,7 @@ def test_contracts(kind):
     torch.library.opcheck(ops.attention_operator, (q, k, v, mask, causal, 0.5))
     torch.library.opcheck(ops.attention_backward_operator, (*shared, causal, 0.5, additive))
     plain = [x if x is None else x.detach() for x in shared]
-    dd = [q.detach(), None, v.detach(), mask if additive else None]
+    dd = [q.detach(), q.detach(), None, v.detach(), mask if additive else None]
     torch.library.opcheck(
         ops.attention_double_backward_operator, (*plain, *dd, causal, 0.5, additive)
     )

@@ -2,7 +2,8 @@
 
 Saved for the backward passes: q, k, v, mask, o, lse and the cotangent; nothing of size Nq x Nk unless
 the mask itself is. ``o`` and ``lse`` are constants of a rung: the formulas account for both, so their
-gradients are None. Equations (1)-(9) of ``kernels/README.md``.
+gradients are None. d1's ``dq`` is kept for d2, a constant as well: with it a GPU's row program needs one
+loop over keys. Equations (1)-(9) of ``kernels/README.md``.
 """
 
 import math
@@ -195,6 +196,7 @@ def attention_double_backward_operator(
     o: Tensor,
     lse: Tensor,
     do: Tensor,
+    dq: Tensor,
     ddq: Tensor | None,
     ddk: Tensor | None,
     ddv: Tensor | None,
@@ -204,7 +206,7 @@ def attention_double_backward_operator(
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """d2, (6)-(9): ``gq, gk, gv, gdo`` and ``gmask`` (no elements unless ``mask_grad``)."""
-    tensors = (q, k, v, mask, o, lse, do, ddq, ddk, ddv, ddmask)
+    tensors = (q, k, v, mask, o, lse, do, dq, ddq, ddk, ddv, ddmask)
     *grads, gmask = launch("attention", "double_backward", *tensors, is_causal, scale, mask_grad)
     return *grads, q.new_empty(0) if gmask is None else gmask
 
@@ -227,7 +229,7 @@ def _(q, k, v, mask, o, lse, do, is_causal, scale, mask_grad):
 
 
 @attention_double_backward_operator.register_fake
-def _(q, k, v, mask, o, lse, do, ddq, ddk, ddv, ddmask, is_causal, scale, mask_grad):
+def _(q, k, v, mask, o, lse, do, dq, ddq, ddk, ddv, ddmask, is_causal, scale, mask_grad):
     grads = (_heads_like(x, x.shape[-1]) for x in (q, k, v, do))
     return *grads, mask.new_empty(mask.shape) if mask_grad else q.new_empty(0)
 
@@ -249,7 +251,7 @@ def _d0_derivative(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
 
 def _save_d1(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.is_causal, ctx.scale, ctx.mask_grad = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, output[0])
     ctx.set_materialize_grads(False)
 
 

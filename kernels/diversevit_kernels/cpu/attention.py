@@ -205,6 +205,7 @@ def attention_double_backward(
     o: Tensor,
     lse: Tensor,
     do: Tensor,
+    dq: Tensor,
     ddq: Tensor | None,
     ddk: Tensor | None,
     ddv: Tensor | None,
@@ -215,7 +216,7 @@ def attention_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(6)-(9): ``gq``, ``gk``, ``gv``, ``gdo``, and ``gmask`` if ``mask_grad``.
 
-    An absent cotangent costs nothing: its products and their buffers are left out.
+    An absent cotangent costs nothing: its products and their buffers are left out. ``dq`` is not read.
     """
     load = _Loader(q)
     gq, gk, gv, gdo = (empty_heads(x, x.shape[-1]) for x in (q, k, v, do))
