@@ -154,19 +154,16 @@ def chosen_workloads(
     ]
 
 
-def report(
-    asked: dict[str, list[Workload]], jobs: int, **options: Any
-) -> tuple[list[Row], list[str]]:
+def report(asked: dict[str, list[Workload]], jobs: int) -> tuple[list[Row], list[str]]:
     """Record, compile, read and judge. Returns the rows, sorted, and one line per failure.
 
     Args:
         asked: workloads by architecture.
-        options: ``find`` of ``compiling.record``.
     """
     compilations: list[Compilation] = []
     failures: list[str] = []
     for architecture, some in asked.items():
-        found, wrong = record(architecture, some, **options)
+        found, wrong = record(architecture, some)
         compilations += found
         failures += wrong
     rows = []

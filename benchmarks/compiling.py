@@ -79,18 +79,14 @@ def host_function(stage: str, rung: str) -> Callable[..., Any]:
     return getattr(module, f"{stage}_{rung}")
 
 
-def record(
-    architecture: str,
-    workloads: list[Workload],
-    find: Callable[[str, str], Callable[..., Any]] = host_function,
-) -> tuple[list[Compilation], list[str]]:
+def record(architecture: str, workloads: list[Workload]) -> tuple[list[Compilation], list[str]]:
     """Distinct compilations that the workloads need on ``architecture``, and a line per thing that went wrong."""
     found: dict[str, Compilation] = {}
     wrong: dict[str, list[Workload]] = {}
     for workload in workloads:
         try:
             with configurations.pretend(architecture), launch.recording(run=False) as launches:
-                workload.call(find(workload.stage, workload.rung))
+                workload.call(host_function(workload.stage, workload.rung))
             prepared = [_prepare(architecture, one) for one in launches]
         except (ModuleNotFoundError, AttributeError) as error:
             wrong.setdefault(f"missing: {error}", []).append(workload)

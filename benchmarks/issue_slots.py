@@ -1,7 +1,8 @@
 """How many cycles the inner loop of each compiled kernel must take, by execution pipe.
 
-Not a measurement: instructions of one pass of an innermost loop (``machine_code``) over what a multiprocessor
-starts per cycle. The largest pipe is a lower bound on a pass; latencies and bank conflicts are not seen.
+Not a measurement: instructions of one pass of an innermost loop (of the whole kernel, where it has none;
+``machine_code`` reads them) over what a multiprocessor starts per cycle. The largest pipe is a lower bound
+on a pass; latencies and bank conflicts are not seen.
 
 ``python -m benchmarks.issue_slots`` prints JSON; it compiles, so Triton's interpreter must be off.
 """
@@ -94,7 +95,7 @@ def measure(stages: Sequence[str], tokens: Sequence[int], architectures: Sequenc
                 binary = compile_one(compilation)
                 loops = [
                     {k: v if v is None else round(v, 1) for k, v in row.items()}
-                    for loop in binary.code.innermost
+                    for loop in binary.code.innermost or [Loop(0, True, binary.code.opcodes)]
                     for row in [cycles(loop, binary.warps, PIPES[architecture])]
                 ]
                 rows += [
@@ -102,6 +103,7 @@ def measure(stages: Sequence[str], tokens: Sequence[int], architectures: Sequenc
                         **{"stage": w.stage, "rung": w.rung, "case": w.case},
                         **{"architecture": architecture, "kernel": compilation.launch.name},
                         **{"warps": binary.warps, "loops": loops},
+                        "straight": not binary.code.innermost,
                     }
                     for w in compilation.workloads
                 ]

@@ -124,7 +124,7 @@ class _Instruction:
     calls: bool = False  # ``target``, and comes back
 
 
-class _Program:
+class Program:
     """Instructions and labels in order, as a graph."""
 
     def __init__(self) -> None:
@@ -177,8 +177,9 @@ _LABEL = re.compile(r"([.$\w]+):\s*$")
 _SYMBOL = re.compile(r"`\(([^)]+)\)")
 
 
-def _sass(text: str, name: str) -> _Program:
-    program, inside = _Program(), False
+def sass_program(text: str, name: str) -> Program:
+    """Kernel ``name`` of what ``nvdisasm -c`` printed."""
+    program, inside = Program(), False
     for line in text.splitlines():
         if section := re.match(r"//-+ \.(\S+)", line):
             inside = section[1] == f"text.{name}"
@@ -215,7 +216,7 @@ def read_cubin(cubin: bytes, name: str, ptxas_log: str = "") -> Code:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         usage = _tool(knobs.nvidia.cuobjdump, "--dump-resource-usage", str(path))
-        program = _sass(_tool(knobs.nvidia.nvdisasm, "-c", str(path)), name)
+        program = sass_program(_tool(knobs.nvidia.nvdisasm, "-c", str(path)), name)
     found = re.search(rf"Function {re.escape(name)}:\s+REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise ValueError(f"{name}: not in what cuobjdump printed")
@@ -231,7 +232,7 @@ _AMD_LABEL = re.compile(r"([.$\w]+):")
 
 def read_amdgcn(text: str, name: str) -> Code:
     """A kernel compiled for AMD, from its assembly."""
-    program, inside = _Program(), False
+    program, inside = Program(), False
     for line in text.splitlines():
         if label := _AMD_LABEL.match(line):
             inside = (inside or label[1] == name) and not label[1].startswith(".Lfunc_end")

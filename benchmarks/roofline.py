@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 ORDERS = ("d0", "d1", "d2")
@@ -150,7 +150,7 @@ def verdicts(results: Sequence[dict[str, Any]]) -> list[str]:
     if not any(row["tokens"] == JUDGED_TOKENS for row in rows):
         wrong.append(f"attention at {JUDGED_TOKENS} tokens was not counted: nothing to judge")
     for row in rows:
-        where = f"attention N={row['tokens']} {row['architecture']}"
+        where = f"attention N={row['tokens']} {row['chips'][0]}"
         d2 = row["orders"]["d2"]
         ratios = {name: d2[name] / d2["compulsory"] for name in ("unique", "requested")}
         judged = row["tokens"] == JUDGED_TOKENS
@@ -167,42 +167,61 @@ def verdicts(results: Sequence[dict[str, Any]]) -> list[str]:
     return wrong
 
 
+def configured(stage: str, tokens: int, architecture: str) -> tuple[Any, ...]:
+    """What ``architecture`` launches, and with which tiles: chips that agree are counted once."""
+    import torch
+
+    from diversevit_kernels.triton import configurations, launch
+
+    from .ladders import STAGES, climb
+
+    values = STAGES[stage].values(tokens, torch.bfloat16, "meta")
+    with configurations.pretend(architecture), launch.recording(run=False) as launches:
+        climb(stage, values, lambda _, run: run())
+    return tuple((one.name, one.grid, one.configuration.tiles) for one in launches)
+
+
 def measure(
     stages: Sequence[str], tokens: Sequence[int], chips: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A result per stage, token count and chip architecture."""
-    from dataclasses import asdict
-
+    """A result per stage, token count and distinct launch configurations of the chips."""
     results = []
     for stage in stages:
+        scale = BATCH * (HEADS if stage == "attention" else 1)
         for n in tokens:
-            eager = count_eager(stage, n)
+            alike: dict[tuple[Any, ...], list[str]] = {}
             for chip in chips:
-                peak = PEAKS[chip]
-                orders = count(stage, n, peak.architecture)
-                scale = BATCH * (HEADS if stage == "attention" else 1)
+                alike.setdefault(configured(stage, n, PEAKS[chip].architecture), []).append(chip)
+            for same in alike.values():
+                orders = count(stage, n, PEAKS[same[0]].architecture)
+                predicted = {
+                    chip: {
+                        order: round(1e6 * bound(one.kernels, PEAKS[chip], scale), 2)
+                        for order, one in orders.items()
+                    }
+                    for chip in same
+                }
                 results.append(
                     {
-                        **{"stage": stage, "tokens": n, "chip": chip},
-                        **{"architecture": peak.architecture, "eager": eager},
-                        "orders": {order: asdict(counted) for order, counted in orders.items()},
-                        "predicted_us": {
-                            order: round(1e6 * bound(counted.kernels, peak, scale), 2)
-                            for order, counted in orders.items()
-                        },
+                        **{"stage": stage, "tokens": n, "chips": same},
+                        "orders": {order: asdict(one) for order, one in orders.items()},
+                        **{"eager": count_eager(stage, n), "predicted_us": predicted},
                     }
                 )
     return results
 
 
-def table(results: Sequence[dict[str, Any]], details: bool = True) -> str:
-    """The text table: an order per line, its kernels below it, eager beside it."""
-    head = ("", "MFLOP", "useful", "req KiB", "uniq KiB", "comp KiB")
-    head += ("req/comp", "uniq/comp", "FLOP/B", "eager/uniq", "predicted us")
+HEADINGS = ("MFLOP", "useful", "req KiB", "uniq KiB", "comp KiB", "req/comp", "uniq/comp")
+HEADINGS += ("FLOP/B", "eager/uniq")
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The text table: an order per line, its kernels below it, eager and predictions beside it."""
     lines = []
     for row in results:
-        lines += ["", f"{row['stage']} N={row['tokens']}, {row['chip']} ({row['architecture']})"]
-        lines.append(f"{head[0]:42}" + "".join(f"{h:>13}" for h in head[1:]))
+        lines += ["", f"{row['stage']} N={row['tokens']}, tiles of {', '.join(row['chips'])}"]
+        headings = [*HEADINGS, *(f"{chip.split()[0]} us" for chip in row["chips"])]
+        lines.append(_line("", headings))
         for order in ORDERS:
             one = row["orders"][order]
             cells = [
@@ -212,20 +231,24 @@ def table(results: Sequence[dict[str, Any]], details: bool = True) -> str:
                 f"{one['unique'] / one['compulsory']:.2f}",
                 f"{one['dot_flops'] / one['unique']:.1f}",
                 f"{row['eager'][order] / one['unique']:.1f}",
-                f"{row['predicted_us'][order]:.1f}",
+                *(f"{row['predicted_us'][chip][order]:.1f}" for chip in row["chips"]),
             ]
-            lines.append(f"{order:42}" + "".join(f"{c:>13}" for c in cells))
-            for kernel in one["kernels"] if details else ():
+            lines.append(_line(order, cells))
+            for kernel in one["kernels"]:
                 intensity = f"{kernel['dot_flops'] / max(1, kernel['unique']):.1f}"
-                cells = [*_amounts(kernel), "", "", "", intensity]
-                lines.append(f"  {kernel['name']:40}" + "".join(f"{c:>13}" for c in cells))
-            if one["torch_operators"]:
                 lines.append(
-                    f"  {'operators of PyTorch, KiB':40}{one['torch_operators'] / 1024:13.1f}"
+                    _line(f"  {kernel['name']}", [*_amounts(kernel), "", "", "", intensity])
                 )
+            if one["torch_operators"]:
+                moved = f"{one['torch_operators'] / 1024:.1f}"
+                lines.append(_line("  operators of PyTorch", ["", "", moved, moved]))
         ours = sum(row["orders"][order]["unique"] for order in ORDERS)
         lines.append(f"d0+d1+d2: eager moves {sum(row['eager'].values()) / ours:.1f}x ours")
     return "\n".join(lines)
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return f"{name:40}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def _amounts(x: dict[str, Any]) -> list[str]:
@@ -254,13 +277,14 @@ def issue_slots(stages: Sequence[str], tokens: Sequence[int], chips: Sequence[st
 def issue_table(slots: Any) -> str:
     """Cycles that one pass of each innermost loop takes at least, and which pipe says so."""
     lines = ["", "cycles per pass of each innermost loop, one program alone on a multiprocessor"]
-    lines.append(f"{'':58}{'tensor':>9}{'fma':>9}{'mufu':>9}{'lsu':>9}{'issue':>9}  bound by")
+    lines.append(f"{'':66}{'tensor':>9}{'fma':>9}{'mufu':>9}{'lsu':>9}{'issue':>9}  bound by")
     for row in slots["rows"]:
         for loop in row["loops"]:
             known = {pipe: n for pipe, n in loop.items() if n is not None}
             cells = "".join(f"{'?' if n is None else f'{n:.0f}':>9}" for n in loop.values())
             name = f"{row['architecture']} {row['case']} {row['kernel']}"
-            lines.append(f"{name:58}{cells}  {max(known, key=lambda pipe: known[pipe])}")
+            name += " (no loop)" if row["straight"] else ""
+            lines.append(f"{name:66}{cells}  {max(known, key=lambda pipe: known[pipe])}")
     return "\n".join(lines)
 
 

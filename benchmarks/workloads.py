@@ -111,8 +111,9 @@ def _attention_case(
 ) -> _Cases:
     """The three rungs; ``given`` says which of ddq, ddk, ddv exist."""
     dq, dk, dv = (_by_token(*x.shape, dtype=q.dtype) for x in (q, k, v))
-    o = do = _by_token(*q.shape[:3], v.shape[-1], dtype=q.dtype)
-    lse = _empty(*q.shape[:3], dtype=torch.float32)
+    B, H, n, _ = q.shape
+    o = do = _by_token(B, H, n, v.shape[-1], q.dtype)
+    lse = _empty(B, H, n, dtype=torch.float32)
     dd = [x if one else None for x, one in zip((dq, dk, dv), given, strict=True)]
     ddmask = mask if mask_grad else None
     options: dict[str, Any] = {"is_causal": is_causal, "scale": q.shape[-1] ** -0.5}

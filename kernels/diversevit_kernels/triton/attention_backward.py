@@ -2,7 +2,8 @@
 
 Traffic  a row tile reads its q, do once and all k, v of its head; a column tile its k, v once and all q, do.
          Outputs are written once. With few queries one program does both and reads everything once.
-D        is summed from P ∘ dP where a tile holds whole rows (Nk up to 256), else comes from ``attention_delta``.
+D        is summed from P ∘ dP where a tile holds whole rows, else is rowsum(do ∘ o); row programs write it for
+         the column programs.
 Source   FlashAttention-2 (arXiv 2307.08691), with the head's factor on dP instead of on do.
 """
 
@@ -10,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_delta import attention_delta
 from .attention_mask_gradient import mask_gradient
 from .attention_tiles import (
     FEW_QUERIES,
@@ -28,6 +28,7 @@ from .attention_tiles import (
     problem,
     product_nt,
     program_tile,
+    row_delta,
     store_rows,
     store_statistic,
 )
@@ -40,7 +41,7 @@ from .tiles import add_dot, scale_split, zeros_split
 def _rows_kernel(
     P,  # Problem
     dq,  # Operand like q
-    delta_ptr,  # [B, H, Nq], dense: D, written if WHOLE, else read
+    delta_ptr,  # [B, H, Nq], dense: D, written
     scale: tl.float64,
     S: tl.constexpr,  # Static
     WHOLE: tl.constexpr,  # BLOCK_N holds all keys
@@ -66,7 +67,7 @@ def _rows_kernel(
         store_statistic(delta_ptr, P, b, h, rows, delta)
         sums = add_dot(sums, p * (dp - delta[:, None]), k, S.PRECISION)
     else:
-        delta = load_statistic(delta_ptr, P, b, h, rows, 0.0)[:, None]
+        delta = row_delta(P, delta_ptr, do, b, h, rows, S)[:, None]
         for start in range(0, last_key(tile, P, BLOCK_M, S), BLOCK_N):
             cols = (start + tl.arange(0, BLOCK_N)).to(S.INDEX)
             k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
@@ -124,7 +125,7 @@ def _few_kernel(
     dq,  # Operand like q
     dk,  # Operand like k
     dv,  # Operand like v
-    delta_ptr,  # [B, H, Nq], dense: D, read
+    delta_ptr,  # [B, H, Nq], dense: D, written
     scale: tl.float64,
     S: tl.constexpr,  # Static
     BLOCK_M: tl.constexpr,
@@ -137,7 +138,7 @@ def _few_kernel(
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[:, None]
-    delta = load_statistic(delta_ptr, P, b, h, rows, 0.0)[:, None]
+    delta = row_delta(P, delta_ptr, do, b, h, rows, S)[:, None]
     factor = head_factor(P, b, h, S)
     sums = zeros_split(BLOCK_M, S.WIDTHS, S.ACC)
     for start in range(0, P.Nk, BLOCK_N):
@@ -174,11 +175,11 @@ def attention_backward(
     ``o`` includes ``head_scale``, ``do`` is its cotangent.
     """
     (B, H, Nq, _), Nk = q.shape, k.shape[2]
-    reads, static = problem(q, k, v, mask, is_causal, head_scale, lse, do=do)
+    reads, static = problem(q, k, v, mask, is_causal, head_scale, lse, o=o, do=do)
     width = max(static.WIDTH, static.VALUE_WIDTH)
     dq, dk, dv = map(empty_heads, (q, k, v))
+    delta = empty_statistic(q)
     if Nq <= FEW_QUERIES and static.GROUP == 1:
-        delta, _ = attention_delta(o, do)
         results = operand(dq), operand(dk), operand(dv), delta
         heads = B * H
         name = "attention_backward_few"
@@ -186,7 +187,6 @@ def attention_backward(
     else:
         name = "attention_backward_rows_whole"
         whole = fits(name, q, width, "BLOCK_N", Nk)
-        delta = empty_statistic(q) if whole else attention_delta(o, do)[0]
         launch(
             name if whole else "attention_backward_rows",
             _rows_kernel,

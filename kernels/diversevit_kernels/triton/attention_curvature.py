@@ -15,12 +15,24 @@ from .attention_tiles import (
     load_statistic,
     probabilities,
     product_nt,
+    row_delta,
     score_cotangent,
     score_cotangent_transposed,
     store_rows,
     store_statistic,
 )
 from .tiles import add_dot, scale_split, subtract_split, zeros_split
+
+
+@triton.jit
+def rows_of_tile(
+    P, R, b, h, tile, scale, S: tl.constexpr, WHOLE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    """gq, gdo, D, x and t of M query rows: with all keys at once if WHOLE, else N at a time."""
+    if WHOLE:
+        rows_of_whole_tile(P, R, b, h, tile, scale, S, M, N)
+    else:
+        rows_in_one_pass(P, R, b, h, tile, scale, S, M, N)
 
 
 @triton.jit
@@ -72,7 +84,7 @@ def rows_of_whole_tile(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr
 
 @triton.jit
 def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """(46)-(48) for M query rows, N keys at a time: gq, gdo; x and t for the column tiles. Reads D.
+    """(46)-(48) for M query rows, N keys at a time: gq, gdo; D, x and t for the column tiles.
 
     x and t are known only after the last key, so the sums are taken without them and corrected at the end
     with rows that are already there: o, dq and P K.
@@ -83,7 +95,7 @@ def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, 
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[:, None]
-    delta = load_statistic(R.delta, P, b, h, rows, 0.0)[:, None]
+    delta = row_delta(P, R.delta, do, b, h, rows, S)[:, None]
     factor = head_factor(P, b, h, S)
     gq = zeros_split(M, S.WIDTHS, S.ACC)
     gdo = zeros_split(M, S.VALUE_WIDTHS, S.ACC)

@@ -13,6 +13,7 @@ from .attention_tiles import (
     load_statistic,
     probabilities,
     product_nt,
+    row_delta,
     score_cotangent,
     store_rows,
     store_statistic,
@@ -46,14 +47,14 @@ def _score_tiles(
 def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     """(6)-(9) for a head whose queries all fit M rows, N keys at a time, twice: first x and t, then all results.
 
-    The second walk finds its keys in the L2 cache. Reads D; writes gq, gk, gv, gdo, x and t.
+    The second walk finds its keys in the L2 cache. Writes gq, gk, gv, gdo, D, x and t.
     """
     rows = indices(0, M, S)
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[:, None]
-    delta = load_statistic(R.delta, P, b, h, rows, 0.0)[:, None]
+    delta = row_delta(P, R.delta, do, b, h, rows, S)[:, None]
     factor = head_factor(P, b, h, S)
     x = tl.zeros([M], S.ACC)
     t = tl.zeros([M], S.ACC)

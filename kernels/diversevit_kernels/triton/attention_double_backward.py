@@ -1,12 +1,12 @@
 """Attention double backward on a GPU, (6)-(9), without atomics: which programs do what.
 
 Few queries       one program does a head (``_few_kernel``).
-Keys fit a tile   (Nk up to 256) a row tile holds all its keys, so D, x and t cost no second pass. Enough heads: one
-                  program does a head, row tiles, then column tiles (``_head_kernel``), and everything it reads stays
-                  in the L2 cache. Few heads: rows and columns are two launches.
-Otherwise         ``attention_delta``, a row program that walks its keys once, then the columns.
+Otherwise         row programs give gq and gdo, and D, x and t for the column programs, which give gk and gv. Where the
+                  keys fit a tile, a row program holds all of them and its row sums are sums of tiles; else it walks
+                  them once and corrects its sums at the end.
+Enough heads      for the device, and so few keys that a head's tensors stay in the L2 cache: rows and columns of a head
+                  are one program (``_head_kernel``), else two launches.
 
-Row programs give gq and gdo, and x and t for the column programs, which give gk and gv.
 Traffic  a row tile reads its rows of q, do, ddq (o, dq) once and all k, v, ddk, ddv; a column tile the reverse.
 Source   derived in kernels/README.md, (6)-(9).
 """
@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_curvature import columns_of_tile, rows_in_one_pass, rows_of_whole_tile
+from .attention_curvature import columns_of_tile, rows_of_tile
 from .attention_curvature_few import few_queries
-from .attention_delta import attention_delta
 from .attention_mask_gradient import mask_gradient
 from .attention_tiles import (
     FEW_QUERIES,
@@ -31,12 +30,15 @@ from .attention_tiles import (
     problem,
     program_tile,
 )
-from .configurations import fills, fits
+from .configurations import fills, fits, has_configuration
 from .launch import cdiv, launch
+
+HEAD_KEYS = 256
+"""Up to so many keys, one program may do a whole head: its tensors stay in the L2 cache between the two phases."""
 
 
 class Results(NamedTuple):
-    """What the kernels write; x only if S.HAS_X, delta unless it is given."""
+    """What the kernels write; x only if S.HAS_X."""
 
     gq: Operand  # like q
     gk: Operand  # like k
@@ -50,7 +52,7 @@ class Results(NamedTuple):
 @triton.jit
 def _rows_kernel(
     P,  # Problem
-    R,  # Results: gq, gdo, x, t; delta if WHOLE
+    R,  # Results: gq, gdo, delta, x, t
     scale: tl.float64,
     S: tl.constexpr,  # Static
     WHOLE: tl.constexpr,  # BLOCK_N holds all keys
@@ -59,10 +61,7 @@ def _rows_kernel(
 ):
     """(6)-(9), gq and gdo. One program owns BLOCK_M query rows of one head."""
     b, h, tile = program_tile(tl.cdiv(P.Nq, BLOCK_M), P.H)
-    if WHOLE:
-        rows_of_whole_tile(P, R, b, h, tile, as_number(scale, S.ACC), S, BLOCK_M, BLOCK_N)
-    else:
-        rows_in_one_pass(P, R, b, h, tile, as_number(scale, S.ACC), S, BLOCK_M, BLOCK_N)
+    rows_of_tile(P, R, b, h, tile, as_number(scale, S.ACC), S, WHOLE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -81,12 +80,13 @@ def _columns_kernel(
 
 @triton.jit
 def _head_kernel(
-    P,  # Problem, Nk at most BLOCK_KEYS
-    R,  # Results, all of them
+    P,  # Problem
+    R,  # Results
     scale: tl.float64,
     S: tl.constexpr,  # Static
-    BLOCK_ROWS: tl.constexpr,  # rows of a row tile
-    BLOCK_KEYS: tl.constexpr,  # all keys
+    WHOLE: tl.constexpr,  # ROW_KEYS holds all keys
+    ROW_TILE: tl.constexpr,  # rows of a row tile
+    ROW_KEYS: tl.constexpr,  # keys of its step
     BLOCK_M: tl.constexpr,  # rows of a column tile's step
     BLOCK_N: tl.constexpr,  # keys of a column tile
 ):
@@ -97,9 +97,9 @@ def _head_kernel(
     b, key_head, _ = program_tile(1, P.H // S.GROUP)
     scale = as_number(scale, S.ACC)
     for member in range(S.GROUP):
-        for tile in range(tl.cdiv(P.Nq, BLOCK_ROWS)):
+        for tile in range(tl.cdiv(P.Nq, ROW_TILE)):
             h = key_head * S.GROUP + member
-            rows_of_whole_tile(P, R, b, h, tile, scale, S, BLOCK_ROWS, BLOCK_KEYS)
+            rows_of_tile(P, R, b, h, tile, scale, S, WHOLE, ROW_TILE, ROW_KEYS)
     tl.debug_barrier()
     for tile in range(tl.cdiv(P.Nk, BLOCK_N)):
         columns_of_tile(P, R, b, key_head, tile, scale, S, BLOCK_M, BLOCK_N)
@@ -108,7 +108,7 @@ def _head_kernel(
 @triton.jit
 def _few_kernel(
     P,  # Problem, Nq at most BLOCK_M, GROUP 1
-    R,  # Results; reads delta
+    R,  # Results
     scale: tl.float64,
     S: tl.constexpr,  # Static
     BLOCK_M: tl.constexpr,
@@ -147,22 +147,21 @@ def attention_double_backward(
     reads, static = problem(q, k, v, mask, is_causal, head_scale, lse, **more)
     width = max(static.WIDTH, static.VALUE_WIDTH)
     gq, gk, gv, gdo = map(empty_heads, (q, k, v, do))
-    few = Nq <= FEW_QUERIES and static.GROUP == 1
-    rows = "attention_double_backward_rows_whole"
-    whole = not few and fits(rows, q, width, "BLOCK_N", Nk)
-    delta = empty_statistic(q) if whole else attention_delta(o, do)[0]
-    x, t = empty_statistic(q), empty_statistic(q)
+    delta, x, t = (empty_statistic(q) for _ in range(3))
     gradients = map(operand, (gq, gk, gv, gdo))
     common = (q, width, reads, Results(*gradients, delta, x, t), scale)  # pyright: ignore[reportArgumentType]
-    by_head = "attention_double_backward_head"
-    if few:
+    by_head, rows = "attention_double_backward_head", "attention_double_backward_rows"
+    if Nq <= FEW_QUERIES and static.GROUP == 1:
         name = "attention_double_backward_few"
         launch(name, _few_kernel, lambda _: B * H, *common, S=static)
-    elif whole and fits(by_head, q, width, "BLOCK_KEYS", Nk) and fills(q, B * key_heads):
-        launch(by_head, _head_kernel, lambda _: B * key_heads, *common, S=static)
+    elif Nk <= HEAD_KEYS and has_configuration(by_head, q, width) and fills(q, B * key_heads):
+        whole = fits(f"{by_head}_whole", q, width, "ROW_KEYS", Nk)
+        name = f"{by_head}_whole" if whole else by_head
+        launch(name, _head_kernel, lambda _: B * key_heads, *common, S=static, WHOLE=whole)
     else:
+        whole = fits(f"{rows}_whole", q, width, "BLOCK_N", Nk)
         launch(
-            rows if whole else "attention_double_backward_rows",
+            f"{rows}_whole" if whole else rows,
             _rows_kernel,
             lambda c: B * H * cdiv(Nq, c["BLOCK_M"]),
             *common,

@@ -217,6 +217,17 @@ def head_factor(P, b, h, S: tl.constexpr):
 
 
 @triton.jit
+def row_delta(P, R_delta, do, b, h, rows, S: tl.constexpr):
+    """(3): D = rowsum(do ∘ o) of a row tile, [rows]; also written to ``R_delta`` for other programs."""
+    o = load_rows(P.o, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
+    delta = tl.zeros([o[0].shape[0]], S.ACC)
+    for i in tl.static_range(len(S.VALUE_WIDTHS)):
+        delta += tl.sum(o[i].to(S.ACC) * do[i].to(S.ACC), 1)
+    store_statistic(R_delta, P, b, h, rows, delta)
+    return delta
+
+
+@triton.jit
 def product_nt(x, y, S: tl.constexpr):
     """x yᵀ of two split tiles."""
     return dot_nt(x, y, tl.zeros([x[0].shape[0], y[0].shape[0]], S.ACC), S.PRECISION)

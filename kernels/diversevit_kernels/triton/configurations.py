@@ -70,39 +70,25 @@ def _row(
 
 
 _INTERPRETER = ("interpreter",)
+# fmt: off
 _TABLE: tuple[_Row, ...] = (
-    # attention: rows of whole tiles where the keys fit BLOCK_N (BLOCK_KEYS), else key tiles
+    # attention; "_whole": a row tile holds all keys, up to BLOCK_N (ROW_KEYS) of them
     _row("attention_forward", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_forward_few", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
-    _row("attention_delta", warps=1, stages=1),
     _row("attention_mask_gradient", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_backward_few", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_backward_rows_whole", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
     _row("attention_backward_rows", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_backward_columns", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
     _row("attention_double_backward_few", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
-    _row(
-        "attention_double_backward_rows_whole",
-        _INTERPRETER,
-        warps=4,
-        stages=1,
-        BLOCK_M=16,
-        BLOCK_N=32,
-    ),
+    _row("attention_double_backward_rows_whole", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
     _row("attention_double_backward_rows", _INTERPRETER, warps=4, stages=1, BLOCK_M=32, BLOCK_N=16),
-    _row(
-        "attention_double_backward_columns", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32
-    ),
-    _row(
-        "attention_double_backward_head",
-        _INTERPRETER,
-        warps=4,
-        stages=1,
-        BLOCK_ROWS=16,
-        BLOCK_KEYS=32,
-        BLOCK_M=16,
-        BLOCK_N=16,
-    ),
+    _row("attention_double_backward_columns", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
+    _row("attention_double_backward_head_whole", _INTERPRETER, warps=4, stages=1,
+         ROW_TILE=16, ROW_KEYS=32, BLOCK_M=16, BLOCK_N=16),
+    _row("attention_double_backward_head", _INTERPRETER, warps=4, stages=1,
+         ROW_TILE=16, ROW_KEYS=16, BLOCK_M=16, BLOCK_N=16),
+    _row("attention_delta", warps=1, stages=1),
     _row("attention_forward", warps=4, stages=2, BLOCK_M=64, BLOCK_N=64),
     _row("attention_forward_few", warps=4, stages=2, BLOCK_M=16, BLOCK_N=64),
     _row("attention_mask_gradient", warps=4, stages=1, BLOCK_M=64, BLOCK_N=32),
@@ -111,19 +97,13 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_backward_rows", warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_columns", warps=8, stages=2, BLOCK_M=32, BLOCK_N=64),
     _row("attention_double_backward_few", warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
-    _row("attention_double_backward_rows_whole", warps=16, stages=1, BLOCK_M=64, BLOCK_N=256),
+    _row("attention_double_backward_rows_whole", warps=8, stages=1, BLOCK_M=32, BLOCK_N=128),
     _row("attention_double_backward_rows", warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
     _row("attention_double_backward_columns", warps=8, stages=1, BLOCK_M=32, BLOCK_N=64),
-    _row(
-        "attention_double_backward_head",
-        warps=16,
-        stages=1,
-        BLOCK_ROWS=64,
-        BLOCK_KEYS=256,
-        BLOCK_M=64,
-        BLOCK_N=64,
-    ),
+    _row("attention_double_backward_head", warps=8, stages=1,
+         ROW_TILE=64, ROW_KEYS=32, BLOCK_M=32, BLOCK_N=64),
 )
+# fmt: on
 
 
 def architecture(device: torch.device) -> str:
@@ -170,6 +150,11 @@ def configuration(kernel: str, like: Tensor, width: int) -> Configuration:
             f"on {architecture(like.device)}"
         )
     return found
+
+
+def has_configuration(kernel: str, like: Tensor, width: int) -> bool:
+    """Whether the table has a row for ``kernel``."""
+    return _find(kernel, like, width) is not None
 
 
 def fits(kernel: str, like: Tensor, width: int, tile: str, n: int) -> bool:
