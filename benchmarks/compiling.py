@@ -92,8 +92,7 @@ def record(architecture: str, workloads: list[Workload]) -> tuple[list[Compilati
             wrong.setdefault(f"missing: {error}", []).append(workload)
             continue
         except Exception as error:
-            reason = f"{type(error).__name__}: {_first_line(error)}"
-            wrong.setdefault(reason, []).append(workload)
+            wrong.setdefault(_brief(error), []).append(workload)
             continue
         if not launches:
             wrong.setdefault("launches nothing", []).append(workload)
@@ -108,9 +107,10 @@ def _several(workloads: list[Workload]) -> str:
     return f"{workloads[0]}{f' and {more} more calls' if more else ''}"
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
+def _brief(error: BaseException) -> str:
+    """Type, first and last line: a compiler's first says where, its last why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return f"{type(error).__name__}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}"
 
 
 def target_of(architecture: str) -> GPUTarget:
@@ -225,4 +225,4 @@ def _compile_index(index: int) -> Binary | str:
     try:
         return compile_one(_work[index])
     except Exception as error:
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return _brief(error)

@@ -1,5 +1,6 @@
 """The compile report: toy kernels with known faults, through the same recording, compiling and reading."""
 
+import dataclasses
 import inspect
 import os
 from collections import Counter
@@ -226,6 +227,45 @@ def test_loops_follow_jumps_not_addresses():
     assert code.loads() == Counter({"LDG.128": 1, "LDG.16": 1})
 
 
+NESTED = """
+//--------------------- .text.k                  --------------------------
+k:
+        /*0000*/                   MOV R1, R2 ;
+.L_x_1:
+        /*0010*/                   FADD R4, R4, R4 ;
+.L_x_2:
+        /*0020*/                   LDL R4, [R1] ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+        /*0040*/                   BRA.U !UP0, `(.L_x_1) ;
+        /*0050*/                   BRA `(.L_x_3) ;
+        /*0060*/                   STL [R1], R4 ;
+        /*0070*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_spills_of_nested_loops_count_once_and_dead_code_not():
+    program = machine_code.sass_program(NESTED, "k")
+    code = machine_code.Code(8, 0, 0, 0, program.opcodes(range(9)), program.loops())
+    assert sorted((x.depth, x.innermost, x.opcodes.total()) for x in code.loops) == [
+        (0, False, 4),
+        (1, True, 2),
+    ]
+    assert code.local_in_loops == 1
+
+
+def test_the_limit_on_shared_memory_is_the_programs():
+    (found,), _ = compiling.record("sm_86", [toy(product)])
+    with compiling.fresh_compilers():
+        binary = compiling.compile_one(found)
+    fits = dataclasses.replace(binary, shared=99 * 1024)
+    assert compile_report.judge(found, fits) == ([], [])
+    beyond = dataclasses.replace(binary, shared=99 * 1024 + 1)
+    failures, _ = compile_report.judge(found, beyond)
+    assert failures == [f"shared memory {99 * 1024 + 1} of {99 * 1024} bytes"]
+
+
 def test_a_jump_through_a_register_is_refused():
     text = SASS.replace("EXIT", "BRX R2 -0x10")
     with pytest.raises(ValueError, match="jump through a register"):
@@ -236,6 +276,7 @@ def test_a_jump_through_a_register_is_refused():
     ("architecture", "registers", "warps", "shared", "expected"),
     [
         ("sm_90", 128, 4, 40960, 4),  # 4096 a warp: 4 per scheduler, 16 warps
+        ("sm_90", 33, 4, 0, 12),  # 1056, given as 1280: 12 per scheduler
         ("sm_90", 32, 8, 65536, 3),  # 228 KiB / 65 KiB
         ("sm_90", 255, 8, 0, 1),  # 8192 a warp: 8 warps
         ("sm_90", 255, 16, 0, 0),
@@ -246,6 +287,7 @@ def test_a_jump_through_a_register_is_refused():
         ("sm_86", 64, 8, 0, 4),  # 2048 a warp: 32 warps
         ("sm_86", 40, 4, 0, 12),  # 1280 a warp: 12 per scheduler, 48 warps
         ("gfx942", 171, 4, 0, 2),  # 176 of 512: 2 waves per SIMD
+        ("gfx942", 101, 4, 0, 4),  # given as 104
         ("gfx942", 64, 4, 32768, 2),  # 64 KiB of LDS
         ("gfx942", 64, 4, 512, 8),  # 8 waves per SIMD
     ],
@@ -291,7 +333,7 @@ def test_what_is_missing_or_refused_fails():
         "absent_forward product bfloat16 width 64: missing: No module named",
         "NotImplementedError: no row for this",
         "launches nothing",
-        "CompilationError",
+        "refused: CompileTimeAssertionFailure: at 2:4: ... on purpose",
     ):
         assert sum(expected in line for line in failures) == 1, (expected, failures)
     assert len(failures) == 4

@@ -11,13 +11,13 @@ class Guards:
     """Hands out NaN-filled tensors inside guard zones, and checks the zones afterwards."""
 
     def __init__(self):
-        self._zones: list[tuple[Tensor, torch.Size]] = []
+        self.zones: list[tuple[Tensor, torch.Size]] = []
 
     def empty(self, shape, *, dtype, device) -> Tensor:
         """Like ``torch.empty``: dense, but every element is NaN and so are its surroundings."""
         size = torch.Size(shape).numel()
         whole = torch.full((size + 2 * ZONE,), torch.nan, dtype=dtype, device=device)
-        self._zones.append((whole, torch.Size(shape)))
+        self.zones.append((whole, torch.Size(shape)))
         return whole[ZONE : ZONE + size].view(shape)
 
     def place(self, x: Tensor) -> Tensor:
@@ -34,6 +34,6 @@ class Guards:
         Raises:
             AssertionError: a kernel stored out of bounds.
         """
-        for whole, shape in self._zones:
+        for whole, shape in self.zones:
             for zone in (slice(0, ZONE), slice(len(whole) - ZONE, None)):
                 assert whole[zone].isnan().all(), f"stored outside a result of shape {tuple(shape)}"

@@ -143,10 +143,7 @@ def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, 
 def columns_of_tile(
     P, R, b, key_head, tile, scale, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
-    """(6)-(9) for N keys, M query rows at a time in transposed tiles: gk, gv. Reads D, x and t.
-
-    R = dS ∘ (X − x) + P ∘ (Y − t).
-    """
+    """(49) for N keys, M query rows at a time in transposed tiles: gk, gv. Reads D, x and t."""
     cols = indices(tile, N, S)
     j = cols[:, None]
     k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)

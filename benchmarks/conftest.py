@@ -1,0 +1,82 @@
+"""``pytest benchmarks/``: what each operator and a training step cost, on whatever device is there.
+
+    pytest benchmarks/ --benchmark-json=benchmarks/results/<device>.json
+    python -m benchmarks.report benchmarks/results/<device>.json
+
+``--long`` adds 1025 tokens, ``--rounds N`` changes how often each row runs, ``--benchmark-disable`` only checks.
+"""
+
+import pytest
+import torch
+
+from benchmarks.board import Board, Case, ReplayClock, machine
+
+CLOCK = ReplayClock()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="benchmarks: also 1025 tokens")
+    parser.addoption("--rounds", type=int, help="benchmarks: timed runs per row (5; GPU: 20)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: runs with --long only")
+    # a row whose gate fails has no number
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long", default=False):
+        skip = pytest.mark.skip(reason="--long runs it")
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(skip)
+    for item in items:
+        if isinstance(getattr(item, "callspec", None) and item.callspec.params.get("case"), Case):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+@pytest.fixture(scope="session")
+def board(request):
+    """The groups of the rows that were selected."""
+    groups: dict[str, list[Case]] = {}
+    for item in request.session.items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        if isinstance(case, Case) and not item.get_closest_marker("skip"):
+            groups.setdefault(case.spec.group, []).append(case)
+    return Board(groups, request.config.getoption("--rounds"))
+
+
+@pytest.fixture(scope="session")
+def machine_info():
+    return machine("cpu" if not torch.cuda.is_available() else "cuda")
+
+
+@pytest.fixture
+def measure(board, benchmark, machine_info):
+    """Checks and measures one row, and hands its times to pytest-benchmark."""
+
+    def measured(case: Case) -> None:
+        like = case.spec.device
+        reason = case.provider.missing(torch.empty(0, device=like))
+        if reason:
+            pytest.skip(reason)
+        found = board.outcome(case, timed=benchmark.enabled)
+        benchmark.group = case.spec.group
+        benchmark.extra_info.update(
+            machine_info,
+            stage=case.spec.stage,
+            shape=getattr(case.spec, "shapes", [[getattr(case.spec, "batch", 0)]])[0],
+            dtype=str(case.spec.dtype).removeprefix("torch."),
+            order=case.spec.order,
+            provider=case.provider.name,
+            first_order_only=case.provider.first_order_only,
+            peak_bytes=found.peak_bytes,
+            gate="float64 eager, at most twice eager's error",
+        )
+        if case.provider.compiled:
+            benchmark.extra_info["compile_seconds"] = round(found.first_call_seconds, 1)
+        CLOCK.load(found.seconds)
+        benchmark.pedantic(lambda: None, rounds=max(1, len(found.seconds)))
+
+    return measured

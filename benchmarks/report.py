@@ -1,0 +1,216 @@
+"""Tables and plots of what ``pytest benchmarks/`` recorded.
+
+    pytest benchmarks/ --benchmark-json=benchmarks/results/<device>.json
+    python -m benchmarks.report benchmarks/results/<device>.json [--readme]
+
+Prints Markdown: a table per stage, times over ours, and the conditions. Draws one picture per stage next to the
+JSON file. ``--readme`` puts the tables between the markers of README.md.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+CONDITIONS = ("device", "cores", "threads", "torch", "triton", "cuda", "python", "commit")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider of one group, seconds in all times."""
+
+    stage: str
+    group: str
+    provider: str
+    order: str
+    times: tuple[float, ...]
+    info: dict[str, Any]
+    ratio: float | None  # its time over ours, by round, median; None: ours is not there
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+    @property
+    def fifths(self) -> tuple[float, float]:
+        """p20 and p80."""
+        if len(self.times) < 2:
+            return self.median, self.median
+        cut = statistics.quantiles(self.times, n=5, method="inclusive")
+        return cut[0], cut[-1]
+
+    @property
+    def label(self) -> str:
+        return self.provider + (" (first order only)" if self.info["first_order_only"] else "")
+
+
+class ReportError(Exception):
+    """What a user can set right, in one line."""
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a pytest-benchmark JSON file.
+
+    Raises:
+        ReportError: not such a file, or one without rows of ours.
+    """
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReportError(f"{path}: no pytest-benchmark JSON ({type(error).__name__})") from None
+    found = [b for b in recorded if "provider" in b.get("extra_info", {}) and b["stats"]["data"]]
+    if not found:
+        raise ReportError(f"{path}: holds no row of `pytest benchmarks/`")
+    ours = {b["group"]: b["stats"]["data"] for b in found if b["extra_info"]["provider"] == "ours"}
+    return [_row(b, ours.get(b["group"])) for b in found]
+
+
+def _row(b: dict[str, Any], ours: Sequence[float] | None) -> Row:
+    info, times = b["extra_info"], b["stats"]["data"]
+    ratio = None
+    if ours and len(ours) == len(times):  # rounds are interleaved: compare within a round
+        ratio = statistics.median(t / o for t, o in zip(times, ours, strict=True))
+    elif ours:
+        ratio = statistics.median(times) / statistics.median(ours)
+    return Row(
+        info["stage"], b["group"], info["provider"], info["order"], tuple(times), info, ratio
+    )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table per stage, and one line of conditions."""
+    parts = []
+    for stage in dict.fromkeys(row.stage for row in rows):
+        parts += [f"### {stage.replace('_', ' ')}", "", *_table(rows, stage), ""]
+    parts.append(conditions(rows))
+    return "\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Row], stage: str) -> list[str]:
+    lines = [
+        "| shape, dtype, order | provider | median | p20 - p80 | x ours | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.stage != stage:
+            continue
+        low, high = row.fifths
+        compile_time = row.info.get("compile_seconds")
+        label = row.label + (f" (compiled in {compile_time:.0f} s)" if compile_time else "")
+        cells = [
+            row.group.removeprefix(f"{stage} "),
+            label,
+            f"{1e3 * row.median:.3g} ms",
+            f"{1e3 * low:.3g} - {1e3 * high:.3g}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+            _size(row.info.get("peak_bytes")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _size(n: int | None) -> str:
+    return "" if n is None else f"{n / 2**20:.1f} MiB"
+
+
+def conditions(rows: Sequence[Row]) -> str:
+    """The machine, once; an error where rows of two machines got into one file.
+
+    Raises:
+        ReportError: rows were measured under different conditions.
+    """
+    seen = {tuple(str(row.info.get(key)) for key in CONDITIONS) for row in rows}
+    if len(seen) > 1:
+        raise ReportError("the rows were measured under different conditions; record them again")
+    (values,) = seen
+    told = [f"{k} {v}" for k, v in zip(CONDITIONS, values, strict=True) if v != "None"]
+    rounds = sorted({len(row.times) for row in rows})
+    spread = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+    return (
+        f"Median of {spread} interleaved rounds in one process; {', '.join(told)}. Peak memory is above "
+        "what was there before, from a run of its own. Every row passed its gate against float64 eager first."
+    )
+
+
+def plot(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
+    """Bars of time over ours: a picture per stage, a group of bars per shape, dtype and order."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    paths = []
+    for stage in dict.fromkeys(row.stage for row in rows):
+        mine = [row for row in rows if row.stage == stage and row.ratio is not None]
+        if not mine:
+            continue
+        groups = list(dict.fromkeys(row.group for row in mine))
+        labels = list(dict.fromkeys(row.label for row in mine))
+        height = 0.8 / len(labels)
+        figure, axes = plt.subplots(figsize=(8, 1 + 0.25 * len(groups) * len(labels)))
+        for i, label in enumerate(labels):
+            here = {row.group: row.ratio or 0.0 for row in mine if row.label == label}
+            at = [y + i * height for y, group in enumerate(groups) if group in here]
+            bars = axes.barh(at, list(here.values()), height, label=label)
+            axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        middle = 0.4 - height / 2
+        axes.set_yticks([y + middle for y in range(len(groups))])
+        axes.set_yticklabels([group.removeprefix(f"{stage} ") for group in groups], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel("time over ours (longer is slower)")
+        axes.set_title(f"{stage.replace('_', ' ')}, {mine[0].info['device']}", fontsize=10)
+        axes.legend(fontsize=7)
+        figure.tight_layout()
+        path = folder / f"{name}_{stage.replace(' ', '_')}.svg"
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+        paths.append(path)
+    return paths
+
+
+def between_markers(text: str, tables: str, where: str = "README.md") -> str:
+    """``text`` with everything between the markers replaced.
+
+    Raises:
+        ReportError: the markers are not there once each, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ReportError(f"{where}: needs one line {BEGIN} and after it one line {END}")
+    head, _, rest = text.partition(BEGIN)
+    return f"{head}{BEGIN}\n{tables}{END}{rest.partition(END)[2]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("--readme", action="store_true", help="rewrite the tables of the README")
+    parser.add_argument("--readme-path", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--plots", type=Path, help="folder of the pictures; default: the results'")
+    options = parser.parse_args(arguments)
+    try:
+        rows = read(options.results)
+        tables = markdown(rows)
+        if options.readme:
+            text = options.readme_path.read_text(encoding="utf-8")
+            new = between_markers(text, tables, options.readme_path.name)
+            options.readme_path.write_text(new, encoding="utf-8")
+    except ReportError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(tables)
+    for path in plot(rows, options.plots or options.results.parent, options.results.stem):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,10 @@
+"""LayerNorm: value, gradients, gradients of gradients."""
+
+import pytest
+
+from .cases import operator_cases
+
+
+@pytest.mark.parametrize("case", operator_cases("layer_norm"), ids=lambda case: case.id)
+def test_layer_norm(measure, case):
+    measure(case)

@@ -1,0 +1,16 @@
+"""Loss and backward of a training step with the penalty: the paper's setting, and every layer of a ViT."""
+
+import pytest
+
+from .cases import step_cases
+
+
+@pytest.mark.parametrize("case", step_cases("paper step"), ids=lambda case: case.id)
+def test_paper_step(measure, case):
+    measure(case)
+
+
+@pytest.mark.parametrize("case", step_cases("all-layers step"), ids=lambda case: case.id)
+def test_all_layers_step(measure, case):
+    pytest.importorskip("timm")
+    measure(case)
