@@ -52,7 +52,10 @@ def judge(compilation: Compilation, binary: Binary) -> tuple[list[str], list[str
     if not failures and not _resident(compilation, binary):
         failures.append("a multiprocessor cannot hold one program")
     if code.local_in_loops:
-        spills.append(f"{code.local_in_loops} local-memory instructions inside loops")
+        spills.append(
+            f"{code.local_in_loops} local-memory instructions inside loops"
+            f" ({code.local_in_innermost} in innermost ones)"
+        )
     if code.stack > STACK_LIMIT:
         spills.append(f"{code.stack} bytes of stack")
     if binary.multiplies and not code.mnemonics("tensor"):
@@ -94,6 +97,7 @@ def row(compilation: Compilation, binary: Binary) -> Row:
         "ldl": total["ldl"],
         "stl": total["stl"],
         "local_in_loops": code.local_in_loops,
+        "local_in_innermost": code.local_in_innermost,
         "shared": binary.shared,
         "shared_limit": CHIPS[compilation.architecture].shared_per_program,
         "tensor_columns": binary.tensor_columns,

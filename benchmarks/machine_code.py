@@ -69,6 +69,12 @@ class Code:
         return sum(c["ldl"] + c["stl"] for c in outer)
 
     @property
+    def local_in_innermost(self) -> int:
+        """Those of them where it costs most."""
+        inner = [counts(loop.opcodes) for loop in self.innermost]
+        return sum(c["ldl"] + c["stl"] for c in inner)
+
+    @property
     def innermost(self) -> list[Loop]:
         """The loops where the time goes, longest first."""
         some = [loop for loop in self.loops if loop.innermost and not loop.waits]

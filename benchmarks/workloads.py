@@ -21,6 +21,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 _B, _H = 8, 12
 _SHORT, _LONG = 197, 1025
+_SIZES = ((_B, _SHORT), (64, _SHORT), (_B, _LONG))
+"""Batch and tokens: at a batch of 64 the heads alone fill every chip, which changes the launch choice."""
 _BINDING_WIDTH = 128
 """Up to this head width registers and tensor cores are judged; beyond, the kernel must only compile."""
 
@@ -61,36 +63,34 @@ def _by_token(B: int, H: int, N: int, d: int, dtype: torch.dtype) -> Tensor:
 
 
 def _attention(dtype: torch.dtype, d: int, quick: bool) -> _Cases:
-    for n in (_SHORT, _LONG):
-        q, k, v = _projected(_B, n, d, dtype)
-        yield from _attention_case(f"plain N={n}", q, k, v)
+    for B, n in _SIZES:
+        q, k, v = _projected(B, n, d, dtype)
+        yield from _attention_case(f"plain B={B} N={n}", q, k, v)
     if not quick:
         q, k, v = (_empty(_B, _H, _LONG, d, dtype=dtype) for _ in range(3))
-        yield from _attention_case(f"dense N={_LONG}", q, k, v)
+        yield from _attention_case(f"dense B={_B} N={_LONG}", q, k, v)
     if d != 64 or (quick and dtype != torch.bfloat16):
         return
-    masked = (_SHORT,) if quick else (_SHORT, _LONG)
-    for n in masked:
-        q, k, v = _projected(_B, n, d, dtype)
-        yield from _attention_case(f"causal N={n}", q, k, v, is_causal=True)
-        keys = _empty(_B, 1, 1, n, dtype=torch.bool)
-        yield from _attention_case(f"bool mask N={n}", q, k, v, mask=keys)
+    for B, n in _SIZES[:1] if quick else _SIZES:
+        q, k, v = _projected(B, n, d, dtype)
+        at = f"B={B} N={n}"
+        yield from _attention_case(f"causal {at}", q, k, v, is_causal=True)
+        keys = _empty(B, 1, 1, n, dtype=torch.bool)
+        yield from _attention_case(f"bool mask {at}", q, k, v, mask=keys)
         bias = _empty(1, _H, n, n, dtype=dtype)
-        yield from _attention_case(f"additive mask N={n}", q, k, v, mask=bias, mask_grad=True)
-        yield from _attention_case(f"head scale N={n}", q, k, v, head_scale=_empty(_H, dtype=dtype))
+        yield from _attention_case(f"additive mask {at}", q, k, v, mask=bias, mask_grad=True)
+        yield from _attention_case(f"head scale {at}", q, k, v, head_scale=_empty(_H, dtype=dtype))
         if quick:
             continue
-        q = _by_token(_B, _H, n, d, dtype)
-        k, v = (_by_token(_B, _H // 3, n, d, dtype) for _ in range(2))
-        yield from _attention_case(f"4 key heads N={n}", q, k, v)
-        q, k, v = _projected(_B, n, d, dtype)
-        yield from _attention_case(f"class token N={n}", q[:, :, :1], k, v)
-        one = _projected(1, n, d, dtype)
-        yield from _attention_case(f"one sample N={n}", one[0], one[1], one[2])
+        few_k, few_v = (_by_token(B, _H // 3, n, d, dtype) for _ in range(2))
+        yield from _attention_case(f"4 key heads {at}", q, few_k, few_v)
+        yield from _attention_case(f"class token {at}", q[:, :, :1], k, v)
         for given in ((True, False, False), (False, True, False), (False, False, True)):
-            name = f"only {('ddq', 'ddk', 'ddv')[given.index(True)]} N={n}"
+            name = f"only {('ddq', 'ddk', 'ddv')[given.index(True)]} {at}"
             every = _attention_case(name, q, k, v, given=given)
             yield from (case for case in every if case[0] == "double_backward")
+    q, k, v = _projected(1, _SHORT, d, dtype)
+    yield from _attention_case(f"plain B=1 N={_SHORT}", q, k, v)
 
 
 def _projected(B: int, N: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -223,7 +223,7 @@ def test_loops_follow_jumps_not_addresses():
     counted = machine_code.counts(main.opcodes)
     assert (counted["ldg"], counted["stg"], counted["stl"]) == (1, 0, 1)
     code = machine_code.Code(8, 0, 0, 0, program.opcodes(range(14)), program.loops())
-    assert code.local_in_loops == 1
+    assert (code.local_in_loops, code.local_in_innermost) == (1, 1)
     assert code.loads() == Counter({"LDG.128": 1, "LDG.16": 1})
 
 
@@ -232,7 +232,7 @@ NESTED = """
 k:
         /*0000*/                   MOV R1, R2 ;
 .L_x_1:
-        /*0010*/                   FADD R4, R4, R4 ;
+        /*0010*/                   STL [R1], R4 ;
 .L_x_2:
         /*0020*/                   LDL R4, [R1] ;
         /*0030*/              @!P0 BRA `(.L_x_2) ;
@@ -252,7 +252,7 @@ def test_spills_of_nested_loops_count_once_and_dead_code_not():
         (0, False, 4),
         (1, True, 2),
     ]
-    assert code.local_in_loops == 1
+    assert (code.local_in_loops, code.local_in_innermost) == (2, 1)
 
 
 def test_the_limit_on_shared_memory_is_the_programs():
@@ -277,6 +277,8 @@ def test_a_jump_through_a_register_is_refused():
     [
         ("sm_90", 128, 4, 40960, 4),  # 4096 a warp: 4 per scheduler, 16 warps
         ("sm_90", 33, 4, 0, 12),  # 1056, given as 1280: 12 per scheduler
+        ("sm_90", 16, 4, 0, 16),  # the limit on warps
+        ("sm_90", 32, 4, 57 * 1024, 3),  # 228 KiB hold four of 57 but three of 58
         ("sm_90", 32, 8, 65536, 3),  # 228 KiB / 65 KiB
         ("sm_90", 255, 8, 0, 1),  # 8192 a warp: 8 warps
         ("sm_90", 255, 16, 0, 0),

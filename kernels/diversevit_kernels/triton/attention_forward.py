@@ -17,7 +17,6 @@ from .attention_tiles import (
     indices,
     last_key,
     load_rows,
-    log2e,
     operand,
     problem,
     program_tile,
@@ -41,7 +40,7 @@ def _forward_kernel(
 ):
     """(1)-(2). One program owns BLOCK_M query rows of one head and walks its keys BLOCK_N at a time.
 
-    It carries the row maximum ``top``, the sum ``total`` of exp2(S − top) and the matching sum of rows of v; a
+    It carries the row maximum ``top``, the sum ``total`` of exp(S − top) and the matching sum of rows of v; a
     new maximum rescales both. Rows that attend to nothing have total 0: o = 0, lse = +inf.
     """
     b, h, tile = program_tile(tl.cdiv(P.Nq, BLOCK_M), P.H)
@@ -59,8 +58,8 @@ def _forward_kernel(
         s = scores(q, k, P, b, h, rows[:, None], cols[None, :], scale, S)
         new_top = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(s - shift[:, None])
-        shrink = tl.exp2(top - shift)
+        p = tl.exp(s - shift[:, None])
+        shrink = tl.exp(top - shift)
         total = total * shrink + tl.sum(p, 1)
         sums = add_dot(scale_split(sums, shrink[:, None]), p, v, S.PRECISION)
         top = new_top
@@ -69,7 +68,7 @@ def _forward_kernel(
     total = tl.where(empty, 1.0, total)
     o_tile = scale_split(sums, (head_factor(P, b, h, S) / total)[:, None])
     store_rows(o, b, h, rows, P.Nq, o_tile, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    lse = tl.where(empty, float("inf"), (top + tl.log2(total)) / log2e(S.ACC))
+    lse = tl.where(empty, float("inf"), top + tl.log(total))
     store_statistic(lse_ptr, P, b, h, rows, lse)
 
 

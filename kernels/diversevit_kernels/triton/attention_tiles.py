@@ -4,7 +4,6 @@ Shapes   q, o, do and their like [B, H, Nq, .]; k, v and theirs [B, Hkv, Nk, .],
          [B|1, H|1, Nq|1, Nk|1] with stride 0 on axes of size 1; statistics (lse, D, x, t) [B, H, Nq], dense.
 Dtypes   float16, bfloat16, float32, float64; products take tiles rounded to the input's dtype and accumulate
          in ``ACC``, float32 (float64 for float64), like all statistics.
-Scores   are kept in base 2, S log2(e), so that exp2 serves: one instruction on a GPU.
 Tiles    have query index ``i`` and key index ``j``; both arrive broadcast ([M, 1] and [1, N], or transposed), so
          that one function serves row programs [M, N] and column programs [N, M].
 """
@@ -146,12 +145,6 @@ def empty_statistic(q: Tensor) -> Tensor:
 
 
 @triton.jit
-def log2e(ACC: tl.constexpr):
-    """log2(e), exact in the accumulator's dtype."""
-    return tl.full([], 1.4426950408889634, ACC)
-
-
-@triton.jit
 def as_number(x, ACC: tl.constexpr):
     """A float64 scalar argument in the accumulator's dtype (interpreted, it is a Python number)."""
     if INTERPRETED:
@@ -241,18 +234,18 @@ def mask_tile(mask, b, h, i, j, inside):
 
 @triton.jit
 def scores(x, y, P, b, h, i, j, scale, S: tl.constexpr):
-    """(1): (s x yᵀ + M) log2(e), minus infinity where a query may not look or no pair (i, j) exists.
+    """(1): S = s x yᵀ + M, minus infinity where a query may not look or no pair (i, j) exists.
 
     ``x, y`` are the split tiles of q and k, or of k and q for a transposed tile.
     """
-    s = product_nt(x, y, S) * (scale * log2e(S.ACC))
+    s = product_nt(x, y, S) * scale
     inside = (i < P.Nq) & (j < P.Nk)
     if P.mask is not None:
         tile = mask_tile(P.mask, b, h, i, j, inside)
         if P.mask.ptr.dtype.element_ty == tl.uint8:
             inside = inside & (tile != 0)
         else:
-            s += tile.to(S.ACC) * log2e(S.ACC)
+            s += tile.to(S.ACC)
     if S.IS_CAUSAL:
         inside = inside & (j <= i)
     return tl.where(inside, s, float("-inf"))
@@ -260,8 +253,11 @@ def scores(x, y, P, b, h, i, j, scale, S: tl.constexpr):
 
 @triton.jit
 def probabilities(x, y, lse, P, b, h, i, j, scale, S: tl.constexpr):
-    """(1): exp(S − LSE); zero wherever S is minus infinity or ``lse``, broadcast, plus infinity."""
-    return tl.exp2(scores(x, y, P, b, h, i, j, scale, S) - lse * log2e(S.ACC))
+    """(1): exp(S − LSE); zero wherever S is minus infinity or ``lse``, broadcast, plus infinity.
+
+    The difference first: where one key takes all, S = LSE to the last bit and P is exactly 1.
+    """
+    return tl.exp(scores(x, y, P, b, h, i, j, scale, S) - lse)
 
 
 @triton.jit

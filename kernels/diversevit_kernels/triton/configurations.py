@@ -102,6 +102,21 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_double_backward_columns", warps=8, stages=1, BLOCK_M=32, BLOCK_N=64),
     _row("attention_double_backward_head", warps=8, stages=1,
          ROW_TILE=64, ROW_KEYS=32, BLOCK_M=32, BLOCK_N=64),
+    # layer norm: tiles of whole rows, about TILE elements; PROGRAMS is twice the multiprocessors
+    _row("layer_norm_forward", _INTERPRETER, warps=4, stages=1, TILE=64),
+    _row("layer_norm_backward", _INTERPRETER, warps=4, stages=1, TILE=64, PROGRAMS=3),
+    _row("layer_norm_double_backward", _INTERPRETER, warps=4, stages=1, TILE=64, PROGRAMS=3),
+    _row("layer_norm_sums", _INTERPRETER, warps=1, stages=1, BLOCK_P=2, BLOCK_N=16),
+    *(_row("layer_norm_forward", width=width, warps=warps, stages=1, TILE=tile)
+      for width, warps, tile in ((2048, 4, 2048), (4096, 8, 4096), (8192, 16, 8192))),
+    *(_row(kernel, names, width=width, warps=warps, stages=1, TILE=tile, PROGRAMS=programs)
+      for names, programs in ((("sm_80",), 216), (("sm_90",), 264), (("sm_10",), 296), (("gfx942",), 608), ((), 256))
+      for kernel in ("layer_norm_backward", "layer_norm_double_backward")
+      for width, warps, tile in ((2048, 8, 2048), (4096, 16, 4096), (8192, 16, 8192))),
+    _row("layer_norm_sums", warps=4, stages=1, BLOCK_P=32, BLOCK_N=32),
+    # gelu
+    *(_row(f"gelu_{rung}", _INTERPRETER, warps=4, stages=1, BLOCK=32) for rung in ("forward", "backward", "double_backward")),
+    *(_row(f"gelu_{rung}", warps=4, stages=1, BLOCK=1024) for rung in ("forward", "backward", "double_backward")),
 )
 # fmt: on
 
