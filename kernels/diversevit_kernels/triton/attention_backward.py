@@ -23,6 +23,7 @@ from .attention_tiles import (
     last_key,
     load_rows,
     load_statistic,
+    loaded_again,
     operand,
     probabilities,
     problem,
@@ -70,6 +71,8 @@ def _rows_kernel(
         delta = row_delta(P, delta_ptr, do, b, h, rows, S)[:, None]
         for start in range(0, last_key(tile, P, BLOCK_M, S), BLOCK_N):
             cols = (start + tl.arange(0, BLOCK_N)).to(S.INDEX)
+            q = loaded_again(q, P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
+            do = loaded_again(do, P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS, S)
             k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
             v = load_rows(P.v, b, h // S.GROUP, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
             p = probabilities(q, k, lse, P, b, h, rows[:, None], cols[None, :], scale, S)
@@ -106,6 +109,8 @@ def _columns_kernel(
         factor = head_factor(P, b, h, S)
         for start in range(first * BLOCK_M, P.Nq, BLOCK_M):
             rows = (start + tl.arange(0, BLOCK_M)).to(S.INDEX)
+            k = loaded_again(k, P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS, S)
+            v = loaded_again(v, P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS, S)
             q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
             do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
             lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[None, :]
@@ -143,6 +148,8 @@ def _few_kernel(
     sums = zeros_split(BLOCK_M, S.WIDTHS, S.ACC)
     for start in range(0, P.Nk, BLOCK_N):
         cols = (start + tl.arange(0, BLOCK_N)).to(S.INDEX)
+        q = loaded_again(q, P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
+        do = loaded_again(do, P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS, S)
         k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         p = probabilities(q, k, lse, P, b, h, rows[:, None], cols[None, :], scale, S)

@@ -13,6 +13,7 @@ from .attention_tiles import (
     last_key,
     load_rows,
     load_statistic,
+    loaded_again,
     probabilities,
     product_nt,
     row_delta,
@@ -105,6 +106,9 @@ def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, 
     for start in range(0, last_key(tile, P, M, S), N):
         cols = (start + tl.arange(0, N)).to(S.INDEX)
         j = cols[None, :]
+        q = loaded_again(q, P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
+        do = loaded_again(do, P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS, S)
+        ddq = loaded_again(ddq, P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
         k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         p = probabilities(q, k, lse, P, b, h, i, j, scale, S)
@@ -159,6 +163,12 @@ def columns_of_tile(
         for start in range(first * M, P.Nq, M):
             rows = (start + tl.arange(0, M)).to(S.INDEX)
             i = rows[None, :]
+            k = loaded_again(k, P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS, S)
+            v = loaded_again(v, P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS, S)
+            ddk = loaded_again(ddk, P.ddk, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS, S)
+            ddv = loaded_again(
+                ddv, P.ddv, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS, S
+            )
             q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
             do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
             ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)

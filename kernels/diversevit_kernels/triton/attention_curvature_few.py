@@ -11,6 +11,7 @@ from .attention_tiles import (
     indices,
     load_rows,
     load_statistic,
+    loaded_again,
     probabilities,
     product_nt,
     row_delta,
@@ -25,9 +26,12 @@ from .tiles import add_dot, scale_split, zeros_split
 def _score_tiles(
     q, do, ddq, lse, delta, factor, P, b, h, rows, start, scale, S: tl.constexpr, N: tl.constexpr
 ):
-    """(3)-(8) for one key tile: its operands k, v, B, C and the tiles P, dS, X and P ∘ Y (zeros if absent)."""
+    """(3)-(8) for one key tile: its operands, and the tiles P, dS, X and P ∘ Y (zeros if absent)."""
     cols = (start + tl.arange(0, N)).to(S.INDEX)
     i, j = rows[:, None], cols[None, :]
+    q = loaded_again(q, P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
+    do = loaded_again(do, P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS, S)
+    ddq = loaded_again(ddq, P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
     k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
     v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     ddk = load_rows(P.ddk, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
@@ -40,7 +44,7 @@ def _score_tiles(
     py = tl.zeros_like(p)
     if ddv is not None:
         py = p * (product_nt(do, ddv, S) * factor)
-    return cols, k, v, ddk, ddv, p, ds, x, py
+    return q, do, ddq, cols, k, v, ddk, ddv, p, ds, x, py
 
 
 @triton.jit
@@ -59,7 +63,7 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
     x = tl.zeros([M], S.ACC)
     t = tl.zeros([M], S.ACC)
     for start in range(0, P.Nk, N):
-        _, _, _, _, _, p, ds, x_tile, py = _score_tiles(
+        _, _, _, _, _, _, _, _, p, ds, x_tile, py = _score_tiles(
             q, do, ddq, lse, delta, factor, P, b, h, rows, start, scale, S, N
         )
         x += tl.sum(p * x_tile, 1)
@@ -70,7 +74,7 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
     gq = zeros_split(M, S.WIDTHS, S.ACC)
     gdo = zeros_split(M, S.VALUE_WIDTHS, S.ACC)
     for start in range(0, P.Nk, N):
-        cols, k, v, ddk, ddv, p, ds, x_tile, py = _score_tiles(
+        q_tile, do_tile, ddq_tile, cols, k, v, ddk, ddv, p, ds, x_tile, py = _score_tiles(
             q, do, ddq, lse, delta, factor, P, b, h, rows, start, scale, S, N
         )
         gk = zeros_split(N, S.WIDTHS, S.ACC)
@@ -80,14 +84,14 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
             x_tile -= x[:, None]
             r += ds * x_tile
             gdo = add_dot(gdo, p * x_tile, v, S.PRECISION)
-            gv = add_dot(gv, tl.trans(p * factor * x_tile), do, S.PRECISION)
+            gv = add_dot(gv, tl.trans(p * factor * x_tile), do_tile, S.PRECISION)
         if ddk is not None:
             gq = add_dot(gq, ds, ddk, S.PRECISION)
         if ddv is not None:
             gdo = add_dot(gdo, p, ddv, S.PRECISION)
         if ddq is not None:
-            gk = add_dot(gk, tl.trans(ds), ddq, S.PRECISION)
-        gk = add_dot(gk, tl.trans(r), q, S.PRECISION)
+            gk = add_dot(gk, tl.trans(ds), ddq_tile, S.PRECISION)
+        gk = add_dot(gk, tl.trans(r), q_tile, S.PRECISION)
         gq = add_dot(gq, r, k, S.PRECISION)
         store_rows(R.gk, b, h, cols, P.Nk, scale_split(gk, scale), S.WIDTH, S.WIDTHS)
         store_rows(R.gv, b, h, cols, P.Nk, gv, S.VALUE_WIDTH, S.VALUE_WIDTHS)

@@ -76,6 +76,7 @@ class Static(NamedTuple):
     PRECISION: str  # of tl.dot
     IS_CAUSAL: bool
     HAS_X: bool  # a cotangent feeds X of (6)
+    RELOAD: bool  # a loop loads its invariant tiles anew in each step (see ``loaded_again``)
 
 
 def operand(x: Tensor | None) -> Operand | None:
@@ -126,6 +127,7 @@ def problem(
         INDEX=tl.int32 if reach < 2**30 else tl.int64,
         PRECISION=precision(q),
         IS_CAUSAL=is_causal,
+        RELOAD=precision(q) == "tf32x3",
         HAS_X=any(more.get(name) is not None for name in ("ddq", "ddk", "ddmask")),
     )
     read = {name: operand(x) for name, x in {"q": q, "k": k, "v": v, "mask": mask, **more}.items()}
@@ -179,6 +181,21 @@ def load_rows(x, b, h, rows, n, WIDTH: tl.constexpr, WIDTHS: tl.constexpr):
         return None
     else:
         return load_split(head_of(x, b, h), x.row, x.col, rows, rows < n, WIDTH, WIDTHS)
+
+
+@triton.jit
+def loaded_again(
+    tile, x, b, h, rows, n, WIDTH: tl.constexpr, WIDTHS: tl.constexpr, S: tl.constexpr
+):
+    """``tile``, or the same loaded anew if S.RELOAD.
+
+    For three TF32 products an operand is split in two. Kept across a loop, the halves of all its invariant
+    tiles would not fit the registers; read again, they come from the L1 cache.
+    """
+    if S.RELOAD:
+        return load_rows(x, b, h, rows, n, WIDTH, WIDTHS)
+    else:
+        return tile
 
 
 @triton.jit

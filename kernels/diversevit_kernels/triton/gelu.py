@@ -42,8 +42,15 @@ def _load(x, at, sizes, inside, ACC: tl.constexpr):
 
 
 @triton.jit
+def _near(x):
+    """x within FLAT_BEYOND of 0; unlike a minimum, NaN stays NaN."""
+    x = tl.where(x > FLAT_BEYOND, FLAT_BEYOND, x)
+    return tl.where(x < -FLAT_BEYOND, -FLAT_BEYOND, x)
+
+
+@triton.jit
 def _decay(x):
-    """exp(-2 |u|) of (23); 1 - T = 2 e / (1 + e) for positive u."""
+    """exp(-2 |u|) of (23)."""
     u = TANH_SCALE * (1.0 + TANH_CUBIC * x * x) * tl.abs(x)
     return tl.exp(-2.0 * u)
 
@@ -52,7 +59,7 @@ def _decay(x):
 def _value(x, TANH: tl.constexpr):
     """(20) or (23)."""
     if TANH:
-        e = _decay(x)
+        e = _decay(_near(x))
         return x * (tl.where(x < 0, e, 1.0) / (1.0 + e))
     else:
         return x * (0.5 + 0.5 * tl.math.erf(x * SQRT_HALF))
@@ -61,8 +68,7 @@ def _value(x, TANH: tl.constexpr):
 @triton.jit
 def _derivatives(x, TANH: tl.constexpr):
     """y' and y'': (21), (22) or (24), (25)."""
-    x = tl.where(x > FLAT_BEYOND, FLAT_BEYOND, x)  # unlike a minimum, these keep NaN
-    x = tl.where(x < -FLAT_BEYOND, -FLAT_BEYOND, x)
+    x = _near(x)
     if TANH:
         e = _decay(x)
         inverse = 1.0 / (1.0 + e)
