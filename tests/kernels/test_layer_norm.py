@@ -14,6 +14,8 @@ import diversevit_fast as dvf
 from diversevit_fast import reference
 
 kernels = pytest.importorskip("diversevit_kernels.triton.layer_norm")
+sums = pytest.importorskip("diversevit_kernels.triton.layer_norm_sums")
+tiles = pytest.importorskip("diversevit_kernels.triton.layer_norm_tiles")
 launching = pytest.importorskip("diversevit_kernels.triton.launch")
 
 
@@ -165,7 +167,7 @@ def test_widths(width, dtype, device, guarded):
 
 
 def test_widest_tile(device, guarded):
-    case = Case(shape=(2, kernels.MAX_WIDTH))
+    case = Case(shape=(2, tiles.MAX_WIDTH))
     check_rungs(case, torch.float32, device=device, guards=guarded)
 
 
@@ -284,16 +286,17 @@ def _after(t, eps):
     return *first, *kernels.layer_norm_double_backward(t.x, t.weight, mean, rstd, *t[3:], 1, True)
 
 
+@pytest.mark.parametrize("value", [0.1, 3e4])
 @pytest.mark.parametrize("width", [3, 24, 65, 384])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_constant_row_normalizes_to_zero(width, dtype, device):
-    """Exactly, though 0.1 times its width is rounded: the bias is left, and rstd is that of eps."""
+def test_a_constant_row_normalizes_to_zero(width, value, dtype, device):
+    """Exactly, though the sum over the row is rounded: the bias is left, and rstd is that of eps."""
     t = operands(Case(shape=(4, width)), dtype, device=device)
-    x = torch.full_like(t.x, 0.1)
-    y, mean, rstd = kernels.layer_norm_forward(x, t.weight, t.bias, 1, 1e-5)
+    x = torch.full_like(t.x, value)
+    y, mean, rstd = kernels.layer_norm_forward(x, t.weight, t.bias, 1, 1e-12)
     assert torch.equal(y, t.bias.expand(4, width))
     assert torch.equal(mean.to(dtype), x[:, 0])
-    torch.testing.assert_close(rstd, torch.full_like(rstd, 1e-5**-0.5))
+    torch.testing.assert_close(rstd, torch.full_like(rstd, 1e6))
     for z in _after(t._replace(x=x), 1e-2):  # with the other, 1 / eps is beyond float16
         assert z.isfinite().all()
 
@@ -413,7 +416,8 @@ def test_the_oracle_sees_a_last_tile_dropped(rung, device, monkeypatch):
         fewer = (lambda c: grid(c) - 1) if name == f"layer_norm_{rung}" else grid
         launching.launch(name, kernel, fewer, *args, **constants)
 
-    monkeypatch.setattr(kernels, "launch", short)
+    for module in (kernels, sums):
+        monkeypatch.setattr(module, "launch", short)
     with pytest.raises(AssertionError, match="non-finite"):
         check_rungs(Case(shape=(13, 24)), torch.float32, device=device)
 

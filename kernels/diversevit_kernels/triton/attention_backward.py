@@ -23,11 +23,10 @@ from .attention_tiles import (
     last_key,
     load_rows,
     load_statistic,
-    loaded_again,
     operand,
     probabilities,
     problem,
-    product_nt,
+    product,
     program_tile,
     row_delta,
     store_rows,
@@ -63,21 +62,19 @@ def _rows_kernel(
         k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, h // S.GROUP, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         p = probabilities(q, k, lse, P, b, h, rows[:, None], cols[None, :], scale, S)
-        dp = product_nt(do, v, S) * factor
+        dp = product(do, v, S.VALUE_WIDTH, S) * factor
         delta = tl.sum(p * dp, 1)
         store_statistic(delta_ptr, P, b, h, rows, delta)
-        sums = add_dot(sums, p * (dp - delta[:, None]), k, S.PRECISION)
+        sums = add_dot(sums, p * (dp - delta[:, None]), k.tile, S.PRECISION)
     else:
         delta = row_delta(P, delta_ptr, do, b, h, rows, S)[:, None]
         for start in range(0, last_key(tile, P, BLOCK_M, S), BLOCK_N):
             cols = (start + tl.arange(0, BLOCK_N)).to(S.INDEX)
-            q = loaded_again(q, P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
-            do = loaded_again(do, P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS, S)
             k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
             v = load_rows(P.v, b, h // S.GROUP, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
             p = probabilities(q, k, lse, P, b, h, rows[:, None], cols[None, :], scale, S)
-            ds = p * (product_nt(do, v, S) * factor - delta)
-            sums = add_dot(sums, ds, k, S.PRECISION)
+            ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
+            sums = add_dot(sums, ds, k.tile, S.PRECISION)
     store_rows(dq, b, h, rows, P.Nq, scale_split(sums, scale), S.WIDTH, S.WIDTHS)
 
 
@@ -109,16 +106,14 @@ def _columns_kernel(
         factor = head_factor(P, b, h, S)
         for start in range(first * BLOCK_M, P.Nq, BLOCK_M):
             rows = (start + tl.arange(0, BLOCK_M)).to(S.INDEX)
-            k = loaded_again(k, P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS, S)
-            v = loaded_again(v, P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS, S)
             q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
             do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
             lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[None, :]
             delta = load_statistic(delta_ptr, P, b, h, rows, 0.0)[None, :]
             p = probabilities(k, q, lse, P, b, h, rows[None, :], cols[:, None], scale, S)
-            ds = p * (product_nt(v, do, S) * factor - delta)
-            dv_sums = add_dot(dv_sums, p * factor, do, S.PRECISION)
-            dk_sums = add_dot(dk_sums, ds, q, S.PRECISION)
+            ds = p * (product(v, do, S.VALUE_WIDTH, S) * factor - delta)
+            dv_sums = add_dot(dv_sums, p * factor, do.tile, S.PRECISION)
+            dk_sums = add_dot(dk_sums, ds, q.tile, S.PRECISION)
     dk_tile = scale_split(dk_sums, scale)
     store_rows(dk, b, key_head, cols, P.Nk, dk_tile, S.WIDTH, S.WIDTHS)
     store_rows(dv, b, key_head, cols, P.Nk, dv_sums, S.VALUE_WIDTH, S.VALUE_WIDTHS)
@@ -148,17 +143,15 @@ def _few_kernel(
     sums = zeros_split(BLOCK_M, S.WIDTHS, S.ACC)
     for start in range(0, P.Nk, BLOCK_N):
         cols = (start + tl.arange(0, BLOCK_N)).to(S.INDEX)
-        q = loaded_again(q, P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
-        do = loaded_again(do, P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS, S)
         k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         p = probabilities(q, k, lse, P, b, h, rows[:, None], cols[None, :], scale, S)
-        ds = p * (product_nt(do, v, S) * factor - delta)
-        sums = add_dot(sums, ds, k, S.PRECISION)
-        dk_tile = add_dot(zeros_split(BLOCK_N, S.WIDTHS, S.ACC), tl.trans(ds), q, S.PRECISION)
+        ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
+        sums = add_dot(sums, ds, k.tile, S.PRECISION)
+        dk_tile = add_dot(zeros_split(BLOCK_N, S.WIDTHS, S.ACC), tl.trans(ds), q.tile, S.PRECISION)
         dk_tile = scale_split(dk_tile, scale)
         dv_tile = zeros_split(BLOCK_N, S.VALUE_WIDTHS, S.ACC)
-        dv_tile = add_dot(dv_tile, tl.trans(p * factor), do, S.PRECISION)
+        dv_tile = add_dot(dv_tile, tl.trans(p * factor), do.tile, S.PRECISION)
         store_rows(dk, b, h, cols, P.Nk, dk_tile, S.WIDTH, S.WIDTHS)
         store_rows(dv, b, h, cols, P.Nk, dv_tile, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     store_rows(dq, b, h, rows, P.Nq, scale_split(sums, scale), S.WIDTH, S.WIDTHS)

@@ -13,9 +13,8 @@ from .attention_tiles import (
     last_key,
     load_rows,
     load_statistic,
-    loaded_again,
     probabilities,
-    product_nt,
+    product,
     row_delta,
     score_cotangent,
     score_cotangent_transposed,
@@ -52,7 +51,7 @@ def rows_of_whole_tile(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr
 
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    dp = product_nt(do, v, S) * factor
+    dp = product(do, v, S.VALUE_WIDTH, S) * factor
     delta = tl.sum(p * dp, 1)
     store_statistic(R.delta, P, b, h, rows, delta)
     ds = p * (dp - delta[:, None])
@@ -62,22 +61,22 @@ def rows_of_whole_tile(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr
     r = tl.zeros([M, N], S.ACC)
     ddk = load_rows(P.ddk, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
     if ddk is not None:
-        gq = add_dot(gq, ds, ddk, S.PRECISION)
+        gq = add_dot(gq, ds, ddk.tile, S.PRECISION)
     if S.HAS_X:
         ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
         x_tile = score_cotangent(ddq, k, q, ddk, P, b, h, i, j, scale, S)
         x = tl.sum(p * x_tile, 1)
         store_statistic(R.x, P, b, h, rows, x)
         x_tile -= x[:, None]
-        gdo = add_dot(gdo, p * x_tile, v, S.PRECISION)
+        gdo = add_dot(gdo, p * x_tile, v.tile, S.PRECISION)
         r = ds * x_tile
     if P.ddv is not None:
         ddv = load_rows(P.ddv, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        r += p * (product_nt(do, ddv, S) * factor)
-        gdo = add_dot(gdo, p, ddv, S.PRECISION)
+        r += p * (product(do, ddv, S.VALUE_WIDTH, S) * factor)
+        gdo = add_dot(gdo, p, ddv.tile, S.PRECISION)
     t = tl.sum(r, 1)
     store_statistic(R.t, P, b, h, rows, t)
-    gq = add_dot(gq, r - p * t[:, None], k, S.PRECISION)
+    gq = add_dot(gq, r - p * t[:, None], k.tile, S.PRECISION)
     store_rows(R.gq, b, h, rows, P.Nq, scale_split(gq, scale), S.WIDTH, S.WIDTHS)
     gdo = scale_split(gdo, factor)
     store_rows(R.gdo, b, h, rows, P.Nq, gdo, S.VALUE_WIDTH, S.VALUE_WIDTHS)
@@ -106,39 +105,36 @@ def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, 
     for start in range(0, last_key(tile, P, M, S), N):
         cols = (start + tl.arange(0, N)).to(S.INDEX)
         j = cols[None, :]
-        q = loaded_again(q, P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
-        do = loaded_again(do, P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS, S)
-        ddq = loaded_again(ddq, P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
         k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         p = probabilities(q, k, lse, P, b, h, i, j, scale, S)
-        ds = p * (product_nt(do, v, S) * factor - delta)
+        ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
         r = tl.zeros([M, N], S.ACC)
         ddk = load_rows(P.ddk, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
         if ddk is not None:
-            gq = add_dot(gq, ds, ddk, S.PRECISION)
+            gq = add_dot(gq, ds, ddk.tile, S.PRECISION)
         if S.HAS_X:
             x_tile = score_cotangent(ddq, k, q, ddk, P, b, h, i, j, scale, S)
             r = ds * x_tile
             x_tile *= p
             x += tl.sum(x_tile, 1)
-            gdo = add_dot(gdo, x_tile, v, S.PRECISION)
+            gdo = add_dot(gdo, x_tile, v.tile, S.PRECISION)
         if P.ddv is not None:
             ddv = load_rows(P.ddv, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-            r += p * (product_nt(do, ddv, S) * factor)
-            gdo = add_dot(gdo, p, ddv, S.PRECISION)
+            r += p * (product(do, ddv, S.VALUE_WIDTH, S) * factor)
+            gdo = add_dot(gdo, p, ddv.tile, S.PRECISION)
         t += tl.sum(r, 1)
-        gq = add_dot(gq, r, k, S.PRECISION)
-        pk = add_dot(pk, p, k, S.PRECISION)
+        gq = add_dot(gq, r, k.tile, S.PRECISION)
+        pk = add_dot(pk, p, k.tile, S.PRECISION)
     store_statistic(R.t, P, b, h, rows, t)
     gq = scale_split(subtract_split(gq, pk, t[:, None]), scale)
     gdo = scale_split(gdo, factor)
     if S.HAS_X:
         store_statistic(R.x, P, b, h, rows, x)
         dq = load_rows(P.dq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-        gq = subtract_split(gq, dq, x[:, None])
+        gq = subtract_split(gq, dq.tile, x[:, None])
         o = load_rows(P.o, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        gdo = subtract_split(gdo, o, x[:, None])
+        gdo = subtract_split(gdo, o.tile, x[:, None])
     store_rows(R.gq, b, h, rows, P.Nq, gq, S.WIDTH, S.WIDTHS)
     store_rows(R.gdo, b, h, rows, P.Nq, gdo, S.VALUE_WIDTH, S.VALUE_WIDTHS)
 
@@ -163,29 +159,23 @@ def columns_of_tile(
         for start in range(first * M, P.Nq, M):
             rows = (start + tl.arange(0, M)).to(S.INDEX)
             i = rows[None, :]
-            k = loaded_again(k, P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS, S)
-            v = loaded_again(v, P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS, S)
-            ddk = loaded_again(ddk, P.ddk, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS, S)
-            ddv = loaded_again(
-                ddv, P.ddv, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS, S
-            )
             q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
             do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
             ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
             lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[None, :]
             delta = load_statistic(R.delta, P, b, h, rows, 0.0)[None, :]
             p = probabilities(k, q, lse, P, b, h, i, j, scale, S)
-            ds = p * (product_nt(v, do, S) * factor - delta)
+            ds = p * (product(v, do, S.VALUE_WIDTH, S) * factor - delta)
             if ddq is not None:
-                gk = add_dot(gk, ds, ddq, S.PRECISION)
+                gk = add_dot(gk, ds, ddq.tile, S.PRECISION)
             r = p * -load_statistic(R.t, P, b, h, rows, 0.0)[None, :]
             if ddv is not None:
-                r += p * (product_nt(ddv, do, S) * factor)
+                r += p * (product(ddv, do, S.VALUE_WIDTH, S) * factor)
             if S.HAS_X:
                 x_tile = score_cotangent_transposed(ddq, k, q, ddk, P, b, h, i, j, scale, S)
                 x_tile -= load_statistic(R.x, P, b, h, rows, 0.0)[None, :]
-                gv = add_dot(gv, p * factor * x_tile, do, S.PRECISION)
+                gv = add_dot(gv, p * factor * x_tile, do.tile, S.PRECISION)
                 r += ds * x_tile
-            gk = add_dot(gk, r, q, S.PRECISION)
+            gk = add_dot(gk, r, q.tile, S.PRECISION)
     store_rows(R.gk, b, key_head, cols, P.Nk, scale_split(gk, scale), S.WIDTH, S.WIDTHS)
     store_rows(R.gv, b, key_head, cols, P.Nk, gv, S.VALUE_WIDTH, S.VALUE_WIDTHS)

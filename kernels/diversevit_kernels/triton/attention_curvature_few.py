@@ -11,9 +11,8 @@ from .attention_tiles import (
     indices,
     load_rows,
     load_statistic,
-    loaded_again,
     probabilities,
-    product_nt,
+    product,
     row_delta,
     score_cotangent,
     store_rows,
@@ -29,22 +28,19 @@ def _score_tiles(
     """(3)-(8) for one key tile: its operands, and the tiles P, dS, X and P ∘ Y (zeros if absent)."""
     cols = (start + tl.arange(0, N)).to(S.INDEX)
     i, j = rows[:, None], cols[None, :]
-    q = loaded_again(q, P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
-    do = loaded_again(do, P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS, S)
-    ddq = loaded_again(ddq, P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
     k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
     v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     ddk = load_rows(P.ddk, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
     ddv = load_rows(P.ddv, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     p = probabilities(q, k, lse, P, b, h, i, j, scale, S)
-    ds = p * (product_nt(do, v, S) * factor - delta)
+    ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
     x = tl.zeros_like(p)
     if S.HAS_X:
         x = score_cotangent(ddq, k, q, ddk, P, b, h, i, j, scale, S)
     py = tl.zeros_like(p)
     if ddv is not None:
-        py = p * (product_nt(do, ddv, S) * factor)
-    return q, do, ddq, cols, k, v, ddk, ddv, p, ds, x, py
+        py = p * (product(do, ddv, S.VALUE_WIDTH, S) * factor)
+    return cols, k, v, ddk, ddv, p, ds, x, py
 
 
 @triton.jit
@@ -63,7 +59,7 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
     x = tl.zeros([M], S.ACC)
     t = tl.zeros([M], S.ACC)
     for start in range(0, P.Nk, N):
-        _, _, _, _, _, _, _, _, p, ds, x_tile, py = _score_tiles(
+        _, _, _, _, _, p, ds, x_tile, py = _score_tiles(
             q, do, ddq, lse, delta, factor, P, b, h, rows, start, scale, S, N
         )
         x += tl.sum(p * x_tile, 1)
@@ -74,7 +70,7 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
     gq = zeros_split(M, S.WIDTHS, S.ACC)
     gdo = zeros_split(M, S.VALUE_WIDTHS, S.ACC)
     for start in range(0, P.Nk, N):
-        q_tile, do_tile, ddq_tile, cols, k, v, ddk, ddv, p, ds, x_tile, py = _score_tiles(
+        cols, k, v, ddk, ddv, p, ds, x_tile, py = _score_tiles(
             q, do, ddq, lse, delta, factor, P, b, h, rows, start, scale, S, N
         )
         gk = zeros_split(N, S.WIDTHS, S.ACC)
@@ -83,16 +79,16 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
         if S.HAS_X:
             x_tile -= x[:, None]
             r += ds * x_tile
-            gdo = add_dot(gdo, p * x_tile, v, S.PRECISION)
-            gv = add_dot(gv, tl.trans(p * factor * x_tile), do_tile, S.PRECISION)
+            gdo = add_dot(gdo, p * x_tile, v.tile, S.PRECISION)
+            gv = add_dot(gv, tl.trans(p * factor * x_tile), do.tile, S.PRECISION)
         if ddk is not None:
-            gq = add_dot(gq, ds, ddk, S.PRECISION)
+            gq = add_dot(gq, ds, ddk.tile, S.PRECISION)
         if ddv is not None:
-            gdo = add_dot(gdo, p, ddv, S.PRECISION)
+            gdo = add_dot(gdo, p, ddv.tile, S.PRECISION)
         if ddq is not None:
-            gk = add_dot(gk, tl.trans(ds), ddq_tile, S.PRECISION)
-        gk = add_dot(gk, tl.trans(r), q_tile, S.PRECISION)
-        gq = add_dot(gq, r, k, S.PRECISION)
+            gk = add_dot(gk, tl.trans(ds), ddq.tile, S.PRECISION)
+        gk = add_dot(gk, tl.trans(r), q.tile, S.PRECISION)
+        gq = add_dot(gq, r, k.tile, S.PRECISION)
         store_rows(R.gk, b, h, cols, P.Nk, scale_split(gk, scale), S.WIDTH, S.WIDTHS)
         store_rows(R.gv, b, h, cols, P.Nk, gv, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     store_rows(R.gq, b, h, rows, P.Nq, scale_split(gq, scale), S.WIDTH, S.WIDTHS)

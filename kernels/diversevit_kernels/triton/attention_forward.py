@@ -17,7 +17,6 @@ from .attention_tiles import (
     indices,
     last_key,
     load_rows,
-    loaded_again,
     operand,
     problem,
     program_tile,
@@ -54,7 +53,6 @@ def _forward_kernel(
     sums = zeros_split(BLOCK_M, S.VALUE_WIDTHS, S.ACC)
     for start in range(0, last_key(tile, P, BLOCK_M, S), BLOCK_N):
         cols = (start + tl.arange(0, BLOCK_N)).to(S.INDEX)
-        q = loaded_again(q, P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS, S)
         k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, h // S.GROUP, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         s = scores(q, k, P, b, h, rows[:, None], cols[None, :], scale, S)
@@ -63,7 +61,7 @@ def _forward_kernel(
         p = tl.exp(s - shift[:, None])
         shrink = tl.exp(top - shift)
         total = total * shrink + tl.sum(p, 1)
-        sums = add_dot(scale_split(sums, shrink[:, None]), p, v, S.PRECISION)
+        sums = add_dot(scale_split(sums, shrink[:, None]), p, v.tile, S.PRECISION)
         top = new_top
 
     empty = total == 0.0

@@ -18,7 +18,7 @@ from .attention_tiles import (
     load_rows,
     load_statistic,
     probabilities,
-    product_nt,
+    product,
     score_cotangent,
 )
 from .launch import allocate, cdiv, launch
@@ -63,7 +63,7 @@ def _mask_kernel(
         delta = load_statistic(delta_ptr, P, b, h, rows, 0.0)[:, None]
         factor = head_factor(P, b, h, S)
         p = probabilities(q, k, lse, P, b, h, i, j, scale, S)
-        ds = p * (product_nt(do, v, S) * factor - delta)
+        ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
         if t_ptr is None:
             total += ds
         else:
@@ -75,7 +75,7 @@ def _mask_kernel(
                 total += ds * (x - load_statistic(x_ptr, P, b, h, rows, 0.0)[:, None])
             if P.ddv is not None:
                 ddv = load_rows(P.ddv, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-                total += p * (product_nt(do, ddv, S) * factor)
+                total += p * (product(do, ddv, S.VALUE_WIDTH, S) * factor)
     at = (part * P.Nq + i) * P.Nk + j
     tl.store(out_ptr + at, total, mask=(i < P.Nq) & (j < P.Nk))
 

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from .configurations import accumulator, precision
 from .launch import allocate, check_operand, split_width
-from .tiles import INTERPRETED, dot_nt, load_split, store_split
+from .tiles import INTERPRETED, dot, dot_nt, load_split, store_split
 
 MAX_WIDTH = 256
+CHUNK = tl.constexpr(16)
+"""Columns that a chunked product reads at a time."""
 FEW_QUERIES = 16
 """Up to so many queries, one tile of 16 rows holds them all."""
 
@@ -40,6 +42,17 @@ class HeadScale(NamedTuple):
     ptr: Any
     sample: int
     head: int
+
+
+class Rows(NamedTuple):
+    """In a kernel: some rows of one head, and where they are."""
+
+    tile: Any  # split tile [rows, width]
+    ptr: Any  # the head's first element
+    row: Any  # strides
+    col: Any
+    index: Any  # [rows]
+    count: Any  # rows from here on are outside
 
 
 class Problem(NamedTuple):
@@ -76,7 +89,9 @@ class Static(NamedTuple):
     PRECISION: str  # of tl.dot
     IS_CAUSAL: bool
     HAS_X: bool  # a cotangent feeds X of (6)
-    RELOAD: bool  # a loop loads its invariant tiles anew in each step (see ``loaded_again``)
+    CHUNKED: (
+        bool  # products over the head width read their operands piece by piece (see ``product``)
+    )
 
 
 def operand(x: Tensor | None) -> Operand | None:
@@ -127,7 +142,7 @@ def problem(
         INDEX=tl.int32 if reach < 2**30 else tl.int64,
         PRECISION=precision(q),
         IS_CAUSAL=is_causal,
-        RELOAD=precision(q) == "tf32x3",
+        CHUNKED=precision(q) == "tf32x3",
         HAS_X=any(more.get(name) is not None for name in ("ddq", "ddk", "ddmask")),
     )
     read = {name: operand(x) for name, x in {"q": q, "k": k, "v": v, "mask": mask, **more}.items()}
@@ -176,26 +191,13 @@ def head_of(x, b, h):
 
 @triton.jit
 def load_rows(x, b, h, rows, n, WIDTH: tl.constexpr, WIDTHS: tl.constexpr):
-    """Rows of one head as a split tile, zero from row ``n`` on; None of None."""
+    """Rows of one head, zero from row ``n`` on, as Rows; None of None."""
     if x is None:
         return None
     else:
-        return load_split(head_of(x, b, h), x.row, x.col, rows, rows < n, WIDTH, WIDTHS)
-
-
-@triton.jit
-def loaded_again(
-    tile, x, b, h, rows, n, WIDTH: tl.constexpr, WIDTHS: tl.constexpr, S: tl.constexpr
-):
-    """``tile``, or the same loaded anew if S.RELOAD.
-
-    For three TF32 products an operand is split in two. Kept across a loop, the halves of all its invariant
-    tiles would not fit the registers; read again, they come from the L1 cache.
-    """
-    if S.RELOAD:
-        return load_rows(x, b, h, rows, n, WIDTH, WIDTHS)
-    else:
-        return tile
+        ptr = head_of(x, b, h)
+        tile = load_split(ptr, x.row, x.col, rows, rows < n, WIDTH, WIDTHS)
+        return Rows(tile, ptr, x.row, x.col, rows, n)
 
 
 @triton.jit
@@ -230,17 +232,43 @@ def head_factor(P, b, h, S: tl.constexpr):
 def row_delta(P, R_delta, do, b, h, rows, S: tl.constexpr):
     """(3): D = rowsum(do ∘ o) of a row tile, [rows]; also written to ``R_delta`` for other programs."""
     o = load_rows(P.o, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    delta = tl.zeros([o[0].shape[0]], S.ACC)
+    delta = tl.zeros([rows.shape[0]], S.ACC)
     for i in tl.static_range(len(S.VALUE_WIDTHS)):
-        delta += tl.sum(o[i].to(S.ACC) * do[i].to(S.ACC), 1)
+        delta += tl.sum(o.tile[i].to(S.ACC) * do.tile[i].to(S.ACC), 1)
     store_statistic(R_delta, P, b, h, rows, delta)
     return delta
 
 
 @triton.jit
-def product_nt(x, y, S: tl.constexpr):
-    """x yᵀ of two split tiles."""
-    return dot_nt(x, y, tl.zeros([x[0].shape[0], y[0].shape[0]], S.ACC), S.PRECISION)
+def product(x, y, WIDTH: tl.constexpr, S: tl.constexpr):
+    """x yᵀ of two Rows of ``WIDTH`` columns: [rows of x, rows of y]."""
+    acc = tl.zeros([x.index.shape[0], y.index.shape[0]], S.ACC)
+    return add_product(acc, x, y, WIDTH, S)
+
+
+@triton.jit
+def add_product(acc, x, y, WIDTH: tl.constexpr, S: tl.constexpr):
+    """acc + x yᵀ.
+
+    For three TF32 products an operand is split in two, and the halves of all of a loop's tiles do not fit the
+    registers. So S.CHUNKED reads both operands again, CHUNK columns at a time, from the L1 cache.
+    """
+    if S.CHUNKED:
+        for start in range(0, WIDTH, CHUNK):
+            cols = start + tl.arange(0, CHUNK)
+            acc = dot(
+                _columns(x, cols, WIDTH), tl.trans(_columns(y, cols, WIDTH)), acc, S.PRECISION
+            )
+        return acc
+    else:
+        return dot_nt(x.tile, y.tile, acc, S.PRECISION)
+
+
+@triton.jit
+def _columns(x, cols, WIDTH: tl.constexpr):
+    at = x.index[:, None] * x.row + cols[None, :] * x.col
+    mask = (x.index < x.count)[:, None] & (cols < WIDTH)[None, :]
+    return tl.load(x.ptr + at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -253,9 +281,9 @@ def mask_tile(mask, b, h, i, j, inside):
 def scores(x, y, P, b, h, i, j, scale, S: tl.constexpr):
     """(1): S = s x yᵀ + M, minus infinity where a query may not look or no pair (i, j) exists.
 
-    ``x, y`` are the split tiles of q and k, or of k and q for a transposed tile.
+    ``x, y`` are q and k, or k and q for a transposed tile.
     """
-    s = product_nt(x, y, S) * scale
+    s = product(x, y, S.WIDTH, S) * scale
     inside = (i < P.Nq) & (j < P.Nk)
     if P.mask is not None:
         tile = mask_tile(P.mask, b, h, i, j, inside)
@@ -280,22 +308,22 @@ def probabilities(x, y, lse, P, b, h, i, j, scale, S: tl.constexpr):
 @triton.jit
 def score_cotangent(ddq, k, q, ddk, P, b, h, i, j, scale, S: tl.constexpr):
     """(6): X = s (A Kᵀ + Q Bᵀ) + A_M; an absent cotangent costs nothing."""
-    x = tl.zeros([q[0].shape[0], k[0].shape[0]], S.ACC)
+    x = tl.zeros([q.index.shape[0], k.index.shape[0]], S.ACC)
     if ddq is not None:
-        x = dot_nt(ddq, k, x, S.PRECISION)
+        x = add_product(x, ddq, k, S.WIDTH, S)
     if ddk is not None:
-        x = dot_nt(q, ddk, x, S.PRECISION)
+        x = add_product(x, q, ddk, S.WIDTH, S)
     return _with_mask_cotangent(x * scale, P, b, h, i, j, S)
 
 
 @triton.jit
 def score_cotangent_transposed(ddq, k, q, ddk, P, b, h, i, j, scale, S: tl.constexpr):
     """(6) transposed: Xᵀ, keys by queries."""
-    x = tl.zeros([k[0].shape[0], q[0].shape[0]], S.ACC)
+    x = tl.zeros([k.index.shape[0], q.index.shape[0]], S.ACC)
     if ddq is not None:
-        x = dot_nt(k, ddq, x, S.PRECISION)
+        x = add_product(x, k, ddq, S.WIDTH, S)
     if ddk is not None:
-        x = dot_nt(ddk, q, x, S.PRECISION)
+        x = add_product(x, ddk, q, S.WIDTH, S)
     return _with_mask_cotangent(x * scale, P, b, h, i, j, S)
 
 

@@ -115,8 +115,10 @@ _TABLE: tuple[_Row, ...] = (
       for width, warps, tile in ((2048, 8, 2048), (4096, 16, 4096), (8192, 16, 8192))),
     _row("layer_norm_sums", warps=4, stages=1, BLOCK_P=32, BLOCK_N=32),
     # gelu
-    *(_row(f"gelu_{rung}", _INTERPRETER, warps=4, stages=1, BLOCK=32) for rung in ("forward", "backward", "double_backward")),
-    *(_row(f"gelu_{rung}", warps=4, stages=1, BLOCK=1024) for rung in ("forward", "backward", "double_backward")),
+    *(_row(f"gelu_{rung}", _INTERPRETER, warps=4, stages=1, BLOCK=32)
+      for rung in ("forward", "backward", "double_backward")),
+    *(_row(f"gelu_{rung}", warps=4, stages=1, BLOCK=1024)
+      for rung in ("forward", "backward", "double_backward")),
 )
 # fmt: on
 

@@ -30,9 +30,8 @@ def load_split(
     for i in tl.static_range(len(WIDTHS)):
         cols = first + tl.arange(0, WIDTHS[i])
         at = rows[:, None] * stride_row + cols[None, :] * stride_col
-        tile = tile + (
-            tl.load(ptr + at, mask=inside[:, None] & (cols[None, :] < WIDTH), other=0.0),
-        )
+        mask = inside[:, None] & (cols[None, :] < WIDTH)
+        tile = tile + (tl.load(ptr + at, mask=mask, other=0.0),)
         first += WIDTHS[i]
     return tile
 
