@@ -19,9 +19,7 @@ from torch import Tensor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
 
-AUTOTUNE = os.environ.get("DIVERSEVIT_AUTOTUNE") == "1"
-"""Whether the first launch of each kind times the candidates of ``candidates`` and keeps the fastest."""
-
+_autotune = os.environ.get("DIVERSEVIT_AUTOTUNE") == "1"
 _pretended: str | None = None
 
 
@@ -167,6 +165,43 @@ def configuration(kernel: str, like: Tensor, width: int) -> Configuration:
             f"on {architecture(like.device)}"
         )
     return found
+
+
+def candidates(kernel: str, like: Tensor, width: int) -> list[Configuration]:
+    """What autotuning tries: every row of ``kernel``, whatever it was made for, at 4 and 8 warps, 1 to 3 stages.
+
+    The table's own choice comes first, so that it wins ties.
+    """
+    rows = [row for row in _TABLE if row.kernel == kernel and row.architectures != _INTERPRETER]
+    tried = [
+        Configuration(row.configuration.tiles, warps, stages)
+        for row in rows
+        for warps in (4, 8)
+        for stages in (1, 2, 3)
+    ]
+    return list(dict.fromkeys([configuration(kernel, like, width), *tried]))
+
+
+def autotuning() -> bool:
+    """Whether each kind of launch first times its candidates: ``DIVERSEVIT_AUTOTUNE=1`` or ``autotune()``."""
+    return _autotune and not INTERPRETED and _pretended is None
+
+
+@contextmanager
+def autotune(enabled: bool = True) -> Iterator[None]:
+    """Inside the block autotuning is on (or off), whatever the environment says."""
+    global _autotune
+    before, _autotune = _autotune, enabled
+    try:
+        yield
+    finally:
+        _autotune = before
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have on ``device``."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def has_configuration(kernel: str, like: Tensor, width: int) -> bool:

@@ -11,9 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from .configurations import Configuration, configuration, options
+from .autotune import fastest
+from .configurations import (
+    Configuration,
+    autotuning,
+    candidates,
+    configuration,
+    options,
+    shared_memory,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -64,18 +73,56 @@ def launch(
         constants: constexpr arguments besides the configuration's tile sizes.
     """
     chosen = configuration(name, like, width)
+    if autotuning() and _running and grid(chosen):
+        chosen = _tuned(name, kernel, grid, like, width, args, constants)
     programs = grid(chosen)
-    everything = {**constants, **dict(chosen.tiles)}
     if _record is not None:
+        everything = {**constants, **dict(chosen.tiles)}
         _record.append(Launch(name, kernel, (programs,), args, everything, chosen))
     if programs and _running:
-        kernel[(programs,)](
-            *args,
-            **everything,
-            num_warps=chosen.warps,
-            num_stages=chosen.stages,
-            **options(like),
+        kernel[(programs,)](*args, **_keywords(constants, chosen, like))
+
+
+def _keywords(constants: dict[str, Any], chosen: Configuration, like: Tensor) -> dict[str, Any]:
+    return {
+        **constants,
+        **dict(chosen.tiles),
+        "num_warps": chosen.warps,
+        "num_stages": chosen.stages,
+        **options(like),
+    }
+
+
+_measured: dict[tuple[Any, ...], Configuration] = {}
+
+
+def _tuned(
+    name: str,
+    kernel: Any,
+    grid: Callable[[Configuration], int],
+    like: Tensor,
+    width: int,
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> Configuration:
+    """The fastest configuration for this kind of launch; running a kernel twice gives the same results."""
+    key = (name, like.device, like.dtype, like.shape, width, *sorted(map(str, constants.items())))
+    if key not in _measured:
+
+        def run(c: Configuration) -> None:
+            kernel[(grid(c),)](*args, **_keywords(constants, c, like))
+
+        def shared(c: Configuration) -> int:
+            keywords = _keywords(constants, c, like)
+            return kernel.warmup(*args, grid=(grid(c),), **keywords).metadata.shared
+
+        _measured[key] = fastest(
+            candidates(name, like, width),
+            shared,
+            shared_memory(like.device),
+            lambda c: triton.testing.do_bench(lambda: run(c), return_mode="median"),
         )
+    return _measured[key]
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
