@@ -9,7 +9,10 @@ from second_order import TAILS, WAYS
 from torch.autograd import gradcheck, gradgradcheck
 
 import diversevit_fast as dvf
+from benchmarks import traffic
 from diversevit_fast import reference
+
+from .conftest import INTERPRETED
 
 kernels = pytest.importorskip("diversevit_kernels.triton.gelu")
 launching = pytest.importorskip("diversevit_kernels.triton.launch")
@@ -154,6 +157,15 @@ def test_not_a_number_stays_one(form, device):
     one = torch.ones_like(x)
     for result in rungs(kernels, x, one, one, form):
         assert result.isnan().tolist() == [True, False]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="watches the interpreter")
+@pytest.mark.parametrize("kinds", MIXED, ids="+".join)
+def test_no_access_out_of_bounds(kinds, form, device):
+    """Not even a load whose value is thrown away, nor one from a gap of a strided view."""
+    inputs = triple((3, 5, 4), torch.float32, kinds, device=device)
+    with traffic.sanitizer():
+        rungs(kernels, *inputs, form)
 
 
 def test_runs_give_the_same_bits(form, device):

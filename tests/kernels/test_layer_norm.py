@@ -1,5 +1,6 @@
 """The Triton LayerNorm kernels equal the definition, to second order, and write where they should."""
 
+import dataclasses
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +12,10 @@ from second_order import TAILS, WAYS
 from torch.autograd import gradcheck, gradgradcheck
 
 import diversevit_fast as dvf
+from benchmarks import traffic
 from diversevit_fast import reference
+
+from .conftest import INTERPRETED
 
 kernels = pytest.importorskip("diversevit_kernels.triton.layer_norm")
 sums = pytest.importorskip("diversevit_kernels.triton.layer_norm_sums")
@@ -45,6 +49,7 @@ LAYOUTS = {
     "behind-class-token": lambda x: torch.cat([x[:, :1], x], 1)[:, 1:],
     "expanded": lambda x: x[:1].expand(x.shape),
 }
+SUMS = "layer_norm_sums"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CASES = {
     "tokens": Case(),
@@ -309,6 +314,28 @@ def test_a_large_mean_costs_no_accuracy(device):
     exact, _, one = reference.layer_norm_forward(x.double(), None, None, 1, 1e-5)
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=2e-4)
     torch.testing.assert_close(rstd.double(), one, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("tile", [8, 32, 256, 2048])
+def test_any_tile_size_gives_the_same_results(tile, device, guarded, monkeypatch):
+    """Autotuning launches kernels with tiles that the table did not choose for them."""
+    table = launching.configuration
+
+    def other(name, like, width):
+        chosen = table(name, like, width)
+        return dataclasses.replace(chosen, tiles=(("TILE", tile),)) if name != SUMS else chosen
+
+    monkeypatch.setattr(launching, "configuration", other)
+    check_rungs(Case(shape=(29, 12)), torch.float32, device=device, guards=guarded)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="watches the interpreter")
+@pytest.mark.parametrize("name", CASES)
+def test_no_access_out_of_bounds(name, device):
+    """Not even a load whose value is thrown away, nor one from a gap of a strided view."""
+    t = operands(CASES[name], torch.float32, device=device)
+    with traffic.sanitizer():
+        rungs(kernels, CASES[name], t)
 
 
 @pytest.mark.parametrize("name", ["many-tiles", "three-layouts", "two-axes"])

@@ -22,6 +22,8 @@ from .tiles import INTERPRETED, dot, dot_nt, load_split, store_split
 MAX_WIDTH = 256
 CHUNK = tl.constexpr(16)
 """Columns that a chunked product reads at a time."""
+UNCHUNKED_WIDTH = 64
+"""Up to this head width the tiles of a double backward's loop fit the registers."""
 FEW_QUERIES = 16
 """Up to so many queries, one tile of 16 rows holds them all."""
 
@@ -132,6 +134,7 @@ def problem(
         sum((n - 1) * abs(s) for n, s in zip(x.shape[2:], x.stride()[2:], strict=True))
         for x in tensors
     )
+    width = max(q.shape[-1], v.shape[-1])
     static = Static(
         WIDTH=q.shape[-1],
         WIDTHS=split_width(q.shape[-1]),
@@ -142,7 +145,7 @@ def problem(
         INDEX=tl.int32 if reach < 2**30 else tl.int64,
         PRECISION=precision(q),
         IS_CAUSAL=is_causal,
-        CHUNKED=precision(q) == "tf32x3",
+        CHUNKED=precision(q) == "tf32x3" or ("dq" in more and width > UNCHUNKED_WIDTH),
         HAS_X=any(more.get(name) is not None for name in ("ddq", "ddk", "ddmask")),
     )
     read = {name: operand(x) for name, x in {"q": q, "k": k, "v": v, "mask": mask, **more}.items()}
@@ -250,8 +253,8 @@ def product(x, y, WIDTH: tl.constexpr, S: tl.constexpr):
 def add_product(acc, x, y, WIDTH: tl.constexpr, S: tl.constexpr):
     """acc + x yᵀ.
 
-    For three TF32 products an operand is split in two, and the halves of all of a loop's tiles do not fit the
-    registers. So S.CHUNKED reads both operands again, CHUNK columns at a time, from the L1 cache.
+    S.CHUNKED reads both operands again, CHUNK columns at a time, from the L1 cache: where a loop's tiles do not
+    fit the registers. Three TF32 products split an operand in two; a double backward's loop has seven of them.
     """
     if S.CHUNKED:
         for start in range(0, WIDTH, CHUNK):

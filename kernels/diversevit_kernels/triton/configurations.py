@@ -102,21 +102,49 @@ _TABLE: tuple[_Row, ...] = (
          ROW_TILE=64, ROW_KEYS=32, BLOCK_M=32, BLOCK_N=64),
     # layer norm: tiles of whole rows, about TILE elements; PROGRAMS is twice the multiprocessors
     _row("layer_norm_forward", _INTERPRETER, warps=4, stages=1, TILE=64),
-    _row("layer_norm_backward", _INTERPRETER, warps=4, stages=1, TILE=64, PROGRAMS=3),
-    _row("layer_norm_double_backward", _INTERPRETER, warps=4, stages=1, TILE=64, PROGRAMS=3),
+    _row("layer_norm_backward", _INTERPRETER, warps=4, stages=1, TILE=64),
+    _row("layer_norm_double_backward", _INTERPRETER, warps=4, stages=1, TILE=64),
     _row("layer_norm_sums", _INTERPRETER, warps=1, stages=1, BLOCK_P=2, BLOCK_N=16),
     *(_row("layer_norm_forward", width=width, warps=warps, stages=1, TILE=tile)
       for width, warps, tile in ((2048, 4, 2048), (4096, 8, 4096), (8192, 16, 8192))),
-    *(_row(kernel, names, width=width, warps=warps, stages=1, TILE=tile, PROGRAMS=programs)
-      for names, programs in ((("sm_80",), 216), (("sm_90",), 264), (("sm_10",), 296), (("gfx942",), 608), ((), 256))
+    *(_row(kernel, width=width, warps=warps, stages=1, TILE=tile)
       for kernel in ("layer_norm_backward", "layer_norm_double_backward")
-      for width, warps, tile in ((2048, 8, 2048), (4096, 16, 4096), (8192, 16, 8192))),
+      for width, warps, tile in ((1024, 8, 2048), (2048, 16, 2048), (4096, 16, 4096), (8192, 16, 8192))),
     _row("layer_norm_sums", warps=4, stages=1, BLOCK_P=32, BLOCK_N=32),
+    *(_row("layer_norm_programs", names, warps=1, stages=1, PROGRAMS=programs)  # no kernel: a number of programs
+      for names, programs in ((_INTERPRETER, 3), (("sm_80",), 216), (("sm_90",), 264), (("sm_10",), 296),
+                              (("gfx942",), 608), ((), 256))),
     # gelu
     *(_row(f"gelu_{rung}", _INTERPRETER, warps=4, stages=1, BLOCK=32)
       for rung in ("forward", "backward", "double_backward")),
     *(_row(f"gelu_{rung}", warps=4, stages=1, BLOCK=1024)
       for rung in ("forward", "backward", "double_backward")),
+    # head penalty; width: heads, padded; "_span": no kernel, but elements of a part of a sample
+    _row("head_penalty_span", _INTERPRETER, warps=1, stages=1, SPAN=32),
+    _row("head_penalty_statistics", _INTERPRETER, warps=1, stages=1, BLOCK_K=16, BLOCK_P=2),
+    _row("head_penalty_curvature", _INTERPRETER, warps=1, stages=1, BLOCK_P=2),
+    *(_row(f"head_penalty_{name}", _INTERPRETER, warps=1, stages=1, BLOCK_K=16)
+      for name in ("products", "backward", "double_backward")),
+    _row("head_penalty_span", warps=1, stages=1, SPAN=8192),
+    *(_row("head_penalty_statistics", width=heads, warps=warps, stages=2, BLOCK_K=64, BLOCK_P=parts)
+      for heads, warps, parts in ((16, 1, 4), (32, 2, 2), (64, 4, 1))),
+    *(_row("head_penalty_curvature", width=heads, warps=warps, stages=1, BLOCK_P=parts)
+      for heads, warps, parts in ((16, 2, 4), (32, 4, 2), (64, 8, 1))),
+    *(_row("head_penalty_products", width=heads, warps=warps, stages=2, BLOCK_K=64)
+      for heads, warps in ((16, 1), (32, 2), (64, 4))),
+    _row("head_penalty_double_backward", (), (4,), 16, warps=2, stages=2, BLOCK_K=64),
+    _row("head_penalty_double_backward", (), (4,), 32, warps=4, stages=2, BLOCK_K=32),
+    _row("head_penalty_double_backward", (), (4,), 64, warps=8, stages=2, BLOCK_K=32),
+    *(_row(f"head_penalty_{name}", width=heads, warps=warps, stages=2, BLOCK_K=64)
+      for name in ("backward", "double_backward")
+      for heads, warps in ((16, 2), (32, 4), (64, 8))),
+    # routed head penalty; width: of a head
+    *(_row(f"routed_penalty_{name}", _INTERPRETER, warps=4, stages=1, BLOCK_T=16, BLOCK_J=16, BLOCK_E=16)
+      for name in ("route", "route_back", "weight")),
+    _row("routed_penalty_route", (), (2,), warps=4, stages=3, BLOCK_T=64, BLOCK_J=64, BLOCK_E=128),
+    _row("routed_penalty_route", warps=8, stages=2, BLOCK_T=64, BLOCK_J=32, BLOCK_E=64),
+    _row("routed_penalty_route_back", warps=8, stages=2, BLOCK_T=64, BLOCK_J=64, BLOCK_E=32),
+    _row("routed_penalty_weight", warps=8, stages=2, BLOCK_T=32, BLOCK_J=64, BLOCK_E=64),
 )
 # fmt: on
 

@@ -157,8 +157,9 @@ def power_of_two(n: int) -> int:
 def split_width(width: int) -> tuple[int, ...]:
     """Tile widths, powers of two and at least 16, that cover ``width`` with little padding.
 
-    ``64 -> (64,)``, ``80 -> (64, 16)``, ``96 -> (64, 32)``, ``256 -> (256,)``.
+    All pieces are equal, so that one register layout serves them all: the largest with at most a tenth of
+    padding. ``64 -> (64,)``, ``80 -> 5 x 16``, ``88 -> 3 x 32``, ``104 -> 7 x 16``, ``256 -> (256,)``.
     """
-    largest = max(16, 1 << (width.bit_length() - 1))
-    rest = width - largest
-    return (largest,) if rest <= 0 else (largest, max(16, power_of_two(rest)))
+    pieces = (1 << n for n in range(power_of_two(width).bit_length() - 1, 4, -1))
+    piece = next((p for p in pieces if cdiv(width, p) * p <= 1.1 * width), 16)
+    return (piece,) * cdiv(width, piece)

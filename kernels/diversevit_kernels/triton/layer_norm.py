@@ -90,13 +90,12 @@ def _backward_kernel(
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
-    PROGRAMS: tl.constexpr,
 ):
-    """(14). One program owns every PROGRAMS-th tile of rows, and their part of dw and db."""
+    """(14). One of P programs owns every P-th tile of rows, and their part of dw and db."""
     BLOCK_M: tl.constexpr = rows_per_tile(TILE, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     dw, db = tl.zeros([BLOCK_M, BLOCK_N], ACC), tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for tile in range(program, tl.cdiv(rows, BLOCK_M), PROGRAMS):
+    for tile in range(program, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
         row, col, inside = positions(tile, rows, WIDTH, BLOCK_M, BLOCK_N)
         xh, rstd = load_normalized(x, mean_ptr, rstd_ptr, row, col, inside, rows, sizes, ACC)
         g = load_tile(dy, row, col, inside, sizes, ACC)
@@ -130,16 +129,15 @@ def _double_backward_kernel(
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
-    PROGRAMS: tl.constexpr,
 ):
-    """(15)-(19). One program owns every PROGRAMS-th tile of rows, and their part of gw.
+    """(15)-(19). One of P programs owns every P-th tile of rows, and their part of gw.
 
     Two rounds of row means: mean(a), a2 and c2, then q and the two of J h.
     """
     BLOCK_M: tl.constexpr = rows_per_tile(TILE, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     gw = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for tile in range(program, tl.cdiv(rows, BLOCK_M), PROGRAMS):
+    for tile in range(program, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
         row, col, inside = positions(tile, rows, WIDTH, BLOCK_M, BLOCK_N)
         xh, rstd = load_normalized(x, mean_ptr, rstd_ptr, row, col, inside, rows, sizes, ACC)
         w = features(weight_ptr, col, WIDTH, ACC)

@@ -58,10 +58,13 @@ def _sum_parts(
 
 
 def programs_of(name: str, x: Tensor, rows: int, width: int) -> int:
-    """Programs that share the rows of a backward pass: a tile for each, up to the table's number."""
-    chosen = configuration(name, x, width)
-    tiles = cdiv(rows, rows_per_tile(chosen["TILE"], power_of_two(width)))
-    return min(chosen["PROGRAMS"], tiles)
+    """Programs that share the rows of a backward pass: a tile for each, up to the table's number.
+
+    Kernels stride by the grid they find, so this is right for tiles of any size: autotuning tries several.
+    """
+    most = configuration("layer_norm_programs", x, width)["PROGRAMS"]
+    tile = configuration(name, x, width)["TILE"]
+    return min(most, cdiv(rows, rows_per_tile(tile, power_of_two(width))))
 
 
 def sum_over_programs(
