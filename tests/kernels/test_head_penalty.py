@@ -123,6 +123,7 @@ def compare(ours, eager, exact, scales, case):
         )
 
 
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rungs_within_budget(stage, case, dtype, kind):
     check_rungs(stage, case, dtype, kind)
@@ -180,8 +181,10 @@ def test_a_cotangent_of_the_cosines_may_have_any_strides(kind, device):
     torch.testing.assert_close(ours, reference.head_penalty_backward(*given, *values))
 
 
-@pytest.mark.parametrize("results", ["penalty", "cosines", "both"])
-@pytest.mark.parametrize("name", ["plain", "one-head", "clamped", "zero-head"])
+@pytest.mark.parametrize(
+    ("name", "results"),
+    [("plain", "both"), ("plain", "penalty"), ("clamped", "cosines"), ("one-head", "both")],
+)
 def test_first_and_second_derivative(name, results, kind, device):
     case = CASES[name]._replace(B=1, N=2, E=3)
     leaf, f = definition.leaf_and_function(case, kind, results)
