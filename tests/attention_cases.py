@@ -136,6 +136,8 @@ def check_rungs(kernels, case, dtype, seed=0, device="cpu", place=lambda x: x):
     )
     # nested sums: over keys (or a group's queries), of scores that are sums over the head widths
     terms = max(case.Nq * case.H // case.Hkv, case.Nk) * (case.d + case.dv)
+    if dtype == torch.float64:  # the judge has rounding of its own
+        terms *= 64
     for ours, plain, truth in zip(rungs(kernels, case, placed), eager, exact, strict=True):
         finite = torch.isfinite(truth)  # lse is +inf where a row attends to nothing
         assert torch.equal(torch.isfinite(ours), finite)
