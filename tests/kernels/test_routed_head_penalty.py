@@ -86,6 +86,34 @@ def test_rungs_without_a_cotangent(stage, present, kind, monkeypatch):
     check_rungs(stage, CASES["plain"], torch.float32, kind, present=present)
 
 
+OF_GRADIENTS = {
+    "tokens-first": lambda r: r.transpose(0, 1).contiguous().transpose(0, 1),
+    "pieces-first": lambda r: r.movedim(2, 0).contiguous().movedim(0, 2),
+    "behind-class-token": lambda r: torch.cat([r[:, :1], r], 1)[:, 1:],
+    "reversed-axes": lambda r: r.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0),
+}
+OF_WEIGHTS = {
+    "transposed": lambda w: w.mT.contiguous().mT,
+    "heads-first": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+    "reversed-axes": lambda w: w.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("which", "layout"), [(0, name) for name in OF_GRADIENTS] + [(1, name) for name in OF_WEIGHTS]
+)
+@pytest.mark.parametrize("kind", SOME_KINDS, ids="-".join)
+def test_a_layout_changes_no_bit(which, layout, kind, stage, monkeypatch):
+    """Of each operand by itself: strides of its own along every axis."""
+    case = Case(B=3, H=2, N=4, d=3, D=5)
+    tokens_per_tile(monkeypatch, case, 32)
+    dense, moved = operands(case, torch.float32), operands(case, torch.float32)
+    moved[which] = (OF_GRADIENTS, OF_WEIGHTS)[which][layout](moved[which])
+    results = (definition.rungs(stage, case, inputs, kind) for inputs in (dense, moved))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize("absent", ["dpenalty", "dcosines"])
 def test_an_absent_cotangent_counts_as_zero(absent, kind, device):
     case, values = Case(d=3, D=5), (*kind, 1e-12)
@@ -136,13 +164,24 @@ def test_any_shape_within_budget(stage, case, dtype, kind, seed, tokens):
         check_rungs(stage, case, dtype, kind, seed)
 
 
-@pytest.mark.parametrize("results", ["penalty", "both"])
-def test_first_and_second_derivative(results, kind, device):
-    case = Case(B=1, H=3, N=2, d=1, D=2)
+@pytest.mark.parametrize("kind", SOME_KINDS, ids="-".join)
+def test_derivatives_entry_by_entry(kind, device):
+    """The full Jacobians, with a cotangent of the penalty and of the cosines."""
+    case = Case(B=1, H=2, N=2, d=1, D=2)
     inputs = [x.to(device).requires_grad_() for x in operands(case)]
     with dvf.use_backend("triton"):
-        assert gradcheck(definition.as_function(case, kind, results), inputs)
-        assert gradgradcheck(definition.as_function(case, kind, results), inputs)
+        assert gradcheck(definition.as_function(case, kind), inputs)
+        assert gradgradcheck(definition.as_function(case, kind), inputs)
+
+
+@pytest.mark.parametrize("results", ["penalty", "both"])
+def test_first_and_second_derivative(results, kind, device):
+    case = Case(B=1, H=3, N=3, d=2, D=3)
+    inputs = [x.to(device).requires_grad_() for x in operands(case)]
+    f = definition.as_function(case, kind, results)
+    with dvf.use_backend("triton"):
+        assert gradcheck(f, inputs, fast_mode=True)
+        assert gradgradcheck(f, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("frozen", ["grad_qkv", "weight_qkv"])

@@ -184,14 +184,14 @@ _TABLE: tuple[_Row, ...] = (
       for heads, warps, parts in ((16, 1, 4), (32, 2, 2), (64, 4, 1))),
     *(_row("head_penalty_curvature", width=heads, warps=warps, stages=1, BLOCK_P=parts)
       for heads, warps, parts in ((16, 2, 4), (32, 4, 2), (64, 8, 1))),
-    *(_row("head_penalty_products", width=heads, warps=warps, stages=2, BLOCK_K=64)
-      for heads, warps in ((16, 1), (32, 2), (64, 4))),
-    _row("head_penalty_double_backward", (), (4,), 16, warps=2, stages=2, BLOCK_K=64),
-    _row("head_penalty_double_backward", (), (4,), 32, warps=4, stages=2, BLOCK_K=32),
-    _row("head_penalty_double_backward", (), (4,), 64, warps=8, stages=2, BLOCK_K=32),
-    *(_row(f"head_penalty_{name}", width=heads, warps=warps, stages=2, BLOCK_K=64)
-      for name in ("backward", "double_backward")
-      for heads, warps in ((16, 2), (32, 4), (64, 8))),
+    *(_row("head_penalty_products", width=heads, warps=warps, stages=2, BLOCK_K=block)
+      for heads, warps, block in ((16, 1, 64), (32, 2, 64), (64, 4, 32))),
+    *(_row("head_penalty_backward", width=heads, warps=warps, stages=2, BLOCK_K=block)
+      for heads, warps, block in ((16, 2, 64), (32, 4, 64), (64, 8, 32))),
+    *(_row("head_penalty_double_backward", (), (4,), heads, warps=warps, stages=2, BLOCK_K=block)
+      for heads, warps, block in ((16, 2, 64), (32, 4, 32), (64, 8, 16))),
+    *(_row("head_penalty_double_backward", width=heads, warps=warps, stages=2, BLOCK_K=block)
+      for heads, warps, block in ((16, 2, 64), (32, 4, 64), (64, 8, 32))),
     # routed head penalty; width: of a head
     *(_row(f"routed_penalty_{name}", _INTERPRETER, warps=4, stages=1, BLOCK_T=16, BLOCK_J=16, BLOCK_E=16)
       for name in ("route", "route_back", "weight")),

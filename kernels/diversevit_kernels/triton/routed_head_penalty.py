@@ -1,7 +1,7 @@
 """The penalty of routed input gradients ``u_h = r_h W_h`` on a GPU: (40)-(45) of kernels/README.md.
 
 u [B, H, N, D] never exists: it is made, used and forgotten one tile of tokens at a time, in a scratch of at most
-SCRATCH_BYTES, which stays in the L2 cache of a large GPU. A tile is some tokens of one sample, or all tokens
+SCRATCH_BYTES, which fits the L2 cache of a large GPU. A tile is some tokens of one sample, or all tokens
 of some samples. Its products with r and W are matrix products over tokens (``routed_products.py``), its Gram
 matrices those of any head gradients (``head_products.py``). No atomics: same bits on every run.
 
@@ -14,12 +14,12 @@ Traffic  every rung reads r once (the double backward by sample reads twice what
          backward, u, a, du and u̇ double backward, H D numbers of 4 bytes per token each.
 Work     2 H 3d D flops per token and product; 1 product forward, 3 backward, 7 double backward.
 
-Why a scratch: with K_hk = W_h W_kᵀ made once, R_hk = r_h K_hk r_kᵀ needs no u, at (H 3d)² flops per token (K is
-symmetric). That is 3 H d / D times as much: for ViT-B (H 12, d 64, D 768) 5.3 against 3.5 Mflop, for the
-paper's model (H 4, d 64, D 64) 0.59 against 0.10, and K is 21 MB, in whose rounding small cosines drown. And a
-program that keeps u on chip holds all heads of a few tokens (16 tokens x 16 heads x 32 channels fill half of
-its registers), reads all of W for them (3.5 MB in ViT-B: 16 flops per byte of cache traffic, where the
-scratch costs 8 bytes per 384 flops), and cannot sum dr_h = du_h W_hᵀ without making u once for every head.
+Why a scratch: with K_hk = W_h W_kᵀ made once, R_hk = r_h K_hk r_kᵀ needs no u, at (3 H d)² flops per token (K is
+symmetric). That is 3 H d / (2 D) times as much: for ViT-B (H 12, d 64, D 768) 5.3 against 3.5 Mflop, for the
+paper's model (H 4, d 64, D 64) 0.59 against 0.10. A program that kept u on chip would hold all heads of a few
+tokens (16 tokens x 16 heads x 32 channels are a quarter of the registers of 4 warps), read all of W for
+them (3.5 MB in ViT-B: 16 flops per byte from the cache, where the scratch costs 8 bytes per 384 flops), and could
+not sum dr_h = du_h W_hᵀ without making u once for every head.
 """
 
 from collections.abc import Callable, Iterator
