@@ -18,7 +18,7 @@ import torch
 
 from .providers import Job, Provider
 from .step_workload import StepSpec, StepWorkload
-from .timing import conditions
+from .timing import conditions, interleaved, seconds_of
 from .workload import Spec, Workload
 
 FLUSH_BYTES = 256 << 20
@@ -101,34 +101,15 @@ class Board:
             return outcomes
         device = torch.device(cases[0].spec.device)
         rounds = self.rounds or (20 if device.type == "cuda" else 5)
-        for name, seconds in interleaved(jobs, rounds, device).items():
+        clock = _gpu_seconds if device.type == "cuda" else seconds_of
+        for name, seconds in interleaved(jobs, rounds, clock).items():
             outcomes[name].seconds = seconds
         for name, job in jobs.items():
             outcomes[name].peak_bytes = peak_bytes(job, device)
         return outcomes
 
 
-def interleaved(
-    jobs: Mapping[str, Job], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each job in each round; every round runs every job once, after a warm-up round."""
-    clock = _gpu_seconds if device.type == "cuda" else _cpu_seconds
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(rounds + 1):
-        for name, job in jobs.items():
-            taken = clock(job)
-            if turn:
-                seconds[name].append(taken)
-    return seconds
-
-
-def _cpu_seconds(job: Job) -> float:
-    begun = time.perf_counter()
-    job()
-    return time.perf_counter() - begun
-
-
-def _gpu_seconds(job: Job) -> float:
+def _gpu_seconds(job: Callable[[], object]) -> float:
     torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

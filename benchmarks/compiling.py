@@ -123,14 +123,7 @@ def _prepare(architecture: str, one: launch.Launch) -> tuple[str, Compilation]:
     backend = make_backend(target_of(architecture))
     like = next(_tensors(one.args))
     with configurations.pretend(architecture):
-        options = configurations.options(like)
-    keywords = {
-        **one.constants,
-        "num_warps": one.configuration.warps,
-        "num_stages": one.configuration.stages,
-        "debug": False,
-        **options,
-    }
+        keywords = launch.keywords(one.constants, one.configuration, like) | {"debug": False}
     kernel = one.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, rest = bind(*one.args, **keywords)

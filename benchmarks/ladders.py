@@ -1,4 +1,4 @@
-"""Each stage's three rungs as data: what they take, what they return, and the eager formula.
+"""Each stage's three rungs as data: what they take and what they return; the eager formula is ``providers``'.
 
 Arguments go by name, so a backend's functions may take more or fewer of them than another's.
 """
@@ -11,10 +11,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from diversevit_fast import reference
+from .providers import eager_of
 
 RUNGS = {"d0": "forward", "d1": "backward", "d2": "double_backward"}
 HEADS, WIDTH, MODEL, HIDDEN = 6, 64, 384, 1536
@@ -29,7 +27,6 @@ class Stage:
     constants: Mapping[str, Any]  # the rest
     results: Mapping[str, tuple[str, ...]]  # rung -> names of what it returns
     cotangents: Mapping[str, str]  # cotangent -> the result it belongs to
-    eager: Callable[..., Tensor]  # of the inputs: the result that is differentiated
 
     def values(self, tokens: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
         """Random inputs, and the constants."""
@@ -43,10 +40,6 @@ class Stage:
             for name, shape in shapes.items()
         }
         return {**tensors, **self.constants}
-
-
-def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 _KIND = {"granularity": "token", "reduction": "all", "eps": 1e-12, "dcosines": None}
@@ -64,7 +57,6 @@ STAGES: dict[str, Stage] = {
             "d2": ("gq", "gk", "gv", "gdo", "gmask"),
         },
         cotangents={"do": "o", "ddq": "dq", "ddk": "dk", "ddv": "dv"},
-        eager=eager_attention,
     ),
     "layer_norm": Stage(
         inputs={"x": (1, "N", MODEL), "weight": (MODEL,), "bias": (MODEL,)},
@@ -75,14 +67,12 @@ STAGES: dict[str, Stage] = {
             "d2": ("gx", "gw", "gdy"),
         },
         cotangents={"dy": "y", "ddx": "dx", "ddw": "dw", "ddb": "db"},
-        eager=lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias),
     ),
     "gelu": Stage(
         inputs={"x": (1, "N", HIDDEN)},
         constants={"approximate": "none"},
         results={"d0": ("y",), "d1": ("dx",), "d2": ("gx", "gdy")},
         cotangents={"dy": "y", "ddx": "dx"},
-        eager=F.gelu,
     ),
     "head_penalty": Stage(
         inputs={"grads": (1, HEADS, "N", MODEL)},
@@ -93,7 +83,6 @@ STAGES: dict[str, Stage] = {
             "d2": ("ggrads", "gdpenalty", "gdcosines"),
         },
         cotangents={"dpenalty": "penalty", "ddgrads": "dgrads"},
-        eager=lambda grads: reference.head_penalty(grads)[0],
     ),
     "routed_head_penalty": Stage(
         inputs={"grad_qkv": (1, "N", 3, HEADS, WIDTH), "weight": (3, HEADS, WIDTH, MODEL)},
@@ -104,7 +93,6 @@ STAGES: dict[str, Stage] = {
             "d2": ("ggrad_qkv", "gweight", "gdpenalty", "gdcosines"),
         },
         cotangents={"dpenalty": "penalty", "ddgrad_qkv": "dgrad_qkv", "ddweight": "dweight"},
-        eager=lambda grad_qkv, weight: reference.routed_head_penalty(grad_qkv, weight)[0],
     ),
 }
 
@@ -151,7 +139,7 @@ def climb_eagerly(name: str, tokens: int, dtype: torch.dtype, done: Callable[[st
     stage = STAGES[name]
     values = stage.values(tokens, dtype)
     inputs = [values[x].requires_grad_() for x in stage.inputs]
-    y = stage.eager(*inputs)
+    y = eager_of(name)(*inputs)
     done("d0")
     dy = torch.randn_like(y).requires_grad_()
     inner = torch.autograd.grad(y, inputs, dy, create_graph=True)

@@ -13,16 +13,26 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each job in each round; every round runs every job once, after one warm-up."""
+Job = Callable[[], object]
+
+
+def seconds_of(job: Job) -> float:
+    """One run, by the wall clock."""
+    begun = time.perf_counter()
+    job()
+    return time.perf_counter() - begun
+
+
+def interleaved(
+    jobs: Mapping[str, Job], rounds: int, clock: Callable[[Job], float] = seconds_of
+) -> dict[str, list[float]]:
+    """What ``clock`` says of each job in each round; every round runs every job once, after one warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for job in jobs.values():
-        job()
+        clock(job)
     for _ in range(rounds):
         for name, job in jobs.items():
-            begun = time.perf_counter()
-            job()
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(clock(job))
     return seconds
 
 

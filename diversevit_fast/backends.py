@@ -6,7 +6,6 @@ adding a row to ``_BACKENDS``. Nothing is imported before it is launched.
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ def _interpreted() -> bool:
 
 
 def _triton_missing() -> str | None:
-    if ("triton" in sys.modules and sys.modules["triton"] is None) or find_spec("triton") is None:
+    if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if _interpreted() or torch.cuda.is_available() or torch.xpu.is_available():
         return None

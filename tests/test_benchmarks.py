@@ -114,7 +114,7 @@ def test_first_order_providers_have_no_second_order_row():
 def test_rounds_interleave_after_a_warm_up():
     order = []
     jobs = {name: lambda name=name: order.append(name) for name in "xy"}
-    seconds = interleaved(jobs, 2, CPU)  # pyright: ignore[reportArgumentType]
+    seconds = interleaved(jobs, 2)  # pyright: ignore[reportArgumentType]
     assert order == ["x", "y"] * 3
     assert [len(taken) for taken in seconds.values()] == [2, 2]
 

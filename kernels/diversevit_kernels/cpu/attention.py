@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .scratch import Scratch, accumulation_dtype
+from ..dtypes import accumulation_dtype
+from .scratch import Scratch
 
 TILE_ELEMENTS = 1 << 19
 """Scores in a tile (2 MiB in float32): the few tile-shaped buffers of a rung stay in the L2 and L3 caches."""

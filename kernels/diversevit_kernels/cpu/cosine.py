@@ -1,8 +1,7 @@
-"""Cosines between heads, (30)-(39) of kernels/README.md: everything that is H x H, and the tiles.
+"""Cosines between heads, (30)-(39) of kernels/README.md: everything that is H x H.
 
-A *group* is what one Gram matrix is about: a token, or all tokens of a sample. A tile's heads come
-as ``[groups, H, K]``, K = E by token and tokens * E by sample, so one set of formulas serves both
-granularities, and both penalties: they differ only in where a tile's heads come from.
+A tile's heads come as ``[groups, H, K]``, K = E by token and tokens * E by sample, so one set of formulas
+serves both granularities, and both penalties: they differ only in where a tile's heads come from.
 
 Shapes   cosines [B, N, H, H] and norms [B, N, H] by token; [B, H, H] and [B, H] by sample.
 Dtypes   float32 (float64 for float64).
@@ -14,69 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..grouping import Grouping, Statistics, Tile
+
 TILE_ELEMENTS = 1 << 19
 """Elements of a tile's heads, or of what routes to them (2 MiB in float32): near the fastest of
 2^18 ... 2^22, whether D is 64 or 768."""
-
-
-class Tile(NamedTuple):
-    """Some tokens of one sample, or all tokens of some samples."""
-
-    samples: slice
-    tokens: slice
-
-
-class Grouping(NamedTuple):
-    """The shape of a problem: which tokens form a group, and what a group counts in the mean."""
-
-    B: int
-    H: int
-    N: int
-    granularity: str
-    reduction: str
-    eps: float
-
-    @property
-    def by_token(self) -> bool:
-        return self.granularity == "token"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.B, self.N) if self.by_token else (self.B,)
-
-    @property
-    def weight(self) -> float:
-        """w of (32): the weight of one squared cosine in the mean over groups and head pairs."""
-        pairs = self.H * (self.H if self.reduction == "all" else self.H - 1)
-        return 1 / (pairs * self.B * (self.N if self.by_token else 1))
-
-    def blocks(self, width: int) -> Iterator[list[Tile]]:
-        """Tiles that together hold whole groups, for heads of ``width`` channels."""
-        tokens = max(1, TILE_ELEMENTS // (self.H * width))
-        samples = max(1, tokens // self.N)
-        for b in range(0, self.B, samples):
-            some = slice(b, min(self.B, b + samples))
-            tiles = [
-                Tile(some, slice(i, min(self.N, i + tokens))) for i in range(0, self.N, tokens)
-            ]
-            yield from ([t] for t in tiles) if self.by_token else [tiles]
-
-    def of(self, x: Tensor, t: Tile) -> Tensor:
-        """The tile's groups of a statistic: ``[B, (N,) ...] -> [groups, ...]``."""
-        return x[t.samples, t.tokens].flatten(0, 1) if self.by_token else x[t.samples]
-
-
-class Statistics(NamedTuple):
-    """What a backward pass is given about every group (or, after ``of``, about a tile's groups)."""
-
-    cosines: Tensor
-    norms: Tensor
-    dpenalty: Tensor | None  # [] cotangent of the penalty
-    dcosines: Tensor | None  # cotangent of the cosines
-
-    def of(self, g: Grouping, t: Tile) -> "Statistics":
-        dcosines = None if self.dcosines is None else g.of(self.dcosines, t)
-        return Statistics(g.of(self.cosines, t), g.of(self.norms, t), self.dpenalty, dcosines)
 
 
 class Slope(NamedTuple):
@@ -95,13 +36,18 @@ class Curvature(NamedTuple):
     c_dot: Tensor  # [groups, H, H] (37)
 
 
+def _tokens(g: Grouping, width: int) -> int:
+    """Of a tile, for heads of ``width`` channels."""
+    return max(1, TILE_ELEMENTS // (g.H * width))
+
+
 def penalty_forward(
     g: Grouping, like: Tensor, width: int, heads: Callable[[Tile], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(30)-(32): penalty, cosines, norms, typed like ``like``; ``heads(tile)``: [groups, H, K]."""
     penalty = like.new_zeros(())
     cosines, norms = like.new_empty(*g.shape, g.H, g.H), like.new_empty(*g.shape, g.H)
-    for block in g.blocks(width):
+    for block in g.blocks(_tokens(g, width)):
         c, n = g.of(cosines, block[0]), g.of(norms, block[0])
         for i, t in enumerate(block):
             x = heads(t)
@@ -114,7 +60,7 @@ def penalty_forward(
 
 def slopes(g: Grouping, given: Statistics, width: int) -> Iterator[tuple[Tile, Tensor]]:
     """Every tile with the ``M`` of its groups."""
-    for block in g.blocks(width):
+    for block in g.blocks(_tokens(g, width)):
         m = _slope(g, given.of(g, block[0])).m
         yield from ((t, m) for t in block)
 
@@ -131,7 +77,7 @@ def curvatures(
 
     Adds to ``gdpenalty`` and fills ``gdcosines`` (37) on the way.
     """
-    for *others, last in g.blocks(width):
+    for *others, last in g.blocks(_tokens(g, width)):
         here = given.of(g, last)
         k = torch.zeros_like(here.cosines)
         for t in others:

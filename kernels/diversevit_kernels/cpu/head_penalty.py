@@ -13,9 +13,11 @@ Traffic  forward reads grads once; backward reads it once and writes dgrads; dou
 import torch
 from torch import Tensor
 
+from ..dtypes import accumulation_dtype
+from ..grouping import Grouping, Statistics, Tile
 from .attention import empty_heads
-from .cosine import Grouping, Statistics, Tile, curvatures, penalty_forward, slopes
-from .scratch import Scratch, accumulation_dtype
+from .cosine import curvatures, penalty_forward, slopes
+from .scratch import Scratch
 
 
 class _Loader:

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .scratch import Scratch, accumulation_dtype
+from ..dtypes import accumulation_dtype
+from .scratch import Scratch
 
 CHUNK_ELEMENTS = 1 << 17
 """Elements of a chunk per thread (512 KiB in float32): the fastest of 2^14 ... 2^19.

@@ -16,8 +16,10 @@ Traffic  every rung reads grad_qkv once (the double backward by sample: at most 
 import torch
 from torch import Tensor
 
-from .cosine import Grouping, Statistics, Tile, curvatures, penalty_forward, slopes
-from .scratch import Scratch, accumulation_dtype
+from ..dtypes import accumulation_dtype
+from ..grouping import Grouping, Statistics, Tile
+from .cosine import curvatures, penalty_forward, slopes
+from .scratch import Scratch
 
 
 class _Router:

@@ -6,11 +6,6 @@ import torch
 from torch import Tensor
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, sums and accumulators: float64 for float64, else float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 class Scratch:
     """Named buffers that grow to the largest shape asked for and are then reused.
 

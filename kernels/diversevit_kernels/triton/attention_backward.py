@@ -51,7 +51,7 @@ def _rows_kernel(
     """(3)-(5), dq. One program owns BLOCK_M query rows of one head and walks its keys BLOCK_N at a time."""
     b, h, tile = program_tile(tl.cdiv(P.Nq, BLOCK_M), P.H)
     scale = as_number(scale, S.ACC)
-    rows = indices(tile, BLOCK_M, S)
+    rows = indices(tile * BLOCK_M, BLOCK_M, S)
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[:, None]
@@ -69,7 +69,7 @@ def _rows_kernel(
     else:
         delta = row_delta(P, delta_ptr, do, b, h, rows, S)[:, None]
         for start in range(0, last_key(tile, P, BLOCK_M, S), BLOCK_N):
-            cols = (start + tl.arange(0, BLOCK_N)).to(S.INDEX)
+            cols = indices(start, BLOCK_N, S)
             k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
             v = load_rows(P.v, b, h // S.GROUP, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
             p = probabilities(q, k, lse, P, b, h, rows[:, None], cols[None, :], scale, S)
@@ -95,7 +95,7 @@ def _columns_kernel(
     """
     b, key_head, tile = program_tile(tl.cdiv(P.Nk, BLOCK_N), P.H // S.GROUP)
     scale = as_number(scale, S.ACC)
-    cols = indices(tile, BLOCK_N, S)
+    cols = indices(tile * BLOCK_N, BLOCK_N, S)
     k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
     v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     dk_sums = zeros_split(BLOCK_N, S.WIDTHS, S.ACC)
@@ -105,7 +105,7 @@ def _columns_kernel(
         h = key_head * S.GROUP + member
         factor = head_factor(P, b, h, S)
         for start in range(first * BLOCK_M, P.Nq, BLOCK_M):
-            rows = (start + tl.arange(0, BLOCK_M)).to(S.INDEX)
+            rows = indices(start, BLOCK_M, S)
             q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
             do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
             lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[None, :]
@@ -142,7 +142,7 @@ def _few_kernel(
     factor = head_factor(P, b, h, S)
     sums = zeros_split(BLOCK_M, S.WIDTHS, S.ACC)
     for start in range(0, P.Nk, BLOCK_N):
-        cols = (start + tl.arange(0, BLOCK_N)).to(S.INDEX)
+        cols = indices(start, BLOCK_N, S)
         k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         p = probabilities(q, k, lse, P, b, h, rows[:, None], cols[None, :], scale, S)

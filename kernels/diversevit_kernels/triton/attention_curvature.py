@@ -17,7 +17,6 @@ from .attention_tiles import (
     product,
     row_delta,
     score_cotangent,
-    score_cotangent_transposed,
     store_rows,
     store_statistic,
 )
@@ -41,7 +40,7 @@ def rows_of_whole_tile(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr
 
     All row sums come from tiles: D from P ∘ dP, x from P ∘ X, t from R'.
     """
-    rows, cols = indices(tile, M, S), indices(0, N, S)
+    rows, cols = indices(tile * M, M, S), indices(0, N, S)
     i, j, key_head = rows[:, None], cols[None, :], h // S.GROUP
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
@@ -89,7 +88,7 @@ def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, 
     x and t are known only after the last key, so the sums are taken without them and corrected at the end
     with rows that are already there: o, dq and P K.
     """
-    rows = indices(tile, M, S)
+    rows = indices(tile * M, M, S)
     i, key_head = rows[:, None], h // S.GROUP
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
@@ -103,7 +102,7 @@ def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, 
     x = tl.zeros([M], S.ACC)
     t = tl.zeros([M], S.ACC)
     for start in range(0, last_key(tile, P, M, S), N):
-        cols = (start + tl.arange(0, N)).to(S.INDEX)
+        cols = indices(start, N, S)
         j = cols[None, :]
         k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
@@ -144,7 +143,7 @@ def columns_of_tile(
     P, R, b, key_head, tile, scale, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
     """(49) for N keys, M query rows at a time in transposed tiles: gk, gv. Reads D, x and t."""
-    cols = indices(tile, N, S)
+    cols = indices(tile * N, N, S)
     j = cols[:, None]
     k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
     v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
@@ -157,7 +156,7 @@ def columns_of_tile(
         h = key_head * S.GROUP + member
         factor = head_factor(P, b, h, S)
         for start in range(first * M, P.Nq, M):
-            rows = (start + tl.arange(0, M)).to(S.INDEX)
+            rows = indices(start, M, S)
             i = rows[None, :]
             q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
             do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
@@ -172,7 +171,7 @@ def columns_of_tile(
             if ddv is not None:
                 r += p * (product(ddv, do, S.VALUE_WIDTH, S) * factor)
             if S.HAS_X:
-                x_tile = score_cotangent_transposed(ddq, k, q, ddk, P, b, h, i, j, scale, S)
+                x_tile = score_cotangent(k, ddq, ddk, q, P, b, h, i, j, scale, S)
                 x_tile -= load_statistic(R.x, P, b, h, rows, 0.0)[None, :]
                 gv = add_dot(gv, p * factor * x_tile, do.tile, S.PRECISION)
                 r += ds * x_tile

@@ -26,7 +26,7 @@ def _score_tiles(
     q, do, ddq, lse, delta, factor, P, b, h, rows, start, scale, S: tl.constexpr, N: tl.constexpr
 ):
     """(3)-(8) for one key tile: its operands, and the tiles P, dS, X and P ∘ Y (zeros if absent)."""
-    cols = (start + tl.arange(0, N)).to(S.INDEX)
+    cols = indices(start, N, S)
     i, j = rows[:, None], cols[None, :]
     k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
     v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)

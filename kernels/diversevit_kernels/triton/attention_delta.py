@@ -4,7 +4,6 @@ Traffic  o and do are read once; D, H numbers a token, and the Gram matrix, H² 
 Source   D = rowsum(do ∘ o) is FlashAttention-2's preprocess; the Gram matrix is (30) for g_h = do.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -50,8 +49,7 @@ def attention_delta(o: Tensor, do: Tensor, gram: bool = False) -> tuple[Tensor, 
     """D ``[B, H, N]`` and, if asked, the raw Gram matrix ``[B, N, H, H]`` of do's heads."""
     B, H, N, width = o.shape
     delta = empty_statistic(o)
-    accumulation = torch.promote_types(o.dtype, torch.float32)
-    raw = allocate((B, N, H, H), accumulation, o) if gram else None
+    raw = allocate((B, N, H, H), delta.dtype, o) if gram else None
     launch(
         "attention_delta",
         _delta_kernel,

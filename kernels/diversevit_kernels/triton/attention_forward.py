@@ -45,14 +45,14 @@ def _forward_kernel(
     """
     b, h, tile = program_tile(tl.cdiv(P.Nq, BLOCK_M), P.H)
     scale = as_number(scale, S.ACC)
-    rows = indices(tile, BLOCK_M, S)
+    rows = indices(tile * BLOCK_M, BLOCK_M, S)
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
 
     top = tl.full([BLOCK_M], float("-inf"), S.ACC)
     total = tl.zeros([BLOCK_M], S.ACC)
     sums = zeros_split(BLOCK_M, S.VALUE_WIDTHS, S.ACC)
     for start in range(0, last_key(tile, P, BLOCK_M, S), BLOCK_N):
-        cols = (start + tl.arange(0, BLOCK_N)).to(S.INDEX)
+        cols = indices(start, BLOCK_N, S)
         k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, h // S.GROUP, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         s = scores(q, k, P, b, h, rows[:, None], cols[None, :], scale, S)

@@ -4,7 +4,6 @@ Traffic  a program reads q, k, v, do (and their cotangents) of its rows and keys
          share its part of the mask, and writes that part once, in the accumulator's dtype.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,7 +47,10 @@ def _mask_kernel(
     program = tl.program_id(0).to(tl.int64)
     part, tile = program // tiles, program % tiles
     scale = as_number(scale, S.ACC)
-    rows, cols = indices(tile // column_tiles, BLOCK_M, S), indices(tile % column_tiles, BLOCK_N, S)
+    rows, cols = (
+        indices((tile // column_tiles) * BLOCK_M, BLOCK_M, S),
+        indices((tile % column_tiles) * BLOCK_N, BLOCK_N, S),
+    )
     i, j = rows[:, None], cols[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], S.ACC)
     for step in range(shared_samples * shared_heads):
@@ -92,9 +94,7 @@ def mask_gradient(
 ) -> Tensor:
     """dM, or gM if ``t`` is given, shaped like ``mask`` and in its dtype."""
     samples, heads = mask.shape[:2]
-    parts = allocate(
-        (samples, heads, reads.Nq, reads.Nk), torch.promote_types(q.dtype, torch.float32), q
-    )
+    parts = allocate((samples, heads, reads.Nq, reads.Nk), delta.dtype, q)
     launch(
         "attention_mask_gradient",
         _mask_kernel,

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import accumulation_dtype
 from .configurations import accumulator, precision
-from .launch import allocate, check_operand, split_width
+from .launch import allocate, check_operand, reach, split_width
 from .tiles import INTERPRETED, dot, dot_nt, load_split, store_split
 
 MAX_WIDTH = 256
@@ -91,9 +92,7 @@ class Static(NamedTuple):
     PRECISION: str  # of tl.dot
     IS_CAUSAL: bool
     HAS_X: bool  # a cotangent feeds X of (6)
-    CHUNKED: (
-        bool  # products over the head width read their operands piece by piece (see ``product``)
-    )
+    CHUNKED: bool  # products over the head width go piece by piece (see ``add_product``)
 
 
 def operand(x: Tensor | None) -> Operand | None:
@@ -130,10 +129,7 @@ def problem(
         full = head_scale.expand(q.shape[:2])
         scale = HeadScale(full, *full.stride())
     tensors = [x for x in (q, k, v, mask, *more.values()) if x is not None]
-    reach = max(
-        sum((n - 1) * abs(s) for n, s in zip(x.shape[2:], x.stride()[2:], strict=True))
-        for x in tensors
-    )
+    farthest = max(reach(x, 2) for x in tensors)
     width = max(q.shape[-1], v.shape[-1])
     static = Static(
         WIDTH=q.shape[-1],
@@ -142,7 +138,7 @@ def problem(
         VALUE_WIDTHS=split_width(v.shape[-1]),
         GROUP=q.shape[1] // k.shape[1],
         ACC=accumulator(q.dtype),
-        INDEX=tl.int32 if reach < 2**30 else tl.int64,
+        INDEX=tl.int32 if farthest < 2**30 else tl.int64,
         PRECISION=precision(q),
         IS_CAUSAL=is_causal,
         CHUNKED=precision(q) == "tf32x3" or ("dq" in more and width > UNCHUNKED_WIDTH),
@@ -161,7 +157,7 @@ def empty_heads(like: Tensor) -> Tensor:
 
 def empty_statistic(q: Tensor) -> Tensor:
     """Uninitialised ``[B, H, Nq]``, dense, in the accumulator's dtype."""
-    return allocate(tuple(q.shape[:3]), torch.promote_types(q.dtype, torch.float32), q)
+    return allocate(tuple(q.shape[:3]), accumulation_dtype(q.dtype), q)
 
 
 @triton.jit
@@ -181,9 +177,9 @@ def program_tile(tiles, heads):
 
 
 @triton.jit
-def indices(tile, BLOCK: tl.constexpr, S: tl.constexpr):
-    """The rows (or keys) of a tile."""
-    return (tile * BLOCK + tl.arange(0, BLOCK)).to(S.INDEX)
+def indices(first, BLOCK: tl.constexpr, S: tl.constexpr):
+    """The BLOCK rows (or keys) from ``first`` on."""
+    return (first + tl.arange(0, BLOCK)).to(S.INDEX)
 
 
 @triton.jit
@@ -309,29 +305,17 @@ def probabilities(x, y, lse, P, b, h, i, j, scale, S: tl.constexpr):
 
 
 @triton.jit
-def score_cotangent(ddq, k, q, ddk, P, b, h, i, j, scale, S: tl.constexpr):
-    """(6): X = s (A Kᵀ + Q Bᵀ) + A_M; an absent cotangent costs nothing."""
-    x = tl.zeros([q.index.shape[0], k.index.shape[0]], S.ACC)
-    if ddq is not None:
-        x = add_product(x, ddq, k, S.WIDTH, S)
-    if ddk is not None:
-        x = add_product(x, q, ddk, S.WIDTH, S)
-    return _with_mask_cotangent(x * scale, P, b, h, i, j, S)
+def score_cotangent(a, k, q, b_k, P, b, h, i, j, scale, S: tl.constexpr):
+    """(6): X = s (A Kᵀ + Q Bᵀ) + A_M at queries ``i`` and keys ``j``; an absent cotangent costs nothing.
 
-
-@triton.jit
-def score_cotangent_transposed(ddq, k, q, ddk, P, b, h, i, j, scale, S: tl.constexpr):
-    """(6) transposed: Xᵀ, keys by queries."""
-    x = tl.zeros([k.index.shape[0], q.index.shape[0]], S.ACC)
-    if ddq is not None:
-        x = add_product(x, k, ddq, S.WIDTH, S)
-    if ddk is not None:
-        x = add_product(x, ddk, q, S.WIDTH, S)
-    return _with_mask_cotangent(x * scale, P, b, h, i, j, S)
-
-
-@triton.jit
-def _with_mask_cotangent(x, P, b, h, i, j, S: tl.constexpr):
+    ``a, k, q, b_k`` are the Rows of A, K, Q, B; for a transposed tile Xᵀ those of K, A, B, Q.
+    """
+    x = tl.zeros((i + j).shape, S.ACC)
+    if P.ddq is not None:
+        x = add_product(x, a, k, S.WIDTH, S)
+    if P.ddk is not None:
+        x = add_product(x, q, b_k, S.WIDTH, S)
+    x *= scale
     if P.ddmask is not None:
         x += mask_tile(P.ddmask, b, h, i, j, (i < P.Nq) & (j < P.Nk)).to(S.ACC)
     return x

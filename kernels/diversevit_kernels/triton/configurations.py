@@ -73,29 +73,21 @@ _HALF, _SINGLE = (2,), (4,)
 # fmt: off
 _TABLE: tuple[_Row, ...] = (
     # attention; "_whole": a row tile holds all keys, up to BLOCK_N (ROW_KEYS) of them
-    _row("attention_forward", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
-    _row("attention_forward_few", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
-    _row("attention_mask_gradient", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
-    _row("attention_backward_few", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
-    _row("attention_backward_rows_whole", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
-    _row("attention_backward_rows", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
-    _row("attention_backward_columns", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
-    _row("attention_double_backward_few", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
-    _row("attention_double_backward_rows_whole", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
-    _row("attention_double_backward_rows", _INTERPRETER, warps=4, stages=1, BLOCK_M=32, BLOCK_N=16),
-    _row("attention_double_backward_columns", _INTERPRETER, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
-    _row("attention_double_backward_head_whole", _INTERPRETER, warps=4, stages=1,
-         ROW_TILE=16, ROW_KEYS=32, BLOCK_M=16, BLOCK_N=16),
-    _row("attention_double_backward_head", _INTERPRETER, warps=4, stages=1,
-         ROW_TILE=16, ROW_KEYS=16, BLOCK_M=16, BLOCK_N=16),
+    *(_row(f"attention_{name}", _INTERPRETER, warps=4, stages=1, BLOCK_M=rows, BLOCK_N=keys)
+      for name, rows, keys in (
+          ("forward", 16, 16), ("forward_few", 16, 16), ("mask_gradient", 16, 16), ("backward_few", 16, 16),
+          ("backward_rows_whole", 16, 32), ("backward_rows", 16, 16), ("backward_columns", 16, 32),
+          ("double_backward_few", 16, 16), ("double_backward_rows_whole", 16, 32),
+          ("double_backward_rows", 32, 16), ("double_backward_columns", 16, 32))),
+    *(_row(f"attention_double_backward_{name}", _INTERPRETER, warps=4, stages=1,
+           ROW_TILE=16, ROW_KEYS=keys, BLOCK_M=16, BLOCK_N=16)
+      for name, keys in (("head_whole", 32), ("head", 16))),
     _row("attention_delta", warps=1, stages=1),
-    _row("attention_forward", _HOPPER, _HALF, 128, warps=8, stages=3, BLOCK_M=128, BLOCK_N=64),
-    _row("attention_forward", _HOPPER, _HALF, 256, warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),
     _row("attention_forward", _BLACKWELL, _HALF, 64, warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),
     _row("attention_forward", _BLACKWELL, _HALF, 112, warps=8, stages=2, BLOCK_M=128, BLOCK_N=32),
-    _row("attention_forward", _BLACKWELL, _HALF, 128, warps=8, stages=3, BLOCK_M=128, BLOCK_N=64),
-    _row("attention_forward", _BLACKWELL, _HALF, 256, warps=8, stages=2, BLOCK_M=128, BLOCK_N=32),
     _row("attention_forward", _NVIDIA, _HALF, 128, warps=8, stages=3, BLOCK_M=128, BLOCK_N=64),
+    _row("attention_forward", _HOPPER, _HALF, 256, warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),
+    _row("attention_forward", _BLACKWELL, _HALF, 256, warps=8, stages=2, BLOCK_M=128, BLOCK_N=32),
     _row("attention_forward", _NVIDIA, _HALF, 256, warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
     _row("attention_forward", _NEWER, _SINGLE, 256, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
     _row("attention_forward", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
@@ -119,12 +111,10 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_backward_rows", _NVIDIA, _HALF, 256, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", (), (), 256, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
-    _row("attention_backward_columns", _NEWER, _HALF, 64, warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
+    _row("attention_backward_columns", _NVIDIA, _HALF, 64, warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
     _row("attention_backward_columns", _HOPPER, _HALF, 128, warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
     _row("attention_backward_columns", _BLACKWELL, _HALF, 128, warps=8, stages=1, BLOCK_M=32, BLOCK_N=64),
-    _row("attention_backward_columns", _NVIDIA, _HALF, 64, warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
     _row("attention_backward_columns", _NVIDIA, _HALF, 128, warps=8, stages=2, BLOCK_M=64, BLOCK_N=64),
-    _row("attention_backward_columns", _BLACKWELL, _SINGLE, 128, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     _row("attention_backward_columns", _NVIDIA, _HALF, 256, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     _row("attention_backward_columns", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     _row("attention_backward_columns", (), (), 256, warps=8, stages=1, BLOCK_M=16, BLOCK_N=32),
@@ -154,7 +144,7 @@ _TABLE: tuple[_Row, ...] = (
          ROW_TILE=64, ROW_KEYS=16, BLOCK_M=16, BLOCK_N=64),
     _row("attention_double_backward_head", _BLACKWELL, _HALF, 128, warps=8, stages=2,
          ROW_TILE=64, ROW_KEYS=16, BLOCK_M=16, BLOCK_N=64),
-    # layer norm: tiles of whole rows, about TILE elements; PROGRAMS is twice the multiprocessors
+    # layer norm: tiles of whole rows, about TILE elements
     _row("layer_norm_forward", _INTERPRETER, warps=4, stages=1, TILE=64),
     _row("layer_norm_backward", _INTERPRETER, warps=4, stages=1, TILE=64),
     _row("layer_norm_double_backward", _INTERPRETER, warps=4, stages=1, TILE=64),
@@ -165,9 +155,6 @@ _TABLE: tuple[_Row, ...] = (
       for kernel in ("layer_norm_backward", "layer_norm_double_backward")
       for width, warps, tile in ((1024, 8, 2048), (2048, 16, 2048), (4096, 16, 4096), (8192, 16, 8192))),
     _row("layer_norm_sums", warps=4, stages=1, BLOCK_P=32, BLOCK_N=32),
-    *(_row("layer_norm_programs", names, warps=1, stages=1, PROGRAMS=programs)  # no kernel: a number of programs
-      for names, programs in ((_INTERPRETER, 3), (("sm_80",), 216), (("sm_90",), 264), (("sm_10",), 296),
-                              (("gfx942",), 608), ((), 256))),
     # gelu
     *(_row(f"gelu_{rung}", _INTERPRETER, warps=4, stages=1, BLOCK=32)
       for rung in ("forward", "backward", "double_backward")),
@@ -305,12 +292,16 @@ _MULTIPROCESSORS = {
 """Of the largest chip of an architecture: A100, A40, L40S, H100, B200, RTX 5090, MI300X (vendors' data sheets)."""
 
 
+def multiprocessors(like: Tensor) -> int | None:
+    """Of the device of ``like``; None if unknown."""
+    if _pretended is None and not INTERPRETED and like.device.type == "cuda":
+        return torch.cuda.get_device_properties(like.device).multi_processor_count
+    return _MULTIPROCESSORS.get(architecture(like.device))
+
+
 def fills(like: Tensor, programs: int) -> bool:
     """Whether ``programs`` keep every multiprocessor of the device busy twice over."""
-    name = architecture(like.device)
-    count = _MULTIPROCESSORS.get(name)
-    if _pretended is None and not INTERPRETED and like.device.type == "cuda":
-        count = torch.cuda.get_device_properties(like.device).multi_processor_count
+    count = multiprocessors(like)
     return count is not None and programs >= 2 * count
 
 

@@ -1,67 +1,21 @@
 """Cosines between heads on a GPU, (30)-(39) of kernels/README.md: everything that is H x H, on chip.
 
-A *group* is what one Gram matrix is about: a token, or all tokens of a sample. Its matrices are tiles
-[HEADS, HEADS] of one program, H padded to a power of two of at least 16, which matrix products need. Padded
-heads are zero rows and columns, their norms are 1.
+A group's matrices (see ``grouping.py``) are tiles [HEADS, HEADS] of one program, H padded to a power of two of at
+least 16, which matrix products need. Padded heads are zero rows and columns, their norms are 1.
 
 Shapes   cosines, dcosines [groups, H, H], norms [groups, H]: dense, and [B, N, ...] by token, [B, ...] by sample.
 Dtypes   ``ACC``: float32 (float64 for float64).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..grouping import Statistics
+
 MAX_HEADS = 64
-
-
-class Grouping(NamedTuple):
-    """The shape of a problem: which tokens form a group, and what a group counts in the mean."""
-
-    B: int
-    H: int
-    N: int
-    by_token: bool
-    reduction: str
-    eps: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.B, self.N) if self.by_token else (self.B,)
-
-    @property
-    def weight(self) -> float:
-        """w of (32): the weight of one squared cosine in the mean over groups and head pairs."""
-        pairs = self.H * (self.H if self.reduction == "all" else self.H - 1)
-        return 1 / (pairs * self.B * (self.N if self.by_token else 1))
-
-
-class Tile(NamedTuple):
-    """Some tokens of one sample, or all tokens of some samples."""
-
-    samples: slice
-    tokens: slice
-
-
-class Statistics(NamedTuple):
-    """What a program is given, or writes, about its group; pointers in a kernel."""
-
-    cosines: Any  # [groups, H, H]
-    norms: Any  # [groups, H]
-    dpenalty: Any = None  # [] cotangent of the penalty, or None
-    dcosines: Any = None  # [groups, H, H] cotangent of the cosines, or None
-
-    def of(self, by_token: bool, t: Tile) -> "Statistics":
-        """Those of a tile's groups: views."""
-
-        def part(x: Tensor) -> Tensor:
-            return x[t.samples, t.tokens].flatten(0, 1) if by_token else x[t.samples]
-
-        dcosines = None if self.dcosines is None else part(self.dcosines)
-        return Statistics(part(self.cosines), part(self.norms), self.dpenalty, dcosines)
 
 
 class Static(NamedTuple):
@@ -83,11 +37,6 @@ def given(
     """All statistics, dense: they are H x H, the gradients are never copied."""
     dense = (None if x is None else x.contiguous() for x in (cosines, norms, dpenalty, dcosines))
     return Statistics(*dense)
-
-
-def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Float64 if one is, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 @triton.jit

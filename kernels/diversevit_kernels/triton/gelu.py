@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configurations import accumulator
-from .launch import allocate, cdiv, check_operand, launch
+from .launch import allocate, cdiv, check_operand, launch, reach
 from .strided import merged_axes, offsets
 
 FLAT_BEYOND = tl.constexpr(40.0)
@@ -175,9 +175,7 @@ def _elementwise(
     if x.numel() == 0:
         return out
     sizes, strides = merged_axes(x.shape, *(t.stride() for t in tensors))
-    reach = max(
-        sum((n - 1) * step for n, step in zip(x.shape, t.stride(), strict=True)) for t in tensors
-    )
+    farthest = max(x.numel(), *map(reach, tensors))
     launch(
         name,
         kernel,
@@ -190,6 +188,6 @@ def _elementwise(
         x.numel(),
         TANH=approximate == "tanh",
         ACC=accumulator(x.dtype),
-        INDEX=tl.int32 if max(reach, x.numel()) < 2**30 else tl.int64,
+        INDEX=tl.int32 if farthest < 2**30 else tl.int64,
     )
     return out

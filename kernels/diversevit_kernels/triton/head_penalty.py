@@ -14,9 +14,11 @@ Traffic  forward reads G once; backward reads G once and writes dG; double backw
 
 from torch import Tensor
 
+from ..dtypes import accumulation_dtype
+from ..grouping import Grouping, Statistics
 from . import head_products
 from .attention_tiles import empty_heads
-from .cosine import Grouping, Statistics, accumulation_dtype, given
+from .cosine import given
 from .launch import allocate
 
 
@@ -108,4 +110,4 @@ def empty_parts(static: head_products.Static, *tiles: Tensor) -> Tensor:
 
 def _grouping(grads: Tensor, granularity: str, reduction: str, eps: float) -> Grouping:
     B, H, N, _ = grads.shape
-    return Grouping(B, H, N, granularity == "token", reduction, eps)
+    return Grouping(B, H, N, granularity, reduction, eps)

@@ -13,14 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import accumulation_dtype
+from ..grouping import Grouping, Statistics
 from .attention_tiles import as_number, operand
 from .configurations import accumulator, configuration, precision
 from .cosine import (
     MAX_HEADS,
-    Grouping,
     Static,
-    Statistics,
-    accumulation_dtype,
     curvature,
     load_matrix,
     load_norms,
@@ -29,7 +28,7 @@ from .cosine import (
     store_matrix,
     store_statistics,
 )
-from .launch import allocate, cdiv, check_operand, launch, power_of_two
+from .launch import allocate, cdiv, check_operand, launch, power_of_two, reach
 from .tiles import dot
 
 
@@ -255,12 +254,6 @@ def static_of(g: Grouping, *likes: Tensor) -> Static:
         PRECISION=precision(x),
         MIXING=precision(wide),
     )
-
-
-def reach(x: Tensor, first_axis: int = 0) -> int:
-    """The largest offset that the axes from ``first_axis`` on can make."""
-    axes = zip(x.shape[first_axis:], x.stride()[first_axis:], strict=True)
-    return sum((size - 1) * abs(step) for size, step in axes)
 
 
 def programs_of(S: Static, x: Tensor) -> tuple[int, int, int]:

@@ -80,10 +80,11 @@ def launch(
         everything = {**constants, **dict(chosen.tiles)}
         _record.append(Launch(name, kernel, (programs,), args, everything, chosen))
     if programs and _running:
-        kernel[(programs,)](*args, **_keywords(constants, chosen, like))
+        kernel[(programs,)](*args, **keywords(constants, chosen, like))
 
 
-def _keywords(constants: dict[str, Any], chosen: Configuration, like: Tensor) -> dict[str, Any]:
+def keywords(constants: dict[str, Any], chosen: Configuration, like: Tensor) -> dict[str, Any]:
+    """What a kernel is called with besides its arguments."""
     return {
         **constants,
         **dict(chosen.tiles),
@@ -110,11 +111,11 @@ def _tuned(
     if key not in _measured:
 
         def run(c: Configuration) -> None:
-            kernel[(grid(c),)](*args, **_keywords(constants, c, like))
+            kernel[(grid(c),)](*args, **keywords(constants, c, like))
 
         def shared(c: Configuration) -> int:
-            keywords = _keywords(constants, c, like)
-            return kernel.warmup(*args, grid=(grid(c),), **keywords).metadata.shared
+            made = kernel.warmup(*args, grid=(grid(c),), **keywords(constants, c, like))
+            return made.metadata.shared
 
         _measured[key] = fastest(
             candidates(name, like, width),
@@ -142,6 +143,12 @@ def check_operand(name: str, x: Tensor) -> None:
         )
     if x.layout != torch.strided or x.is_nested:
         raise NotImplementedError(f"{name}: Triton kernels take strided tensors, not {x.layout}")
+
+
+def reach(x: Tensor, first_axis: int = 0) -> int:
+    """The largest offset that the axes from ``first_axis`` on can make."""
+    axes = zip(x.shape[first_axis:], x.stride()[first_axis:], strict=True)
+    return sum((size - 1) * abs(step) for size, step in axes)
 
 
 def cdiv(a: int, b: int) -> int:

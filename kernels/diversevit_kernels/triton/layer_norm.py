@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import accumulation_dtype
 from .configurations import accumulator
 from .launch import allocate, cdiv, launch, power_of_two
 from .layer_norm_sums import programs_of, store_sums, sum_over_programs
@@ -171,7 +172,7 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(10)-(12): ``y`` like x, ``mean`` and ``rstd`` [*lead]."""
     rows, width = sizes_of(x, axes)
-    lead, dtype = tuple(x.shape[: x.ndim - axes]), torch.promote_types(x.dtype, torch.float32)
+    lead, dtype = tuple(x.shape[: x.ndim - axes]), accumulation_dtype(x.dtype)
     y = allocate(tuple(x.shape), x.dtype, x)
     mean, rstd = (allocate(lead, dtype, x) for _ in range(2))
     if x.numel() == 0:

@@ -3,7 +3,7 @@
 Each of a fixed number of programs walks its tiles of rows in order and writes its own sums; a second
 kernel adds those in order. Same bits on every run.
 
-Traffic  PROGRAMS x WIDTH numbers of the accumulation dtype out and in again, for each gradient.
+Traffic  programs x WIDTH numbers of the accumulation dtype out and in again, for each gradient.
 Source   Triton's layer-norm tutorial, with Liger's persistent programs in place of its locks.
 """
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configurations import accumulator, configuration
+from .configurations import accumulator, configuration, multiprocessors
 from .launch import cdiv, launch, power_of_two
 from .layer_norm_tiles import rows_per_tile
 
@@ -58,11 +58,11 @@ def _sum_parts(
 
 
 def programs_of(name: str, x: Tensor, rows: int, width: int) -> int:
-    """Programs that share the rows of a backward pass: a tile for each, up to the table's number.
+    """Programs that share the rows of a backward pass: a tile for each, up to two per multiprocessor.
 
     Kernels stride by the grid they find, so this is right for tiles of any size: autotuning tries several.
     """
-    most = configuration("layer_norm_programs", x, width)["PROGRAMS"]
+    most = 2 * (multiprocessors(x) or 128)
     tile = configuration(name, x, width)["TILE"]
     return min(most, cdiv(rows, rows_per_tile(tile, power_of_two(width))))
 

@@ -26,8 +26,10 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from ..dtypes import accumulation_dtype
+from ..grouping import Grouping, Tile
 from . import head_products, routed_products
-from .cosine import Grouping, Tile, accumulation_dtype, given
+from .cosine import given
 from .head_penalty import empty_cotangents, empty_parts, empty_statistics
 from .launch import allocate
 from .routed_products import WeightSums
@@ -50,7 +52,7 @@ class _Router:
     ):
         """``others`` are read too, like r or w; ``buffers``: scratches of a tile's [b, n, H, D]."""
         B, N, _, H, _ = r.shape
-        self.grouping = Grouping(B, H, N, granularity == "token", reduction, eps)
+        self.grouping = Grouping(B, H, N, granularity, reduction, eps)
         self.routing = routed_products.static_of(r, w, *others)
         dtype, D = accumulation_dtype(r.dtype, w.dtype), w.shape[3]
         self.tokens = min(B * N, max(1, SCRATCH_BYTES // (buffers * H * D * dtype.itemsize)))
@@ -60,12 +62,7 @@ class _Router:
 
     def blocks(self) -> Iterator[list[Tile]]:
         """Tiles that together hold whole groups."""
-        B, N, tokens = self.grouping.B, self.grouping.N, self.tokens
-        samples = max(1, tokens // N)
-        for b in range(0, B, samples):
-            some = slice(b, min(B, b + samples))
-            tiles = [Tile(some, slice(n, min(N, n + tokens))) for n in range(0, N, min(N, tokens))]
-            yield from ([t] for t in tiles) if self.grouping.by_token else [tiles]
+        return self.grouping.blocks(self.tokens)
 
     def scratch(self, i: int, t: Tile) -> Tensor:
         """Scratch ``i`` of a tile, [b, n, H, D]."""
@@ -91,12 +88,6 @@ class _Router:
             head_products.products(self.static, x, y, raw[:, first:last])
             first = last
         return raw
-
-    def of_groups(self, x: Tensor | None, t: Tile) -> Tensor | None:
-        """A tile's part of what each group adds to a sum, or of its matrices: a view."""
-        if x is None or not self.grouping.by_token:
-            return None if x is None else x[t.samples]
-        return x[t.samples, t.tokens].flatten(0, 1)
 
 
 def of_tile(x: Tensor, t: Tile) -> Tensor:
@@ -124,9 +115,7 @@ def routed_head_penalty_forward(
         t = block[0]
         raw = None if g.by_token else router.products(block, lambda t: (routed(t), None))
         u = routed(t) if g.by_token else None
-        part = router.of_groups(penalties, t)
-        assert part is not None
-        head_products.statistics(g, static, u, raw, out.of(g.by_token, t), part)
+        head_products.statistics(g, static, u, raw, out.of(g, t), g.of(penalties, t))
     return penalties.sum(), out.cosines, out.norms
 
 
@@ -148,7 +137,7 @@ def routed_head_penalty_backward(
     sums = WeightSums(router.routing, router.like)
     for t in (t for block in router.blocks() for t in block):
         u, du = router.routed(0, t, (grad_qkv, weight)), router.scratch(1, t)
-        head_products.backward(g, router.static, u, heads_of(du), here.of(g.by_token, t))
+        head_products.backward(g, router.static, u, heads_of(du), here.of(g, t))
         routed_products.route_back(router.routing, [(du, weight)], of_tile(dr, t))
         sums.add([(of_tile(grad_qkv, t), du)])
     return dr, sums.total(weight)
@@ -185,8 +174,8 @@ def routed_head_penalty_double_backward(
         return router.routed(1, t, (ddgrad_qkv, weight), (grad_qkv, ddweight)), u
 
     for block in router.blocks():
-        here = given_here.of(g.by_token, block[0])
-        gdp, gdc = (router.of_groups(x, block[0]) for x in (gdpenalties, gdcosines))
+        here = given_here.of(g, block[0])
+        gdp, gdc = (None if x is None else g.of(x, block[0]) for x in (gdpenalties, gdcosines))
         m_dot = None
         if not g.by_token:
             raw = router.products(block, operands)

@@ -16,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import accumulation_dtype
 from .configurations import accumulator, configuration, fills, precision
-from .cosine import accumulation_dtype
-from .head_products import reach
-from .launch import allocate, cdiv, check_operand, launch
+from .launch import allocate, cdiv, check_operand, launch, reach
 from .layer_norm_sums import sum_over_programs
 from .tiles import dot
 
