@@ -138,7 +138,7 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_double_backward_columns", _NEWER, _SINGLE, 128, warps=8, stages=1, BLOCK_M=16, BLOCK_N=64),
     _row("attention_double_backward_columns", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     _row("attention_double_backward_columns", (), (), 256, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
-    _row("attention_double_backward_head", _BLACKWELL, _HALF, 64, warps=8, stages=2,
+    _row("attention_double_backward_head", _BLACKWELL, _HALF, 64, warps=8, stages=1,
          ROW_TILE=64, ROW_KEYS=32, BLOCK_M=16, BLOCK_N=128),
     _row("attention_double_backward_head", _NVIDIA, _HALF, 64, warps=8, stages=2,
          ROW_TILE=64, ROW_KEYS=16, BLOCK_M=16, BLOCK_N=64),
