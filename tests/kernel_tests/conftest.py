@@ -1,6 +1,6 @@
 """Tests of the Triton kernels themselves: in the interpreter on a CPU, or on a real GPU.
 
-``TRITON_INTERPRET=1 pytest tests/kernels`` interprets them; ``pytest -m gpu`` on a machine with a GPU runs
+``TRITON_INTERPRET=1 pytest tests/kernel_tests`` interprets them; ``pytest -m gpu`` on a machine with a GPU runs
 the same tests on it. Anywhere else they are skipped, and say so.
 """
 
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(
-                    pytest.mark.skip(reason="no GPU; TRITON_INTERPRET=1 pytest tests/kernels")
+                    pytest.mark.skip(reason="no GPU; TRITON_INTERPRET=1 pytest tests/kernel_tests")
                 )
 
 
