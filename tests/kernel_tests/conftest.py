@@ -32,6 +32,18 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
+def quickly(request):
+    """Interprets at three times the speed, except where integer overflow is what a test is about."""
+    if not INTERPRETED or "two_to_the_31" in request.node.name:
+        yield
+        return
+    from benchmarks.interpreted import quick
+
+    with quick():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def guarded(monkeypatch):
     """Every result a kernel allocates is poisoned with NaN and lies between guard zones."""
     from diversevit_kernels.triton import launch

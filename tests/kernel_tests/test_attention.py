@@ -79,14 +79,18 @@ def test_any_shape_within_budget(case, dtype, seed, device, guarded):
     check_rungs(triton, case, dtype, seed=seed, device=device, place=guarded.place)
 
 
+EVERY_ENTRY = ("one-query", "one-token", "more-queries")
+"""Cases whose Jacobians are compared entry by entry; of others, random projections of them (minutes otherwise)."""
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_first_and_second_derivative(name, device):
-    case = CASES[name]
+    case, fast = CASES[name], name not in EVERY_ENTRY
     q, k, v, mask, causal = operands(case, device=device)
     inputs = [x.detach().requires_grad_() for x in differentiable(q, k, v, mask)]
     with dvf.use_backend("triton"):
-        assert gradcheck(as_function(case, mask, causal), inputs)
-        assert gradgradcheck(as_function(case, mask, causal), inputs)
+        assert gradcheck(as_function(case, mask, causal), inputs, fast_mode=fast)
+        assert gradgradcheck(as_function(case, mask, causal), inputs, fast_mode=fast)
 
 
 @pytest.mark.parametrize("tail", TAILS)

@@ -128,6 +128,7 @@ def _few_kernel(
     delta_ptr,  # [B, H, Nq], dense: D, written
     scale: tl.float64,
     S: tl.constexpr,  # Static
+    WHOLE: tl.constexpr,  # BLOCK_N holds all keys
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -138,15 +139,22 @@ def _few_kernel(
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[:, None]
-    delta = row_delta(P, delta_ptr, do, b, h, rows, S)[:, None]
     factor = head_factor(P, b, h, S)
+    if not WHOLE:
+        delta = row_delta(P, delta_ptr, do, b, h, rows, S)[:, None]
     sums = zeros_split(BLOCK_M, S.WIDTHS, S.ACC)
     for start in range(0, P.Nk, BLOCK_N):
         cols = indices(start, BLOCK_N, S)
         k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         p = probabilities(q, k, lse, P, b, h, rows[:, None], cols[None, :], scale, S)
-        ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
+        dp = product(do, v, S.VALUE_WIDTH, S) * factor
+        if WHOLE:
+            total = tl.sum(p * dp, 1)
+            store_statistic(delta_ptr, P, b, h, rows, total)
+            ds = p * (dp - total[:, None])
+        else:
+            ds = p * (dp - delta)
         sums = add_dot(sums, ds, k.tile, S.PRECISION)
         dk_tile = add_dot(zeros_split(BLOCK_N, S.WIDTHS, S.ACC), tl.trans(ds), q.tile, S.PRECISION)
         dk_tile = scale_split(dk_tile, scale)
@@ -183,7 +191,9 @@ def attention_backward(
         results = operand(dq), operand(dk), operand(dv), delta
         heads = B * H
         name = "attention_backward_few"
-        launch(name, _few_kernel, lambda _: heads, q, width, reads, *results, scale, S=static)
+        whole = fits(name, q, width, "BLOCK_N", Nk)
+        common = (q, width, reads, *results, scale)
+        launch(name, _few_kernel, lambda _: heads, *common, S=static, WHOLE=whole)
     else:
         name = "attention_backward_rows_whole"
         whole = fits(name, q, width, "BLOCK_N", Nk)

@@ -13,7 +13,6 @@ from .attention_tiles import (
     load_statistic,
     probabilities,
     product,
-    row_delta,
     score_cotangent,
     store_rows,
     store_statistic,
@@ -23,9 +22,9 @@ from .tiles import add_dot, scale_split, zeros_split
 
 @triton.jit
 def _score_tiles(
-    q, do, ddq, lse, delta, factor, P, b, h, rows, start, scale, S: tl.constexpr, N: tl.constexpr
+    q, do, ddq, lse, factor, P, b, h, rows, start, scale, S: tl.constexpr, N: tl.constexpr
 ):
-    """(3)-(8) for one key tile: its operands, and the tiles P, dS, X and P ∘ Y (zeros if absent)."""
+    """(3)-(8) for one key tile: its operands, and the tiles P, dP, X and P ∘ Y (zeros if absent)."""
     cols = indices(start, N, S)
     i, j = rows[:, None], cols[None, :]
     k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
@@ -33,46 +32,54 @@ def _score_tiles(
     ddk = load_rows(P.ddk, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
     ddv = load_rows(P.ddv, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     p = probabilities(q, k, lse, P, b, h, i, j, scale, S)
-    ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
+    dp = product(do, v, S.VALUE_WIDTH, S) * factor
     x = tl.zeros_like(p)
     if S.HAS_X:
         x = score_cotangent(ddq, k, q, ddk, P, b, h, i, j, scale, S)
     py = tl.zeros_like(p)
     if ddv is not None:
         py = p * (product(do, ddv, S.VALUE_WIDTH, S) * factor)
-    return cols, k, v, ddk, ddv, p, ds, x, py
+    return cols, k, v, ddk, ddv, p, dp, x, py
 
 
 @triton.jit
 def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """(6)-(9) for a head whose queries all fit M rows, N keys at a time, twice: first x and t, then all results.
+    """(6)-(9) for a head whose queries all fit M rows, N keys at a time, twice: first D, x and t, then all results.
 
-    The second walk finds its keys in the L2 cache. Writes gq, gk, gv, gdo, D, x and t.
+    With D = rowsum(P ∘ dP), rowsum(dS ∘ X) is rowsum(P ∘ dP ∘ X) − D x, so that one walk gives all three; where one key
+    takes all, that difference is exactly zero, and must be before P ∘ Y is added. The second walk finds its keys in
+    the L2 cache. Writes gq, gk, gv, gdo, D, x and t.
     """
     rows = indices(0, M, S)
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[:, None]
-    delta = row_delta(P, R.delta, do, b, h, rows, S)[:, None]
     factor = head_factor(P, b, h, S)
+    delta = tl.zeros([M], S.ACC)
     x = tl.zeros([M], S.ACC)
+    weighted = tl.zeros([M], S.ACC)
     t = tl.zeros([M], S.ACC)
     for start in range(0, P.Nk, N):
-        _, _, _, _, _, p, ds, x_tile, py = _score_tiles(
-            q, do, ddq, lse, delta, factor, P, b, h, rows, start, scale, S, N
+        _, _, _, _, _, p, dp, x_tile, py = _score_tiles(
+            q, do, ddq, lse, factor, P, b, h, rows, start, scale, S, N
         )
+        delta += tl.sum(p * dp, 1)
         x += tl.sum(p * x_tile, 1)
-        t += tl.sum(ds * x_tile + py, 1)
+        weighted += tl.sum(p * dp * x_tile, 1)
+        t += tl.sum(py, 1)
+    t += weighted - delta * x
+    store_statistic(R.delta, P, b, h, rows, delta)
     store_statistic(R.x, P, b, h, rows, x)
     store_statistic(R.t, P, b, h, rows, t)
 
     gq = zeros_split(M, S.WIDTHS, S.ACC)
     gdo = zeros_split(M, S.VALUE_WIDTHS, S.ACC)
     for start in range(0, P.Nk, N):
-        cols, k, v, ddk, ddv, p, ds, x_tile, py = _score_tiles(
-            q, do, ddq, lse, delta, factor, P, b, h, rows, start, scale, S, N
+        cols, k, v, ddk, ddv, p, dp, x_tile, py = _score_tiles(
+            q, do, ddq, lse, factor, P, b, h, rows, start, scale, S, N
         )
+        ds = p * (dp - delta[:, None])
         gk = zeros_split(N, S.WIDTHS, S.ACC)
         gv = zeros_split(N, S.VALUE_WIDTHS, S.ACC)
         r = py - p * t[:, None]
