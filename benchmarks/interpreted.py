@@ -16,7 +16,6 @@ from triton import knobs
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-
 _FRAME: dict[str, Any] = {}
 _LOCALS = " = ".join(f"x{i}" for i in range(20_000))
 exec(f"def in_large_frame(f):\n    if f:\n        return f()\n    {_LOCALS} = 0", _FRAME)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from .interpreted import Observer, observed
+from .interpreted import Observer, observed, quick
 
 COMPACT_BEYOND = 1 << 20
 """Addresses kept before duplicates are dropped."""
@@ -103,7 +103,7 @@ class _Counter(Observer):
 def counting() -> Iterator[list[LaunchTraffic]]:
     """The launches of the block, with what each loads, stores and computes."""
     counter = _Counter()
-    with observed(counter):
+    with quick(), observed(counter):
         yield counter.launches
 
 
