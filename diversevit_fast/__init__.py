@@ -12,6 +12,7 @@ The pipeline, a file per stage: attention (``ops``) -> ``capture`` -> ``head_gra
 from . import data, models, nn
 from .backends import use_backend
 from .capture import capture_heads
+from .compile_loss import compile_loss
 from .diversity import HeadDiversity
 from .errors import UnsupportedError, UsageError
 from .ops import attention, gelu, head_penalty, layer_norm, routed_head_penalty
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "attention",
     "capture_heads",
+    "compile_loss",
     "data",
     "gelu",
     "head_penalty",

@@ -4,6 +4,9 @@ Inside an ``Attachment`` every chosen attention module is an instance of a subcl
 forward says which layer is running and then runs the original forward, and a ``TorchFunctionMode``
 sees the calls that forward makes. Parameters, ``state_dict`` and other modules are not touched; leaving
 the block restores the classes. Nothing is kept on a module, so copies and pickles are plain.
+
+Inside a compiled loss (``compile_loss``) the compiler does not see a changed class, so there a layer
+runs from its qkv projection to its output projection, both known by their weights.
 """
 
 import sys
@@ -12,13 +15,15 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from . import nn as dnn
 from .errors import UnsupportedError, expected
 from .ops import attention
+from .ops.attention import attention_operator
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,12 @@ def choose_layers(model: nn.Module, layers: str | Sequence[int]) -> list[Attenti
     return [every[index] for index in sorted(chosen)]
 
 
+def blocks_from(model: nn.Module, first: AttentionLayer) -> list[nn.Module]:
+    """The modules that hold the attention layers of ``model`` from ``first`` up, ``model`` if none does."""
+    names = [layer.name.rpartition(".")[0] for layer in attention_layers(model)[first.index :]]
+    return [model.get_submodule(name) for name in dict.fromkeys(names)]
+
+
 def layer_index(index: int, count: int) -> int:
     """``index`` counted from the front.
 
@@ -117,7 +128,24 @@ Forward = Callable[..., Any]
 Wrapper = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
 
 
-class Attachment(TorchFunctionMode):
+class _Mode(TorchFunctionMode):
+    """Shows every torch call to an attachment, which is no mode: a compiler would skip its entry."""
+
+    def __init__(self, owner: "Attachment"):
+        super().__init__()
+        self.owner = owner
+
+    def __torch_function__(
+        self,
+        func: Forward,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self.owner._see(func, args, kwargs or {})
+
+
+class Attachment:
     """A context in which chosen modules' forwards run inside wrappers and torch calls are seen.
 
     Subclasses say what happens: ``projected`` sees a layer's qkv projection output and returns what
@@ -125,7 +153,6 @@ class Attachment(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
-        super().__init__()
         _refuse_compiled(model, layers[0])
         self.model, self.layers = model, list(layers)
         self._wrappers: dict[nn.Module, Wrapper] = {
@@ -134,6 +161,12 @@ class Attachment(TorchFunctionMode):
         self._classes: dict[tuple[nn.Module, type], type] = {}
         self._swapped: list[tuple[nn.Module, type, type]] = []
         self._running: AttentionLayer | None = None
+        self._mode = _Mode(self)
+        self._inside = self._active = False
+
+    def active(self) -> bool:
+        """Asked at each entry: whether this ``with`` block does anything."""
+        return True
 
     def projected(self, layer: AttentionLayer, qkv: Tensor) -> Tensor:
         """Called with the qkv projection's output ``[B, N, 3 H d]``."""
@@ -154,12 +187,50 @@ class Attachment(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def wrap(self, module: nn.Module, wrapper: Wrapper) -> None:
-        """Also run ``module``'s forward inside ``wrapper``."""
-        self._wrappers[module] = wrapper
+        """Also run ``module``'s forward inside ``wrapper``, outside what wraps it already."""
+        inner = self._wrappers.get(module)
+        self._wrappers[module] = wrapper if inner is None else _around(wrapper, inner)
 
     def __enter__(self) -> "Attachment":
-        if self._swapped:
+        if self._inside:
             raise expected("with", "a context that is not entered", "one that is", "enter it once")
+        self._active = self.active()
+        if self._active:
+            _refuse_broken_graph()
+            self._swap_classes()
+            self._mode.__enter__()
+        self._inside = True
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._inside = False
+        if self._active:
+            self._mode.__exit__(*exception)
+        self._running = None
+        while self._swapped:
+            module, before, after = self._swapped.pop()
+            if type(module) is after:
+                module.__class__ = before
+
+    def _see(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is F.linear and torch.compiler.is_compiling():
+            self._follow(args[1])
+        layer = self._running
+        if layer is None:
+            return self.elsewhere(func, args, kwargs)
+        if func is F.linear and args[1] is layer.module.qkv.weight:
+            return self.projected(layer, func(*args, **kwargs))
+        if func in (F.scaled_dot_product_attention, attention):
+            return self.attended(layer, func, *_split_attention_call(args, kwargs))
+        if func is attention_operator._opoverload:  # a compiler sees the operator, not its function
+            options: dict[str, Any] = {}
+            options["attn_mask"], options["is_causal"], options["scale"] = args[3:]
+            return (self.attended(layer, attention, args[:3], options),)
+        return self.elsewhere(func, args, kwargs)
+
+    def _swap_classes(self) -> None:
+        if torch.compiler.is_compiling():
+            return
         for module, wrapper in self._wrappers.items():
             before = type(module)
             key = (module, before)
@@ -167,30 +238,14 @@ class Attachment(TorchFunctionMode):
                 self._classes[key] = _wrapped_class(before, wrapper)
             module.__class__ = self._classes[key]
             self._swapped.append((module, before, self._classes[key]))
-        return super().__enter__()
 
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._running = None
-        while self._swapped:
-            module, before, after = self._swapped.pop()
-            if type(module) is after:
-                module.__class__ = before
-
-    def __torch_function__(
-        self,
-        func: Forward,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        layer = self._running
-        if layer is not None and func is F.linear and args[1] is layer.module.qkv.weight:
-            return self.projected(layer, func(*args, **kwargs))
-        if layer is not None and func in (F.scaled_dot_product_attention, attention):
-            return self.attended(layer, func, *_split_attention_call(args, kwargs))
-        return self.elsewhere(func, args, kwargs)
+    def _follow(self, weight: Tensor) -> None:
+        """Under a compiler: which layer is running once ``weight`` was multiplied with."""
+        for layer in self.layers:
+            if weight is layer.module.qkv.weight:
+                self._running = layer
+            elif weight is layer.module.proj.weight:
+                self._running = None
 
     def _run_layer(self, layer: AttentionLayer) -> Wrapper:
         def run(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
@@ -201,6 +256,32 @@ class Attachment(TorchFunctionMode):
                 self._running = before
 
         return run
+
+
+def _around(outer: Wrapper, inner: Wrapper) -> Wrapper:
+    def wrapper(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+        return outer(module, lambda *a, **k: inner(module, forward, a, k), args, kwargs)
+
+    return wrapper
+
+
+def _refuse_broken_graph() -> None:
+    """In a compiled function, entered eagerly after all, or without ``compile_loss``'s switch."""
+    if torch.compiler.is_compiling():
+        broken = not torch._dynamo.config.trace_autograd_ops
+    else:
+        broken = callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())  # pyright: ignore
+    if broken:
+        raise UnsupportedError(
+            "torch.compile: it broke the graph around this context, so second derivatives would be "
+            "refused or dropped; use dvf.compile_loss, which keeps one graph"
+        )
+
+
+def open_attachments() -> list[Attachment]:
+    """The attachments whose ``with`` block is running, the outermost first."""
+    modes = _get_current_function_mode_stack()
+    return [mode.owner for mode in modes if isinstance(mode, _Mode)]
 
 
 def _split_attention_call(

@@ -50,12 +50,7 @@ def prediction_score(logits: Tensor, target: Target) -> Tensor:
     Raises:
         UsageError: logits of another shape, without a graph, or not finite; a bad target.
     """
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise expected("logits", "floating [B, classes]", got, "pass the model's output as it is")
-    if not logits.requires_grad:
-        cure = "run the model inside the `with` block, without no_grad or inference_mode"
-        raise expected("logits", "a tensor with a graph", "one without", cure)
+    check_logits(logits)
     if not torch.compiler.is_compiling() and not torch.isfinite(logits).all():
         cure = "lower the learning rate or the penalty's weight, or scale the loss"
         raise expected("logits", "finite values", "NaN or infinity", cure)
@@ -66,6 +61,16 @@ def prediction_score(logits: Tensor, target: Target) -> Tensor:
         got = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
         raise expected("target", f"a callable returning [{len(logits)}]", got, "one score a sample")
     return score
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise a UsageError unless ``logits`` are ``[B, classes]`` with a graph; reads no value."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise expected("logits", "floating [B, classes]", got, "pass the model's output as it is")
+    if not logits.requires_grad:
+        cure = "run the model inside the `with` block, without no_grad or inference_mode"
+        raise expected("logits", "a tensor with a graph", "one without", cure)
 
 
 def head_gradients(score: Tensor, captured: Sequence[Captured]) -> list[Tensor | None]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import expected
+from .errors import UnsupportedError, expected
 from .head_gradients import Captured, head_gradients, layer_penalty
 from .ops import attention, gelu, layer_norm
 from .ops.checks import check_choice
@@ -154,7 +154,13 @@ class HeadPenalty(nn.Module):
 
         Raises:
             UsageError: ``score`` does not depend on the last forward of ``attention``.
+            UnsupportedError: inside a compiled loss.
         """
+        if torch.compiler.is_compiling():
+            raise UnsupportedError(
+                "HeadPenalty: reads the last eager run; in a compiled loss use HeadDiversity, or "
+                "return_heads=True with dvf.head_penalty"
+            )
         wanted = "a score computed from the last forward of `attention`"
         cure = "run the model with gradients enabled, then ask for the penalty, before its backward"
         if not score.requires_grad:

@@ -98,12 +98,14 @@ class TestCommands:
             *("run", "--config", config, "--out", tmp_path / "out", "--seed", 5, "--epochs", 1),
             *("--batch-size", 16, "--lr", 0.01, "--erm-lr", 0.02, "--penalty-weight", 7),
             *("--wrt", "output", "--granularity", "sample", "--layers", "0,-1"),
+            *("--every", 4, "--fraction", 0.5),
             *("--correlation", 0.8, "--samples", 32, "--threads", 1, "--device", "cpu"),
         )
         got = json.loads((tmp_path / "out" / "config.json").read_text())["settings"]
         wanted = {
             **{"seeds": [5], "epochs": 1, "batch_size": 16, "lr": 0.01, "erm_lr": 0.02},
             **{"penalty_weight": 7.0, "wrt": "output", "granularity": "sample"},
+            **{"every": 4, "fraction": 0.5},
             **{"layers": [0, -1], "correlation": 0.8, "samples": 32, "device": "cpu"},
             **{"preset": "quick", "data": "digits-photos", "threads": 1},
         }

@@ -111,6 +111,10 @@ class TestSettings:
             ({"methods": ("sgd",)}, "methods: expected different methods"),
             ({"wrt": "weights"}, "wrt: expected input or output"),
             ({"granularity": "image"}, "granularity: expected token or sample"),
+            ({"every": 0}, "every: expected a whole number of at least 1"),
+            ({"every": 1.5}, "every: expected a whole number of at least 1"),
+            ({"fraction": 0}, "fraction: expected a number above 0 and at most 1"),
+            ({"fraction": 1.5}, "fraction: expected a number above 0 and at most 1"),
             ({"layers": "first"}, "layers: expected last, all or"),
             ({"model": {"width": 3}}, "got model.width"),
             ({"learning_rate": 1.0, "epoch": 2}, "got learning_rate, epoch"),
@@ -383,6 +387,46 @@ class TestResume:
         folder = resume(tmp_path / ("out" if epochs % 2 else "out.partial"), console=quiet())
         assert folder == tmp_path / "out"
         assert contents(folder) == contents(unbroken)
+
+    def test_amortised_run_continues_to_the_same_bits(self, tmp_path, monkeypatch):
+        """The schedule of ``every`` and the draws of ``fraction`` go on where they were."""
+        chosen = settings(methods=("diversevit",), every=2, fraction=0.5)
+        steps, drawn = [], []
+        training_loss = training.training_loss
+
+        def spy(model, diversity, *args):
+            result = training_loss(model, diversity, *args)
+            steps.append((diversity.step, result[2].item() > 0))
+            if result[2] > 0:
+                drawn.append(diversity.samples.tolist())
+            return result
+
+        monkeypatch.setattr(training, "training_loss", spy)
+        unbroken = contents(run(chosen, tmp_path / "unbroken", console=quiet()))
+        assert steps == [(1, True), (2, False), (3, True), (4, False), (5, True), (6, False)]
+        assert len({tuple(samples) for samples in drawn}) == len(drawn) == 3
+        steps.clear()
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 1, 1)
+            with pytest.raises(Interrupted):
+                run(chosen, tmp_path / "out", console=quiet())
+        assert len(steps) == 5
+        steps.clear()
+        assert contents(resume(tmp_path / "out", console=quiet())) == unbroken
+        assert steps == [(4, False), (5, True), (6, False)]
+
+    def test_amortised_run_is_measured_on_every_sample(self, tmp_path):
+        chosen = settings(methods=("diversevit",), epochs=1, every=4, fraction=0.25)
+        folder = run(chosen, tmp_path / "out", console=quiet())
+        said = "every 4 steps, of a fraction 0.25 of each batch"
+        assert said in (folder / "report.html").read_text()
+        model = DiverseViT.load(folder / "diversevit-seed0-last.safetensors")
+        split = load_splits("digits-photos", samples=64)["val_id"]
+        images = next(iter(batches(split, training._LIKENESS_IMAGES)))[0]
+        expect, _ = likeness(model, dvf.HeadDiversity(model), images)
+        with (folder / "metrics.csv").open() as file:
+            row = next(r for r in csv.DictReader(file) if r["split"] == "val_id")
+        assert float(row["penalty"]) == pytest.approx(expect, rel=1e-4)
 
     def test_killed_run_continues_to_the_same_bits(self, unbroken, tmp_path):
         config = tmp_path / "tiny.json"

@@ -23,7 +23,11 @@ ALLOWED = {
     "diversevit_fast.attach": {"errors", "nn", "ops"},
     "diversevit_fast.capture": {"attach", "errors"},
     "diversevit_fast.class_token": {"attach"},
-    "diversevit_fast.diversity": {"attach", "class_token", "errors", "head_gradients", "ops"},
+    "diversevit_fast.sampling": {"errors"},
+    "diversevit_fast.diversity": {
+        *("attach", "class_token", "errors", "head_gradients", "ops", "sampling"),
+    },
+    "diversevit_fast.compile_loss": {"attach", "errors"},
     "diversevit_fast.pruning": {"attach", "errors"},
     "diversevit_fast.selection": {"attach", "errors", "ops", "pruning"},
     "diversevit_fast.models": {"errors", "nn", "ops", "pruning"},

@@ -51,7 +51,8 @@ class Settings:
         batch_size: samples per step.
         lr, erm_lr: Adam's initial learning rate of DiverseViT and of ERM.
         penalty_weight: lambda, the weight of the diversity penalty.
-        layers, wrt, granularity: passed to ``HeadDiversity``.
+        layers, wrt, granularity, every, fraction: passed to ``HeadDiversity``. Evaluation always takes
+            the penalty of every sample.
         model: arguments of ``models.DiverseViT`` that differ from its defaults.
         threads: CPU threads; PyTorch's own choice if None.
         device: ``"auto"``, ``"cpu"`` or a PyTorch device name.
@@ -75,6 +76,8 @@ class Settings:
     layers: str | tuple[int, ...] = "last"
     wrt: str = "input"
     granularity: str = "token"
+    every: int = 1
+    fraction: float = 1.0
     model: dict[str, Any] = field(default_factory=dict)
     threads: int | None = None
     device: str = "auto"
@@ -212,6 +215,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "wrt": (("input", "output").__contains__, "input or output"),
     "granularity": (("token", "sample").__contains__, "token or sample"),
+    "every": (_whole(1), "a whole number of at least 1"),
+    "fraction": (_number(0, 1, open_low=True), "a number above 0 and at most 1"),
     "model": (lambda x: isinstance(x, dict), "an object of DiverseViT's arguments"),
     "threads": (_maybe(_whole(1)), "a whole number of at least 1"),
     "device": (_text, "auto, cpu or a PyTorch device"),

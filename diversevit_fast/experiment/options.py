@@ -49,6 +49,14 @@ Layers = Annotated[
     str | None,
     typer.Option(help="Regularised layers: last, all, or numbers: 0,-1.", rich_help_panel=_RECIPE),
 ]
+Every = Annotated[
+    int | None,
+    typer.Option(help="The penalty every N-th step only, times N.", rich_help_panel=_RECIPE),
+]
+Fraction = Annotated[
+    float | None,
+    typer.Option(help="The penalty of a random part of each batch.", rich_help_panel=_RECIPE),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel=_MACHINE)]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel=_MACHINE)]
 TensorBoard = Annotated[

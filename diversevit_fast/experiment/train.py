@@ -60,7 +60,7 @@ def train(
         epoch = state.epoch + 1
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(settings.base_lr(task.method), epoch, settings.epochs)
-        rows = [_train_epoch(settings, task, state, diversity, splits["train"], watcher)]
+        rows = [_train_epoch(settings, task, state, splits["train"], watcher)]
         begun = time.perf_counter()
         evaluated = evaluate_splits(state.model, splits)
         if not all(math.isfinite(row["loss"]) for row in evaluated):
@@ -76,14 +76,29 @@ def train(
     return state
 
 
-def head_diversity(settings: Settings, model: Any) -> HeadDiversity:
-    """The regulariser that ``settings`` ask for, on ``model``."""
+def head_diversity(settings: Settings, model: Any, **amortised: Any) -> HeadDiversity:
+    """The penalty that ``settings`` ask for, on ``model``; of every step and sample unless ``amortised``."""
     return HeadDiversity(
         model,
         layers=settings.layers if isinstance(settings.layers, str) else list(settings.layers),
         wrt=settings.wrt,
         granularity=settings.granularity,
+        **amortised,
     )
+
+
+def training_diversity(
+    settings: Settings, model: Any, order: torch.Generator, step: int
+) -> HeadDiversity:
+    """The regulariser of an epoch whose batches ``order`` shuffles, after ``step`` steps of training.
+
+    Which samples it draws follows from ``order``'s seed, so a resumed training draws the same.
+    """
+    draws = torch.Generator().manual_seed(order.initial_seed())
+    every, fraction = settings.every, float(settings.fraction)
+    diversity = head_diversity(settings, model, every=every, fraction=fraction, generator=draws)
+    diversity.step = step
+    return diversity
 
 
 def learning_rate(base: float, epoch: int, epochs: int) -> float:
@@ -116,7 +131,6 @@ def _train_epoch(
     settings: Settings,
     task: Task,
     state: State,
-    diversity: HeadDiversity,
     dataset: Any,
     watcher: Watcher,
 ) -> Row:
@@ -124,6 +138,8 @@ def _train_epoch(
     device = next(state.model.parameters()).device
     weight = settings.penalty_weight if task.method == "diversevit" else 0.0
     order = shuffler(task.seed, state.epoch + 1)
+    done = state.epoch * math.ceil(len(dataset.labels) / settings.batch_size)
+    diversity = training_diversity(settings, state.model, order, done)
     hits, members = torch.zeros(2, len(dataset.group_names), dtype=torch.float64)
     sums = {"loss": 0.0, "penalty": 0.0}
     steps = 0
