@@ -56,7 +56,6 @@ def quick() -> Iterator[None]:
         return patch(function)
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        patched.clear()
         try:
             return _in_large_frame(lambda: run(self, *args, **kwargs))
         finally:

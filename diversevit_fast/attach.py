@@ -162,7 +162,8 @@ class Attachment:
         self._swapped: list[tuple[nn.Module, type, type]] = []
         self._running: AttentionLayer | None = None
         self._mode = _Mode(self)
-        self._inside = self._active = False
+        self._inside = False
+        self._active = True  # the last block was not one that does nothing
 
     def active(self) -> bool:
         """Asked at each entry: whether this ``with`` block does anything."""

@@ -64,10 +64,9 @@ def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Lo
 
     @functools.wraps(fn)
     def loss(*args: Any, **kwargs: Any) -> Any:
-        for context in open_attachments():
-            raise UnsupportedError(
-                f"compile_loss: called inside `with {type(context).__name__}`; enter it inside fn"
-            )
+        if contexts := open_attachments():
+            name = type(contexts[0]).__name__
+            raise UnsupportedError(f"compile_loss: called inside `with {name}`; enter it inside fn")
         try:
             with config.patch(trace_autograd_ops=True):
                 return compiled(*args, **kwargs)

@@ -121,7 +121,6 @@ class HeadDiversity(Attachment):
         self.cosines: list[Tensor] = []
         self.samples: Tensor | None = None
         self._captured: list[Captured] = []
-        self._left_out = False  # the last block was one that ``every`` leaves out
         self._class_token_only = False
         self._wrap_last_block()
         self._split = SampleSplit(fraction, generator)
@@ -141,7 +140,7 @@ class HeadDiversity(Attachment):
         Raises:
             UsageError: logits not computed under this context, without a graph, or not finite.
         """
-        if self._left_out:
+        if not self._active:
             check_logits(logits)
             return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         score = prediction_score(logits, self.target)
@@ -168,14 +167,15 @@ class HeadDiversity(Attachment):
         return self
 
     def active(self) -> bool:
-        self._captured, self._left_out = [], False
+        self._captured = []
         self._split.forget()
         if torch.compiler.is_compiling():
             self._refuse_amortised()
-        elif torch.is_grad_enabled():
-            self._left_out = self.step % self.every > 0
-            self.step += 1
-        return not self._left_out
+            return True
+        if not torch.is_grad_enabled():
+            return True
+        self.step += 1
+        return (self.step - 1) % self.every == 0
 
     def projected(self, layer: AttentionLayer, qkv: Tensor) -> Tensor:
         if self.wrt == "output" or not self._capturing():

@@ -32,7 +32,7 @@ def loss_of(diversity):
 
 def check(model, fn, images=None, **tolerance):
     """The compiled loss twice, against the same function run eagerly."""
-    images = images_for(model) if images is None else images
+    images = images_for(model, 4) if images is None else images
     labels, compiled = labels_for(images), compiled_loss(fn)
     expect = fn(model, images, labels)
     expect_grads = gradients(model, expect)
@@ -65,7 +65,7 @@ class TestRight:
     def test_the_penalty_is_there(self):
         """The comparison can fail: without the penalty the gradients are far away."""
         model = diverse_vit()
-        images = images_for(model)
+        images = images_for(model, 4)
         labels = labels_for(images)
         with_penalty = compiled_loss(loss_of(dvf.HeadDiversity(model)))(model, images, labels)
         plain = F.cross_entropy(model(images), labels)
@@ -77,7 +77,7 @@ class TestRight:
     @pytest.mark.parametrize("vit", [diverse_vit, timm_vit])
     def test_the_default_backend(self, vit):
         model = vit().float()
-        images = images_for(model).float()
+        images = images_for(model, 4).float()
         labels = labels_for(images)
         fn = loss_of(dvf.HeadDiversity(model, layers="all"))
         ours, expect = dvf.compile_loss(fn)(model, images, labels), fn(model, images, labels)
@@ -103,7 +103,7 @@ class TestRight:
     @pytest.mark.parametrize(("dynamic", "count"), [(False, 3), (None, 2)])
     def test_recompiles_only_for_another_shape(self, dynamic, count):
         model = diverse_vit()
-        images, labels = images_for(model), labels_for(images_for(model))
+        images, labels = images_for(model, 4), labels_for(images_for(model, 4))
         graphs = []
 
         def backend(graph, inputs):
@@ -119,7 +119,7 @@ class TestRight:
 
     def test_eager_use_in_between_is_undisturbed(self):
         model = diverse_vit()
-        images, labels = images_for(model), labels_for(images_for(model))
+        images, labels = images_for(model, 4), labels_for(images_for(model, 4))
         classes = [type(m) for m in model.modules()]
         diversity = dvf.HeadDiversity(model, layers="all")
         fn = loss_of(diversity)
@@ -157,7 +157,7 @@ class TestRight:
 
     def test_a_tuple_with_the_loss(self):
         model = diverse_vit()
-        images, labels = images_for(model), labels_for(images_for(model))
+        images, labels = images_for(model, 4), labels_for(images_for(model, 4))
         diversity = dvf.HeadDiversity(model)
 
         @compiled_loss
@@ -184,7 +184,7 @@ class TestRight:
 
     def test_autocast(self):
         model = diverse_vit().float()
-        images = images_for(model).float()
+        images = images_for(model, 4).float()
         labels = labels_for(images)
         fn = loss_of(dvf.HeadDiversity(model, layers="all"))
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -195,7 +195,7 @@ class TestRight:
 
 
 def check_trainable(model, fn):
-    images, labels = images_for(model), labels_for(images_for(model))
+    images, labels = images_for(model, 4), labels_for(images_for(model, 4))
     parameters = [p for p in model.parameters() if p.requires_grad]
     expect = torch.autograd.grad(fn(model, images, labels), parameters)
     ours = torch.autograd.grad(compiled_loss(fn)(model, images, labels), parameters)
@@ -210,7 +210,7 @@ def refused(kind, match, fn, *args):
 
 class TestRefused:
     def batch(self, model):
-        images = images_for(model)
+        images = images_for(model, 4)
         return model, images, labels_for(images)
 
     @pytest.mark.parametrize("options", [{"every": 2}, {"fraction": 0.5}], ids=str)
@@ -247,7 +247,7 @@ class TestRefused:
 
         loss = compiled_loss(fn)
         refused(UnsupportedError, "HeadPenalty: reads", loss, *self.batch(model))
-        alive = model(images_for(model))
+        alive = model(images_for(model, 4))
         refused(UnsupportedError, "HeadPenalty: reads", loss, *self.batch(model))
         assert alive.requires_grad
 

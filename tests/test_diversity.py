@@ -4,37 +4,17 @@ import copy
 import pickle
 
 import pytest
-import timm
 import torch
 from published import published_penalty
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from vits import attentions, diverse_vit, images_for, labels_for, timm_vit
 
 import diversevit_fast as dvf
 import diversevit_fast.diversity as diversity_module
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.models import DiverseViT
-
-
-def diverse_vit(**options):
-    torch.manual_seed(0)
-    sizes = {
-        "image_size": (16, 8),
-        "dim": 16,
-        "depth": 3,
-        "num_heads": 4,
-        "head_dim": 8,
-        "mlp_dim": 24,
-    }
-    return DiverseViT(**{**sizes, **options}).double()
-
-
-def timm_vit(**options):
-    torch.manual_seed(0)
-    sizes = {"img_size": 16, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 3}
-    return timm.create_model("vit_tiny_patch16_224", num_classes=5, **{**sizes, **options}).double()
-
 
 MODELS = {
     "diverse-vit": diverse_vit,
@@ -52,22 +32,8 @@ def model(request):
     return request.param()
 
 
-def images_for(model, batch=3):
-    g = torch.Generator().manual_seed(1)
-    size = (16, 8) if isinstance(model, DiverseViT) else (16, 16)
-    return torch.randn(batch, 3, *size, generator=g, dtype=torch.float64)
-
-
-def attentions(model):
-    return [m for m in model.modules() if hasattr(m, "qkv")]
-
-
 def parameter_gradients(model, loss):
     return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-
-
-def labels_for(logits):
-    return torch.arange(len(logits)) % 2
 
 
 def regularised(model, images, **options):

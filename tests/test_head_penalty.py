@@ -386,11 +386,11 @@ class TestLaws:
     """What the penalty means, whatever the kernel."""
 
     @pytest.fixture
-    def grads(self):
-        return gradients(Case(H=5, N=4, E=7))
+    def grads(self, device):
+        return gradients(Case(H=5, N=4, E=7)).to(device)
 
     def test_relabelling_heads_permutes_the_cosines(self, grads, kind):
-        order = torch.tensor([3, 0, 4, 2, 1])
+        order = torch.tensor([3, 0, 4, 2, 1], device=grads.device)
         f = {"granularity": kind[0], "reduction": kind[1], "return_cosines": True}
         penalty, cosines = dvf.head_penalty(grads, **f)
         permuted, others = dvf.head_penalty(grads[:, order], **f)
@@ -399,24 +399,24 @@ class TestLaws:
 
     def test_scaling_a_head_changes_no_cosine(self, grads, kind):
         f = as_function(Case(H=5), kind)
-        torch.testing.assert_close(
-            f(grads * torch.tensor([1, 1e-3, 1, 50, 1])[:, None, None]), f(grads)
-        )
+        factors = torch.tensor([1, 1e-3, 1, 50, 1], device=grads.device)
+        torch.testing.assert_close(f(grads * factors[:, None, None]), f(grads))
 
-    def test_orthogonal_heads_have_no_penalty(self, kind):
+    def test_orthogonal_heads_have_no_penalty(self, kind, device):
         grads = torch.eye(5).expand(2, 3, 5, 5).transpose(1, 2) * torch.rand(2, 5, 3, 1)
-        assert as_function(Case(), kind, "penalty")(grads) == 0
+        assert as_function(Case(), kind, "penalty")(grads.to(device)) == 0
 
-    def test_parallel_heads_have_the_largest_penalty(self, kind):
+    def test_parallel_heads_have_the_largest_penalty(self, kind, device):
         head = torch.randn(2, 1, 3, 7, dtype=torch.float64)
         grads = head * torch.tensor([1.0, -2.0, 3.0, 0.5])[:, None, None]
-        penalty = as_function(Case(), kind, "penalty")(grads)
+        penalty = as_function(Case(), kind, "penalty")(grads.to(device))
         torch.testing.assert_close(penalty.item(), 3 / 4 if kind[1] == "all" else 1.0)
 
-    def test_penalty_lies_in_the_unit_interval(self, kind):
+    def test_penalty_lies_in_the_unit_interval(self, kind, device):
         for seed in range(20):
             case = Case(H=2 + seed % 5, E=1 + seed % 3)
-            penalty = as_function(case, kind, "penalty")(gradients(case, torch.float32, seed))
+            grads = gradients(case, torch.float32, seed).to(device)
+            penalty = as_function(case, kind, "penalty")(grads)
             assert 0 <= penalty <= 1 + 1e-6
 
     def test_by_sample_is_by_token_of_one_flat_token(self, grads):

@@ -1,36 +1,20 @@
 """Keeping, removing and choosing heads: masked equals pruned, and the best head is found."""
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import pytest
-import timm
 import torch
+import vits
+from vits import images_for
 
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.models import DiverseViT
 
-
-def diverse_vit():
-    torch.manual_seed(0)
-    sizes = {
-        "image_size": (16, 8),
-        "dim": 16,
-        "depth": 2,
-        "num_heads": 4,
-        "head_dim": 8,
-        "mlp_dim": 24,
-    }
-    return DiverseViT(**sizes).double()
-
-
-def timm_vit(**options):
-    torch.manual_seed(0)
-    sizes = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 4}
-    return timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes, **options).double()
-
-
+diverse_vit = partial(vits.diverse_vit, depth=2)
+timm_vit = partial(vits.timm_vit, depth=2, num_heads=4, num_classes=3)
 MODELS = {
     "diverse-vit": diverse_vit,
     "timm": timm_vit,
@@ -42,12 +26,6 @@ MODELS = {
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
 def model(request):
     return request.param()
-
-
-def images_for(model, batch=3):
-    size = (16, 8) if isinstance(model, DiverseViT) else (16, 16)
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 3, *size, generator=g, dtype=torch.float64)
 
 
 CHOICES = {"one": {-1: [2]}, "two-layers": {0: [0, 3], 1: [1, 2, 0]}, "all": {0: [3, 2, 1, 0]}}

@@ -1,9 +1,12 @@
-"""Small float64 ViTs, their inputs and their gradients, for tests at the model level."""
+"""Small float64 ViTs, their inputs, penalties and gradients, for tests at the model level."""
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+import diversevit_fast as dvf
 from diversevit_fast.models import DiverseViT
 
 
@@ -19,7 +22,8 @@ def diverse_vit(**options) -> DiverseViT:
 def timm_vit(**options) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 3}
-    return timm.create_model("vit_tiny_patch16_224", num_classes=5, **{**sizes, **options}).double()
+    sizes["num_classes"] = 5
+    return timm.create_model("vit_tiny_patch16_224", **{**sizes, **options}).double()
 
 
 VITS = {
@@ -29,7 +33,7 @@ VITS = {
 }
 
 
-def images_for(model: nn.Module, batch: int = 4) -> Tensor:
+def images_for(model: nn.Module, batch: int = 3) -> Tensor:
     g = torch.Generator().manual_seed(1)
     size = (16, 8) if isinstance(model, DiverseViT) else (16, 16)
     return torch.randn(batch, 3, *size, generator=g, dtype=torch.float64)
@@ -54,3 +58,29 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
     assert max(b.abs().max() for b in theirs) > 1e-6
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-11)
+
+
+def step(model, diversity, images):
+    """Logits and penalty."""
+    with diversity:
+        logits = model(images)
+    return logits, diversity.penalty(logits)
+
+
+def full(model, images, **options):
+    """The penalty of every sample."""
+    return step(model, dvf.HeadDiversity(model, **options), images)[1]
+
+
+class Calls(TorchFunctionMode):
+    """Which attention a forward calls, and on how many samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.stock, self.ours = [], []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        seen = {F.scaled_dot_product_attention: self.stock, dvf.attention: self.ours}
+        if func in seen:
+            seen[func].append(len(args[0]))
+        return func(*args, **(kwargs or {}))

@@ -34,7 +34,7 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def quickly(request):
     """Interprets at three times the speed, except where integer overflow is what a test is about."""
-    if not INTERPRETED or "two_to_the_31" in request.node.name:
+    if not INTERPRETED or request.node.get_closest_marker("overflow"):
         yield
         return
     from benchmarks.interpreted import quick

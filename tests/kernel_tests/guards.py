@@ -21,12 +21,16 @@ class Guards:
         return whole[ZONE : ZONE + size].view(shape)
 
     def place(self, x: Tensor) -> Tensor:
-        """A copy of ``x`` with its strides (its storage extent at least), between zones of NaN."""
-        extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        """A copy of ``x`` with its strides (its storage extent at least), between zones of NaN.
+
+        Expanded axes are expanded again.
+        """
+        base = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.stride())]
+        extent = 1 + sum((n - 1) * s for n, s in zip(base.shape, base.stride(), strict=True))
         room = self.empty((max(0, extent),), dtype=x.dtype, device=x.device)
-        placed = room.as_strided(x.shape, x.stride(), ZONE)
-        placed.copy_(x)
-        return placed.requires_grad_(x.requires_grad)
+        placed = room.as_strided(base.shape, base.stride(), ZONE)
+        placed.copy_(base)
+        return placed.expand(x.shape).requires_grad_(x.requires_grad)
 
     def check(self) -> None:
         """No element outside the tensors was written.

@@ -203,6 +203,7 @@ def test_the_guards_bite(device, guarded):
         guarded.zones.clear()
 
 
+@pytest.mark.overflow
 @pytest.mark.parametrize("far", ["samples", "rows"])
 def test_offsets_beyond_two_to_the_31(far, device):
     """Sample strides, or row strides inside a head, whose offsets overflow 32 bits."""

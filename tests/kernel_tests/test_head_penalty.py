@@ -51,12 +51,6 @@ def case(request):
     return request.param
 
 
-def placed(guards, t):
-    """``t`` with its strides between zones of NaN; expanded axes are expanded again."""
-    base = t[tuple(slice(0, 1) if step == 0 else slice(None) for step in t.stride())]
-    return guards.place(base).expand(t.shape)
-
-
 class On:
     """A stage's functions on a device: inputs between guard zones and not written to, results brought back."""
 
@@ -65,7 +59,7 @@ class On:
 
     def __getattr__(self, name):
         def call(*args):
-            there = [placed(self.guards, self._moved(x)) if _is_tensor(x) else x for x in args]
+            there = [self.guards.place(self._moved(x)) if _is_tensor(x) else x for x in args]
             before = [x.clone() for x in there if _is_tensor(x)]
             results = getattr(self.stage, name)(*there)
             after = [x for x in there if _is_tensor(x)]
@@ -232,7 +226,7 @@ def test_not_a_number_stays_one(kind, device):
     assert torch.isfinite(cosines[1]).all()
 
 
-class TestLaws:
+class TestLaws(definition.TestLaws):
     """What the penalty means."""
 
     @pytest.fixture(autouse=True)
@@ -243,36 +237,6 @@ class TestLaws:
     @pytest.fixture
     def grads(self, device):
         return gradients(Case(H=5, N=4, E=19)).to(device)
-
-    def test_relabelling_heads_permutes_the_cosines(self, grads, kind):
-        order = torch.tensor([3, 0, 4, 2, 1], device=grads.device)
-        f = {"granularity": kind[0], "reduction": kind[1], "return_cosines": True}
-        penalty, cosines = dvf.head_penalty(grads, **f)
-        permuted, others = dvf.head_penalty(grads[:, order], **f)
-        torch.testing.assert_close(others, cosines[..., order, :][..., order])
-        torch.testing.assert_close(permuted, penalty)
-
-    def test_scaling_a_head_changes_no_cosine(self, grads, kind):
-        f = definition.as_function(Case(H=5), kind)
-        factors = torch.tensor([1, 1e-3, 1, 50, 1], device=grads.device, dtype=grads.dtype)
-        torch.testing.assert_close(f(grads * factors[:, None, None]), f(grads))
-
-    def test_orthogonal_heads_have_no_penalty(self, kind, device):
-        grads = torch.eye(5).expand(2, 3, 5, 5).transpose(1, 2) * torch.rand(2, 5, 3, 1)
-        assert definition.as_function(Case(), kind, "penalty")(grads.to(device)) == 0
-
-    def test_parallel_heads_have_the_largest_penalty(self, kind, device):
-        head = torch.randn(2, 1, 3, 7, dtype=torch.float64)
-        grads = (head * torch.tensor([1.0, -2.0, 3.0, 0.5])[:, None, None]).to(device)
-        penalty = definition.as_function(Case(), kind, "penalty")(grads)
-        torch.testing.assert_close(penalty.item(), 3 / 4 if kind[1] == "all" else 1.0)
-
-    def test_by_sample_is_by_token_of_one_flat_token(self, grads):
-        flat = grads.flatten(2).unsqueeze(2)
-        torch.testing.assert_close(
-            dvf.head_penalty(grads, granularity="sample"),
-            dvf.head_penalty(flat, granularity="token"),
-        )
 
 
 def test_runs_give_the_same_bits(kind, device):
@@ -314,6 +278,7 @@ def test_no_layout_is_copied(layout, kind, device):
             assert (x.sample, x.head, x.row, x.col) == grads.stride()
 
 
+@pytest.mark.overflow
 def test_offsets_beyond_two_to_the_31(kind, device):
     """Strides whose products overflow 32 bits, along each axis."""
     plain = gradients(Case(B=2, H=2, N=2, E=2, layout="BHNE"), torch.float16).to(device)

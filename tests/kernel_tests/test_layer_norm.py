@@ -15,6 +15,7 @@ import diversevit_fast as dvf
 from benchmarks import traffic
 from diversevit_fast import reference
 
+from . import layouts
 from .conftest import INTERPRETED
 
 kernels = pytest.importorskip("diversevit_kernels.triton.layer_norm")
@@ -37,17 +38,12 @@ class Case(NamedTuple):
 
 
 LAYOUTS = {
-    "dense": lambda x: x,
-    "features-first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
-    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    **layouts.LAYOUTS,
     "rows-reversed-axes": lambda x: (
         x.permute(*range(x.ndim - 2, -1, -1), x.ndim - 1)
         .contiguous()
         .permute(*range(x.ndim - 2, -1, -1), x.ndim - 1)
     ),
-    "no-dense-axis": lambda x: x.repeat_interleave(2, -1).repeat_interleave(2, 0)[::2, ..., ::2],
-    "behind-class-token": lambda x: torch.cat([x[:, :1], x], 1)[:, 1:],
-    "expanded": lambda x: x[:1].expand(x.shape),
 }
 SUMS = "layer_norm_sums"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -113,14 +109,6 @@ def operands(case, dtype, seed=0, device="cpu"):
     return made._replace(**dict.fromkeys(absent))
 
 
-def placed(guards, t):
-    """``t`` with its strides between zones of NaN; expanded axes are expanded again."""
-    if t is None:
-        return None
-    base = t[tuple(slice(0, 1) if step == 0 else slice(None) for step in t.stride())]
-    return guards.place(base).expand(t.shape)
-
-
 def rungs(stage, case, t):
     """Every result of the three rungs, in order."""
     asked = t.weight is not None, t.bias is not None
@@ -147,7 +135,11 @@ def check_rungs(case, dtype, stage=kernels, seed=0, device="cpu", guards=None):
     given = operands(case, dtype, seed, device)
     exact = rungs(reference, case, Operands(*(None if t is None else t.double() for t in given)))
     plain = rungs(reference, case, given)
-    before = given if guards is None else Operands(*(placed(guards, t) for t in given))
+    before = (
+        given
+        if guards is None
+        else Operands(*(None if t is None else guards.place(t) for t in given))
+    )
     actual = rungs(stage, case, before)
     for ours, eager, truth in zip(actual, plain, exact, strict=True):
         assert (ours is None) == (eager is None) == (truth is None)
@@ -367,6 +359,7 @@ def test_nothing_to_normalize(shape, device):
         assert torch.equal(gradient, torch.zeros(shape[-1:], device=device))
 
 
+@pytest.mark.overflow
 @pytest.mark.parametrize("far", ["rows", "features"])
 def test_offsets_beyond_two_to_the_31(far, device):
     """Strides whose products overflow 32 bits."""

@@ -1,4 +1,4 @@
-"""``every`` and ``fraction``: less work, and on average the penalty and gradient of all of it."""
+"""``fraction``: second order for some samples, on average the penalty and gradient of all."""
 
 import importlib
 from itertools import combinations
@@ -8,15 +8,17 @@ import torch
 from published import published_penalty
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from vits import (
     VITS,
+    Calls,
     assert_same,
     attentions,
     diverse_vit,
+    full,
     gradients,
     images_for,
     labels_for,
+    step,
     timm_vit,
 )
 
@@ -30,144 +32,6 @@ gelu_ops = importlib.import_module("diversevit_fast.ops.gelu")
 @pytest.fixture(params=VITS.values(), ids=VITS.keys())
 def model(request):
     return request.param()
-
-
-def step(model, diversity, images):
-    with diversity:
-        logits = model(images)
-    return logits, diversity.penalty(logits)
-
-
-def full(model, images, **options):
-    return step(model, dvf.HeadDiversity(model, **options), images)[1]
-
-
-class Calls(TorchFunctionMode):
-    """Which attention a forward calls, and on how many samples."""
-
-    def __init__(self):
-        super().__init__()
-        self.stock, self.ours = [], []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        seen = {F.scaled_dot_product_attention: self.stock, dvf.attention: self.ours}
-        if func in seen:
-            seen[func].append(len(args[0]))
-        return func(*args, **(kwargs or {}))
-
-
-class TestEvery:
-    @pytest.mark.parametrize("layers", ["last", "all"])
-    def test_the_penalty_every_kth_step_times_k(self, model, layers):
-        images = images_for(model)
-        expect = full(model, images, layers=layers)
-        expect_grads = gradients(model, 3 * expect)
-        diversity = dvf.HeadDiversity(model, layers=layers, every=3)
-        for n in range(7):
-            logits, penalty = step(model, diversity, images)
-            assert diversity.step == n + 1
-            if n % 3 == 0:
-                torch.testing.assert_close(penalty, 3 * expect, rtol=1e-12, atol=0)
-                assert_same(gradients(model, penalty), expect_grads)
-            else:
-                assert penalty.item() == 0
-                assert not penalty.requires_grad
-                assert (penalty.dtype, penalty.shape) == (logits.dtype, ())
-
-    def test_the_zero_joins_a_loss(self, model):
-        images = images_for(model)
-        plain = gradients(model, F.cross_entropy(model(images), labels_for(images)))
-        diversity = dvf.HeadDiversity(model, every=2)
-        diversity.step = 1
-        logits, penalty = step(model, diversity, images)
-        loss = F.cross_entropy(logits, labels_for(images)) + 100 * penalty
-        for ours, theirs in zip(gradients(model, loss), plain, strict=True):
-            assert torch.equal(ours, theirs)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-    def test_the_zero_has_the_penalty_s_dtype(self, dtype):
-        diversity = dvf.HeadDiversity(diverse_vit(), every=2)
-        diversity.step = 1
-        with diversity:
-            pass
-        logits = torch.ones(2, 3, dtype=dtype, requires_grad=True)
-        assert diversity.penalty(logits).dtype == torch.promote_types(dtype, torch.float32)
-
-    def test_a_left_out_block_is_the_model_s_own_forward(self):
-        model = timm_vit()
-        images = images_for(model)
-        classes = [type(m) for m in model.modules()]
-        diversity = dvf.HeadDiversity(model, layers="all", every=2)
-        seen = []
-        for _ in range(2):
-            with Calls() as calls, diversity:
-                inside = [type(m) for m in model.modules()]
-                modes = len(_get_current_function_mode_stack())
-                logits = model(images)
-            seen.append((inside == classes, modes, calls.stock, calls.ours))
-            diversity.penalty(logits)
-        # wrt="input" captures the projection below the first attention, so all three are ours
-        assert seen == [(False, 2, [], [4, 4, 4]), (True, 1, [4, 4, 4], [])]
-        assert torch.equal(logits, model(images))
-
-    def test_nothing_is_captured_in_between(self):
-        model = diverse_vit()
-        diversity = dvf.HeadDiversity(model, every=2)
-        diversity.step = 1
-        with diversity:
-            model(images_for(model))
-        assert diversity._captured == []
-
-    def test_what_counts_as_a_step(self):
-        model = diverse_vit()
-        images = images_for(model)
-        diversity = dvf.HeadDiversity(model, every=2)
-        with torch.no_grad(), diversity:
-            model(images)
-        assert diversity.step == 0
-        model.eval()  # of no consequence
-        first = step(model, diversity, images)[1]
-        with torch.no_grad(), diversity:  # validation in between does not move the schedule
-            model(images)
-        second, third = (step(model, diversity, images)[1] for _ in range(2))
-        assert (first > 0, second == 0, third > 0) == (True, True, True)
-        assert diversity.step == 3
-
-    def test_asking_moves_nothing(self):
-        model = diverse_vit()
-        images = images_for(model)
-        diversity = dvf.HeadDiversity(model, every=2)
-        _, first = step(model, diversity, images)
-        cosines = diversity.cosines
-        logits, zero = step(model, diversity, images)
-        assert all(diversity.penalty(logits) == zero == 0 for _ in range(3))
-        assert diversity.cosines is cosines
-        assert step(model, diversity, images)[1] == first
-        assert diversity.step == 3
-
-    def test_the_zero_is_not_for_free(self):
-        """Mistakes are errors in left-out steps too, and before the first step."""
-        model = diverse_vit()
-        images = images_for(model)
-        logits = model(images)
-        diversity = dvf.HeadDiversity(model, every=2)
-        diversity.step = 1
-        with pytest.raises(UsageError, match="logits computed under this context"):
-            diversity.penalty(logits)
-        with diversity, pytest.raises(UsageError, match="enter it once"), diversity:
-            pass
-        for bad in (logits.detach(), logits[0], None):
-            with pytest.raises(UsageError, match="logits: expected"):
-                diversity.penalty(bad)
-        with torch.no_grad(), diversity:  # the last block was not a left-out step
-            model(images)
-        with pytest.raises(UsageError, match="logits computed under this context"):
-            diversity.penalty(logits)
-
-    @pytest.mark.parametrize("every", [0, -1, 2.0, True, "2", None], ids=repr)
-    def test_bad_values_are_one_line(self, every):
-        with pytest.raises(UsageError, match=r"^every: expected a whole number of at least 1"):
-            dvf.HeadDiversity(diverse_vit(), every=every)
 
 
 def draw(monkeypatch, chosen, batch=4):
@@ -190,7 +54,7 @@ class TestFraction:
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
     def test_the_mean_over_all_draws_is_the_full_penalty(self, model, options, monkeypatch):
         """Every subset of 2 of 4, each as likely: value and every parameter's gradient."""
-        images = images_for(model)
+        images = images_for(model, 4)
         expect = full(model, images, **options)
         diversity = dvf.HeadDiversity(model, fraction=0.5, **options)
         values, grads = [], []
@@ -206,7 +70,7 @@ class TestFraction:
 
     @pytest.mark.parametrize("wrt", ["input", "output"])
     def test_is_the_published_penalty_of_the_drawn_samples(self, model, wrt, monkeypatch):
-        images = images_for(model)
+        images = images_for(model, 4)
         expect_logits = model(images)
         chosen = [3, 1]
         draw(monkeypatch, chosen)
@@ -237,7 +101,7 @@ class TestFraction:
 
         monkeypatch.setattr(attention_ops, "launch", spy)
         _, penalty = step(
-            model, dvf.HeadDiversity(model, fraction=0.25, **options), images_for(model)
+            model, dvf.HeadDiversity(model, fraction=0.25, **options), images_for(model, 4)
         )
         assert set(batches["backward"]) <= {1}
         for rung in batches.values():
@@ -250,7 +114,7 @@ class TestFraction:
     def test_the_rest_runs_the_model_s_own_attention(self):
         model = timm_vit()
         with Calls() as calls, dvf.HeadDiversity(model, layers=[1, 2], fraction=0.25):
-            model(images_for(model))
+            model(images_for(model, 4))
         assert (calls.stock, calls.ours) == ([4, 3, 3], [1, 1])
 
     def test_the_class_token_shortcut_stays(self, monkeypatch):
@@ -268,7 +132,7 @@ class TestFraction:
             (timm_vit(depth=2), [(1, 1)]),  # its own below the last block and on the rest
         ):
             with dvf.HeadDiversity(model, fraction=0.25):
-                model(images_for(model))
+                model(images_for(model, 4))
             assert seen == {"attention": expect, "gelu": expect}
             seen["attention"], seen["gelu"] = [], []
 
@@ -294,7 +158,7 @@ class TestFraction:
 
     def test_every_sample_is_as_likely(self):
         model = diverse_vit(depth=1)
-        images = images_for(model)
+        images = images_for(model, 4)
         diversity = dvf.HeadDiversity(
             model, fraction=0.5, generator=torch.Generator().manual_seed(0)
         )
@@ -321,7 +185,7 @@ class TestFraction:
 
     def test_together_with_every(self, monkeypatch):
         model = diverse_vit()
-        images = images_for(model)
+        images = images_for(model, 4)
         diversity = dvf.HeadDiversity(model, every=2, fraction=0.5)
         draw(monkeypatch, [0, 2])
         values = [step(model, diversity, images)[1] for _ in range(4)]
@@ -330,7 +194,7 @@ class TestFraction:
 
     def test_batches_of_several_sizes_and_forwards_in_one_block(self, monkeypatch):
         model = diverse_vit()
-        images = images_for(model)
+        images = images_for(model, 4)
         monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n).flip(0))
         diversity = dvf.HeadDiversity(model, fraction=0.5)
         with diversity:
@@ -342,11 +206,13 @@ class TestFraction:
         model = diverse_vit()
         monkeypatch.setattr(torch, "randperm", None)
         with dvf.HeadDiversity(model, fraction=0.5), torch.no_grad():
-            torch.testing.assert_close(model(images_for(model)), diverse_vit()(images_for(model)))
+            torch.testing.assert_close(
+                model(images_for(model, 4)), diverse_vit()(images_for(model, 4))
+            )
 
     def test_autocast(self, monkeypatch):
         model = diverse_vit().float()
-        images = images_for(model).float()
+        images = images_for(model, 4).float()
         draw(monkeypatch, [0, 2])
         exact = full(model, images[[0, 2]], layers="all")
         diversity = dvf.HeadDiversity(model, fraction=0.5, layers="all")
@@ -376,7 +242,7 @@ class TestFractionStaysExact:
     """Whatever happens between the blocks, the split gives the same numbers."""
 
     def check(self, model, monkeypatch, images=None, around=None, **options):
-        images = images_for(model) if images is None else images
+        images = images_for(model, 4) if images is None else images
         draw(monkeypatch, [2, 0])
         diversity = dvf.HeadDiversity(model, fraction=0.5, layers="all", **options)
         logits, penalty = step(model, diversity, images)
@@ -391,7 +257,7 @@ class TestFractionStaysExact:
         diversity = dvf.HeadDiversity(model, layers="all", fraction=0.25)
         for _ in range(2):  # and a new block forgets it
             with Calls() as calls, diversity:
-                model(images_for(model))
+                model(images_for(model, 4))
             assert (calls.stock, calls.ours) == ([3, 3], [1, 1, 1, 3])
 
     def test_hooks_that_change_a_block_s_output(self, monkeypatch):
@@ -406,7 +272,7 @@ class TestFractionStaysExact:
 
     def test_frozen_trunk(self, monkeypatch):
         model = diverse_vit()
-        images = images_for(model)
+        images = images_for(model, 4)
         draw(monkeypatch, [2, 0])
         expect = gradients(model, full(model, images[[2, 0]]))
         for p in model.parameters():
@@ -419,7 +285,7 @@ class TestFractionStaysExact:
 
     def test_kept_heads(self, monkeypatch):
         model = diverse_vit()
-        images = images_for(model)
+        images = images_for(model, 4)
         draw(monkeypatch, [2, 0])
         diversity = dvf.HeadDiversity(model, fraction=0.5)
         with dvf.keep_heads(model, {-1: [0, 2]}):
@@ -444,10 +310,10 @@ class TestFractionStaysExact:
 
         handle = mlp.register_forward_pre_hook(fail_on_the_rest)
         with pytest.raises(KeyError), diversity:
-            model(images_for(model))
+            model(images_for(model, 4))
         handle.remove()
         draw(monkeypatch, [2, 0])
-        images = images_for(model)
+        images = images_for(model, 4)
         torch.testing.assert_close(step(model, diversity, images)[1], full(model, images[[2, 0]]))
 
 
@@ -534,8 +400,8 @@ class TestFractionRefuses:
     def test_logits_of_another_forward(self):
         model = diverse_vit()
         diversity = dvf.HeadDiversity(model, fraction=0.5)
-        stale = model(images_for(model))
+        stale = model(images_for(model, 4))
         with diversity:
-            model(images_for(model))
+            model(images_for(model, 4))
         with pytest.raises(UsageError, match="logits computed under this context"):
             diversity.penalty(stale)
