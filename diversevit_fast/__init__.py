@@ -19,6 +19,7 @@ from .ops import attention, gelu, head_penalty, layer_norm, routed_head_penalty
 from .pruning import keep_heads, prune_heads
 from .selection import HeadChoice, select_heads
 from .version import __version__
+from .warmup import warmup
 
 __all__ = [
     "HeadChoice",
@@ -40,4 +41,5 @@ __all__ = [
     "routed_head_penalty",
     "select_heads",
     "use_backend",
+    "warmup",
 ]

@@ -1,0 +1,34 @@
+"""Compiling ahead: what the first large call on a CPU would otherwise spend seconds on."""
+
+import torch
+
+from .errors import expected
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def warmup(*dtypes: torch.dtype) -> dict[torch.dtype, list[str]]:
+    """Compile the CPU formulas of layer_norm's and gelu's double backward, or load them from disk.
+
+    Without this call the first double backward of a large tensor does it: about ten seconds for each formula and
+    dtype the first time on a machine, milliseconds from then on (``TORCHINDUCTOR_CACHE_DIR``). GPU kernels are
+    compiled by Triton when they are first launched, with a cache of its own.
+
+    Args:
+        dtypes: of float32, bfloat16 and float16; none: float32 and bfloat16.
+
+    Returns:
+        Names of the compiled formulas by dtype. Where none could be compiled (no C++ compiler), there is one
+        warning, an empty list, and the operators run a slower path.
+
+    Raises:
+        UsageError: another dtype.
+    """
+    from diversevit_kernels.cpu.warmup import warmup as compile_formulas
+
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            known = ", ".join(str(one) for one in DTYPES)
+            raise expected("warmup", f"one of {known}", str(dtype), "name a dtype that is compiled")
+    chosen = dtypes or (torch.float32, torch.bfloat16)
+    return {dtype: compile_formulas(dtype) for dtype in chosen}
