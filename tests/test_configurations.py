@@ -38,6 +38,9 @@ def test_a_row_serves_its_architectures_sizes_and_widths_only():
     assert not row.serves("k", "sm_90", 4, 64)
     assert not row.serves("k", "sm_80", 2, 64)
     assert not row.serves("other", "sm_90", 2, 64)
+    wide = configurations._row("k", width=64, above=32, warps=4, stages=1)
+    assert wide.serves("k", "sm_90", 2, 33)
+    assert not wide.serves("k", "sm_90", 2, 32)
 
 
 def test_precision_follows_torch(monkeypatch):
@@ -67,8 +70,8 @@ def test_heads_fill_a_chip_twice_over():
         assert not configurations.fills(HALF, 10**9)
 
 
-SPLIT = {1: (16,), 16: (16,), 24: (16,) * 2, 32: (32,), 64: (64,), 80: (16,) * 5, 88: (32,) * 3}
-SPLIT |= {96: (32,) * 3, 104: (16,) * 7, 112: (16,) * 7, 120: (128,), 128: (128,), 256: (256,)}
+SPLIT = {1: (16,), 16: (16,), 24: (32,), 48: (16,) * 3, 64: (64,), 72: (32,) * 3, 80: (32,) * 3}
+SPLIT |= {96: (32,) * 3, 97: (128,), 112: (128,), 128: (128,), 160: (64,) * 3, 256: (256,)}
 
 
 @pytest.mark.parametrize(("width", "tiles"), SPLIT.items())

@@ -4,8 +4,8 @@ Few queries       one program does a head (``_few_kernel``).
 Otherwise         row programs give gq and gdo, and D, x and t for the column programs, which give gk and gv. Where the
                   keys fit a tile, a row program holds all of them and its row sums are sums of tiles; else it walks
                   them once and corrects its sums at the end.
-Enough heads      for the device, and so few keys that a head's tensors stay in the L2 cache: rows and columns of a head
-                  are one program (``_head_kernel``), else two launches.
+Enough heads      for the device, no mask and no groups (either costs registers), and so few keys that a head's tensors
+                  stay in the L2 cache: rows and columns of a head are one program (``_head_kernel``), else two launches.
 
 Traffic  a row tile reads its rows of q, do, ddq (o, dq) once and all k, v, ddk, ddv; a column tile the reverse.
 Source   derived in kernels/README.md, (6)-(9).
@@ -80,7 +80,7 @@ def _columns_kernel(
 
 @triton.jit
 def _head_kernel(
-    P,  # Problem
+    P,  # Problem, GROUP 1
     R,  # Results
     scale: tl.float64,
     S: tl.constexpr,  # Static
@@ -90,19 +90,17 @@ def _head_kernel(
     BLOCK_M: tl.constexpr,  # rows of a column tile's step
     BLOCK_N: tl.constexpr,  # keys of a column tile
 ):
-    """(6)-(9). One program owns one key head with its query heads: all row tiles, then all column tiles.
+    """(6)-(9). One program owns one head: all its row tiles, then all its column tiles.
 
     The barrier between them makes D, x and t, written by other threads of the program, visible.
     """
-    b, key_head, _ = program_tile(1, P.H // S.GROUP)
+    b, h, _ = program_tile(1, P.H)
     scale = as_number(scale, S.ACC)
-    for member in range(S.GROUP):
-        for tile in range(tl.cdiv(P.Nq, ROW_TILE)):
-            h = key_head * S.GROUP + member
-            rows_of_tile(P, R, b, h, tile, scale, S, WHOLE, ROW_TILE, ROW_KEYS)
+    for tile in range(tl.cdiv(P.Nq, ROW_TILE)):
+        rows_of_tile(P, R, b, h, tile, scale, S, WHOLE, ROW_TILE, ROW_KEYS)
     tl.debug_barrier()
     for tile in range(tl.cdiv(P.Nk, BLOCK_N)):
-        columns_of_tile(P, R, b, key_head, tile, scale, S, BLOCK_M, BLOCK_N)
+        columns_of_tile(P, R, b, h, tile, scale, S, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -154,10 +152,16 @@ def attention_double_backward(
     if Nq <= FEW_QUERIES and static.GROUP == 1:
         name = "attention_double_backward_few"
         launch(name, _few_kernel, lambda _: B * H, *common, S=static)
-    elif Nk <= HEAD_KEYS and has_configuration(by_head, q, width) and fills(q, B * key_heads):
+    elif (
+        Nk <= HEAD_KEYS
+        and mask is None
+        and static.GROUP == 1
+        and has_configuration(by_head, q, width)
+        and fills(q, B * H)
+    ):
         whole = fits(f"{by_head}_whole", q, width, "ROW_KEYS", Nk)
         name = f"{by_head}_whole" if whole else by_head
-        launch(name, _head_kernel, lambda _: B * key_heads, *common, S=static, WHOLE=whole)
+        launch(name, _head_kernel, lambda _: B * H, *common, S=static, WHOLE=whole)
     else:
         whole = fits(f"{rows}_whole", q, width, "BLOCK_N", Nk)
         launch(

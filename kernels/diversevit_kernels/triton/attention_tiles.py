@@ -299,7 +299,8 @@ def scores(x, y, P, b, h, i, j, scale, S: tl.constexpr):
 def probabilities(x, y, lse, P, b, h, i, j, scale, S: tl.constexpr):
     """(1): exp(S − LSE); zero wherever S is minus infinity or ``lse``, broadcast, plus infinity.
 
-    The difference first: where one key takes all, S = LSE to the last bit and P is exactly 1.
+    The difference first: where one key takes all and S was summed in the order of LSE's (S.CHUNKED may sum in
+    another), S = LSE to the last bit and P is exactly 1.
     """
     return tl.exp(scores(x, y, P, b, h, i, j, scale, S) - lse)
 

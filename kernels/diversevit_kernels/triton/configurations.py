@@ -41,6 +41,7 @@ class _Row:
     architectures: tuple[str, ...]  # beginnings of names; empty: every architecture
     itemsize: tuple[int, ...]  # bytes of an element; empty: every size
     width: int | None  # the largest width it serves; None: every width
+    above: int  # it serves widths above this one only
     configuration: Configuration
 
     def serves(self, kernel: str, architecture: str, itemsize: int, width: int) -> bool:
@@ -49,6 +50,7 @@ class _Row:
             and (not self.architectures or architecture.startswith(self.architectures))
             and (not self.itemsize or itemsize in self.itemsize)
             and (self.width is None or width <= self.width)
+            and width > self.above
         )
 
 
@@ -58,17 +60,17 @@ def _row(
     itemsize: tuple[int, ...] = (),
     width: int | None = None,
     *,
+    above: int = 0,
     warps: int,
     stages: int,
     **tiles: int,
 ) -> _Row:
-    return _Row(
-        kernel, architectures, itemsize, width, Configuration(tuple(tiles.items()), warps, stages)
-    )
+    configuration = Configuration(tuple(tiles.items()), warps, stages)
+    return _Row(kernel, architectures, itemsize, width, above, configuration)
 
 
 _INTERPRETER = ("interpreter",)
-_NVIDIA, _HOPPER, _BLACKWELL, _NEWER = ("sm_",), ("sm_9",), ("sm_10",), ("sm_9", "sm_10")
+_NVIDIA, _AMPERE, _HOPPER, _BLACKWELL, _NEWER = ("sm_",), ("sm_8",), ("sm_9",), ("sm_10",), ("sm_9", "sm_10")
 _HALF, _SINGLE = (2,), (4,)
 # fmt: off
 _TABLE: tuple[_Row, ...] = (
@@ -85,37 +87,53 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_delta", warps=1, stages=1),
     _row("attention_forward", _BLACKWELL, _HALF, 64, warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),
     _row("attention_forward", _BLACKWELL, _HALF, 112, warps=8, stages=2, BLOCK_M=128, BLOCK_N=32),
+    _row("attention_forward", _AMPERE, _HALF, 96, warps=8, stages=3, BLOCK_M=128, BLOCK_N=64),
+    _row("attention_forward", _AMPERE, _HALF, 112, warps=8, stages=2, BLOCK_M=64, BLOCK_N=64),
     _row("attention_forward", _NVIDIA, _HALF, 128, warps=8, stages=3, BLOCK_M=128, BLOCK_N=64),
     _row("attention_forward", _HOPPER, _HALF, 256, warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),
     _row("attention_forward", _BLACKWELL, _HALF, 256, warps=8, stages=2, BLOCK_M=128, BLOCK_N=32),
     _row("attention_forward", _NVIDIA, _HALF, 256, warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
     _row("attention_forward", _NEWER, _SINGLE, 256, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
+    _row("attention_forward", _AMPERE, _SINGLE, 96, warps=8, stages=1, BLOCK_M=64, BLOCK_N=16),
     _row("attention_forward", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
     _row("attention_forward", (), (), 256, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
     _row("attention_forward_few", _NVIDIA, _HALF, 256, warps=4, stages=2, BLOCK_M=16, BLOCK_N=64),
     _row("attention_forward_few", _NVIDIA, _SINGLE, 64, warps=4, stages=2, BLOCK_M=16, BLOCK_N=64),
     _row("attention_forward_few", (), (), 256, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
     _row("attention_mask_gradient", _NEWER, _HALF, 256, warps=8, stages=1, BLOCK_M=64, BLOCK_N=64),
+    _row("attention_mask_gradient", _AMPERE, _HALF, 128, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
     _row("attention_mask_gradient", _NVIDIA, _HALF, 64, warps=8, stages=1, BLOCK_M=64, BLOCK_N=64),
     _row("attention_mask_gradient", _NVIDIA, _HALF, 128, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
-    _row("attention_mask_gradient", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=64, BLOCK_N=64),
+    _row("attention_mask_gradient", _NVIDIA, _SINGLE, 128, warps=4, stages=1, BLOCK_M=64, BLOCK_N=16),
     _row("attention_mask_gradient", (), (), 256, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     _row("attention_backward_few", _NVIDIA, _HALF, 256, warps=4, stages=2, BLOCK_M=16, BLOCK_N=32),
     _row("attention_backward_few", _NVIDIA, _SINGLE, 112, warps=4, stages=2, BLOCK_M=16, BLOCK_N=32),
     _row("attention_backward_few", (), (), 256, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_backward_rows_whole", _BLACKWELL, _HALF, 64, warps=8, stages=1, BLOCK_M=64, BLOCK_N=256),
-    _row("attention_backward_rows_whole", _NVIDIA, _HALF, 64, warps=8, stages=1, BLOCK_M=32, BLOCK_N=256),
+    _row("attention_backward_rows_whole", _NVIDIA, _HALF, 64, above=32, warps=8, stages=1, BLOCK_M=32, BLOCK_N=256),
+    _row("attention_backward_rows", _NEWER, _HALF, 96, warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),
+    _row("attention_backward_rows", _NEWER, _HALF, 112, warps=8, stages=2, BLOCK_M=64, BLOCK_N=64),
     _row("attention_backward_rows", _NEWER, _HALF, 128, warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),
     _row("attention_backward_rows", _NVIDIA, _HALF, 64, warps=8, stages=1, BLOCK_M=128, BLOCK_N=64),
+    _row("attention_backward_rows", _AMPERE, _HALF, 112, warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", _NVIDIA, _HALF, 128, warps=8, stages=2, BLOCK_M=64, BLOCK_N=64),
     _row("attention_backward_rows", _NVIDIA, _HALF, 256, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
+    _row("attention_backward_rows", _AMPERE, _SINGLE, 96, warps=4, stages=1, BLOCK_M=64, BLOCK_N=16),
     _row("attention_backward_rows", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", (), (), 256, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     _row("attention_backward_columns", _NVIDIA, _HALF, 64, warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
+    _row("attention_backward_columns", _AMPERE, _HALF, 96, warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
+    _row("attention_backward_columns", _AMPERE, _HALF, 112, warps=8, stages=2, BLOCK_M=32, BLOCK_N=64),
+    _row("attention_backward_columns", _HOPPER, _HALF, 96, warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
+    _row("attention_backward_columns", _HOPPER, _HALF, 112, warps=8, stages=2, BLOCK_M=32, BLOCK_N=64),
     _row("attention_backward_columns", _HOPPER, _HALF, 128, warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
     _row("attention_backward_columns", _BLACKWELL, _HALF, 128, warps=8, stages=1, BLOCK_M=32, BLOCK_N=64),
     _row("attention_backward_columns", _NVIDIA, _HALF, 128, warps=8, stages=2, BLOCK_M=64, BLOCK_N=64),
     _row("attention_backward_columns", _NVIDIA, _HALF, 256, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
+    _row("attention_backward_columns", _NVIDIA, _SINGLE, 64, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
+    _row("attention_backward_columns", _AMPERE, _SINGLE, 96, warps=4, stages=1, BLOCK_M=32, BLOCK_N=16),
+    _row("attention_backward_columns", _HOPPER, _SINGLE, 96, warps=4, stages=1, BLOCK_M=16, BLOCK_N=64),
+    _row("attention_backward_columns", _BLACKWELL, _SINGLE, 96, warps=8, stages=1, BLOCK_M=32, BLOCK_N=64),
     _row("attention_backward_columns", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     _row("attention_backward_columns", (), (), 256, warps=8, stages=1, BLOCK_M=16, BLOCK_N=32),
     _row("attention_double_backward_few", _NVIDIA, _HALF, 64, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
@@ -124,25 +142,42 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_double_backward_rows_whole", _BLACKWELL, _HALF, 64, warps=8, stages=1, BLOCK_M=64, BLOCK_N=128),
     _row("attention_double_backward_rows_whole", _NVIDIA, _HALF, 64, warps=8, stages=1, BLOCK_M=32, BLOCK_N=128),
     _row("attention_double_backward_rows", _BLACKWELL, _HALF, 64, warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
+    _row("attention_double_backward_rows", _AMPERE, _HALF, 64, warps=8, stages=1, BLOCK_M=64, BLOCK_N=16),
+    _row("attention_double_backward_rows", _AMPERE, _HALF, 96, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
+    _row("attention_double_backward_rows", _AMPERE, _HALF, 112, warps=8, stages=1, BLOCK_M=32, BLOCK_N=16),
     _row("attention_double_backward_rows", _NVIDIA, _HALF, 64, warps=8, stages=2, BLOCK_M=64, BLOCK_N=16),
     _row("attention_double_backward_rows", _BLACKWELL, _HALF, 128, warps=8, stages=2, BLOCK_M=64, BLOCK_N=16),
-    _row("attention_double_backward_rows", _HOPPER, _HALF, 80, warps=8, stages=2, BLOCK_M=64, BLOCK_N=16),
+    _row("attention_double_backward_rows", _HOPPER, _HALF, 96, warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
     _row("attention_double_backward_rows", _HOPPER, _HALF, 128, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
-    _row("attention_double_backward_rows", _NVIDIA, _HALF, 112, warps=8, stages=1, BLOCK_M=64, BLOCK_N=16),
     _row("attention_double_backward_rows", _NVIDIA, _HALF, 128, warps=8, stages=2, BLOCK_M=64, BLOCK_N=16),
+    _row("attention_double_backward_rows", _AMPERE, _SINGLE, 32, warps=2, stages=1, BLOCK_M=32, BLOCK_N=16),
+    _row("attention_double_backward_rows", _AMPERE, _SINGLE, 80, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
+    _row("attention_double_backward_rows", _AMPERE, _SINGLE, 88, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
+    _row("attention_double_backward_rows", _AMPERE, _SINGLE, 96, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
+    _row("attention_double_backward_rows", _AMPERE, _SINGLE, 128, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
+    _row("attention_double_backward_rows", _NEWER, _SINGLE, 32, warps=4, stages=1, BLOCK_M=64, BLOCK_N=32),
+    _row("attention_double_backward_rows", _BLACKWELL, _SINGLE, 64, warps=4, stages=1, BLOCK_M=64, BLOCK_N=16),
     _row("attention_double_backward_rows", _NVIDIA, _SINGLE, 64, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
+    _row("attention_double_backward_rows", _NEWER, _SINGLE, 96, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_double_backward_rows", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=32, BLOCK_N=16),
     _row("attention_double_backward_rows", (), (), 256, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_double_backward_columns", _NVIDIA, _HALF, 64, warps=8, stages=2, BLOCK_M=16, BLOCK_N=128),
+    _row("attention_double_backward_columns", _AMPERE, _HALF, 96, warps=8, stages=2, BLOCK_M=16, BLOCK_N=128),
+    _row("attention_double_backward_columns", _HOPPER, _HALF, 96, warps=8, stages=2, BLOCK_M=16, BLOCK_N=128),
     _row("attention_double_backward_columns", _NVIDIA, _HALF, 128, warps=8, stages=2, BLOCK_M=16, BLOCK_N=64),
+    _row("attention_double_backward_columns", _AMPERE, _SINGLE, 32, warps=8, stages=1, BLOCK_M=16, BLOCK_N=64),
+    _row("attention_double_backward_columns", _AMPERE, _SINGLE, 64, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
+    _row("attention_double_backward_columns", _AMPERE, _SINGLE, 96, warps=4, stages=1, BLOCK_M=32, BLOCK_N=16),
+    _row("attention_double_backward_columns", _AMPERE, _SINGLE, 128, warps=8, stages=1, BLOCK_M=16, BLOCK_N=64),
+    _row("attention_double_backward_columns", _HOPPER, _SINGLE, 64, warps=8, stages=1, BLOCK_M=16, BLOCK_N=64),
+    _row("attention_double_backward_columns", _HOPPER, _SINGLE, 96, warps=4, stages=1, BLOCK_M=32, BLOCK_N=16),
+    _row("attention_double_backward_columns", _HOPPER, _SINGLE, 128, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     _row("attention_double_backward_columns", _NEWER, _SINGLE, 128, warps=8, stages=1, BLOCK_M=16, BLOCK_N=64),
     _row("attention_double_backward_columns", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     _row("attention_double_backward_columns", (), (), 256, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_double_backward_head", _BLACKWELL, _HALF, 64, warps=8, stages=1,
          ROW_TILE=64, ROW_KEYS=32, BLOCK_M=16, BLOCK_N=128),
     _row("attention_double_backward_head", _NVIDIA, _HALF, 64, warps=8, stages=2,
-         ROW_TILE=64, ROW_KEYS=16, BLOCK_M=16, BLOCK_N=64),
-    _row("attention_double_backward_head", _BLACKWELL, _HALF, 128, warps=8, stages=2,
          ROW_TILE=64, ROW_KEYS=16, BLOCK_M=16, BLOCK_N=64),
     # layer norm: tiles of whole rows, about TILE elements
     _row("layer_norm_forward", _INTERPRETER, warps=4, stages=1, TILE=64),

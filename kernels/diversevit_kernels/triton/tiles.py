@@ -1,7 +1,7 @@
 """Device functions that every stage shares: tiles of rows x width, split into powers of two.
 
 A *split tile* is a tuple of tiles [rows, w] whose widths ``w`` are ``WIDTHS`` (see ``launch.split_width``):
-head width 80 is five tiles of 16 and not a padded 128.
+head width 80 is three tiles of 32 and not a padded 128.
 """
 
 import triton
