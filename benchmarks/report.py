@@ -3,8 +3,8 @@
     pytest benchmarks/ --benchmark-json=benchmarks/results/<device>.json
     python -m benchmarks.report benchmarks/results/<device>.json [--readme]
 
-Prints Markdown: a table per stage, times over ours, and the conditions. Draws one picture per stage next to the
-JSON file. ``--readme`` puts the tables between the markers of README.md.
+Prints Markdown: a table per stage, times over ours, and the conditions; writes the same, and one picture per stage,
+next to the JSON file. ``--readme`` puts a summary of one line per group between the markers of README.md.
 """
 
 import argparse
@@ -90,6 +90,31 @@ def markdown(rows: Sequence[Row]) -> str:
         parts += [f"### {stage.replace('_', ' ')}", "", *_table(rows, stage), ""]
     parts.append(conditions(rows))
     return "\n".join(parts) + "\n"
+
+
+def summary(rows: Sequence[Row], full: str) -> str:
+    """A line per group with gradients: our time, and everybody else's over it.
+
+    Args:
+        full: where all rows and their spreads are, for the last line.
+    """
+    told = [row for row in rows if row.order != "d0"]
+    others = list(dict.fromkeys(row.label for row in told if row.provider != "ours"))
+    lines = [
+        f"| forward and gradients | ours | {' | '.join(others)} |",
+        f"|---|---|{'---|' * len(others)}",
+    ]
+    for group in dict.fromkeys(row.group for row in told):
+        found = {row.label: row for row in told if row.group == group}
+        ratios = {name: row.ratio for name, row in found.items() if row.ratio is not None}
+        cells = [
+            group.replace("_", " "),
+            f"{1e3 * found['ours'].median:.3g} ms" if "ours" in found else "",
+            *(f"{ratios[name]:.2f}" if name in ratios else "" for name in others),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = f"Times of others are over ours: above 1, ours is faster. Every row, with spreads and memory: `{full}`."
+    return "\n".join([*lines, "", f"{note} {conditions(rows)}"]) + "\n"
 
 
 def _table(rows: Sequence[Row], stage: str) -> list[str]:
@@ -192,16 +217,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("--readme", action="store_true", help="rewrite the tables of the README")
+    parser.add_argument("--readme", action="store_true", help="rewrite the summary in the README")
     parser.add_argument("--readme-path", type=Path, default=ROOT / "README.md")
     parser.add_argument("--plots", type=Path, help="folder of the pictures; default: the results'")
     options = parser.parse_args(arguments)
     try:
         rows = read(options.results)
         tables = markdown(rows)
+        page = options.results.with_suffix(".md")
+        page.write_text(tables, encoding="utf-8")
         if options.readme:
             text = options.readme_path.read_text(encoding="utf-8")
-            new = between_markers(text, tables, options.readme_path.name)
+            short = summary(rows, f"benchmarks/results/{page.name}")
+            new = between_markers(text, short, options.readme_path.name)
             options.readme_path.write_text(new, encoding="utf-8")
     except ReportError as error:
         print(error, file=sys.stderr)

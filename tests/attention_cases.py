@@ -38,6 +38,7 @@ CASES = {
     "empty-row": Case(mask="empty-row"),
     "additive-full": Case(mask="additive"),
     "additive-broadcast": Case(mask="broadcast", B=2),
+    "additive-shared": Case(mask="shared", B=2),
     "grouped": Case(H=4, Nq=3),
     "grouped-causal": Case(H=4, Hkv=1, Nq=3, mask="causal"),
     "grouped-mask": Case(H=4, Nq=2, mask="additive"),
@@ -75,6 +76,8 @@ def operands(case: Case, dtype=torch.float64, seed=0, device="cpu"):
         mask = make(case.B, case.H, case.Nq, case.Nk)
     if case.mask == "broadcast":
         mask = make(case.H, 1, case.Nk)
+    if case.mask == "shared":
+        mask = make(case.Nq, case.Nk)
     return q, k, v, mask, case.mask == "causal"
 
 
@@ -160,7 +163,9 @@ def any_case(draw):
         d=draw(st.sampled_from([1, 3, 8, 80])),
         dv=draw(st.sampled_from([1, 4, 65])),
         mask=draw(
-            st.sampled_from(["none", "causal", "bool", "empty-row", "additive", "broadcast"])
+            st.sampled_from(
+                ["none", "causal", "bool", "empty-row", "additive", "broadcast", "shared"]
+            )
         ),
         layout=draw(st.sampled_from(sorted(LAYOUTS))),
     )

@@ -198,9 +198,10 @@ def test_readme_is_rewritten_between_the_markers(tmp_path, capsys):
     for _ in range(2):  # and again: the same
         assert report.main(arguments) == 0
         text = readme.read_text()
-        assert text.startswith(f"before\n{report.BEGIN}\n### gelu\n")
+        assert text.startswith(f"before\n{report.BEGIN}\n| forward and gradients | ours | ")
         assert text.endswith(f"{report.END}\nafter\n")
         assert "old" not in text
+    assert (tmp_path / "chip.md").read_text().startswith("### gelu\n")
     picture = tmp_path / "chip_gelu.svg"
     assert str(picture) in capsys.readouterr().out
     assert "time over ours" in picture.read_text() or picture.stat().st_size > 1000

@@ -7,13 +7,14 @@ import warnings
 
 import pytest
 import torch
+from attention_cases import CASES, check_rungs
 from oracles import assert_within_budget
 from torch import Tensor
 
 import diversevit_fast as dvf
 from diversevit_fast import reference
 from diversevit_fast.errors import UsageError
-from diversevit_kernels.cpu import gelu, inductor, layer_norm
+from diversevit_kernels.cpu import attention, attention_rows, gelu, inductor, layer_norm
 
 SHAPES = {"odd": (7, 37), "wide": (2, 5000), "tall": (3001, 2), "three axes": (3, 33, 65)}
 
@@ -36,7 +37,7 @@ def always(monkeypatch: pytest.MonkeyPatch):
         calls.append(formula.name)
         return inductor.compiled(formula, dtype)
 
-    for module in (layer_norm, gelu):
+    for module in (layer_norm, gelu, attention_rows):
         monkeypatch.setattr(module, "LEAST_ELEMENTS", 1)
         monkeypatch.setattr(module, "compiled", counted)
     return calls
@@ -62,9 +63,9 @@ def layer_norm_inputs(shape, dtype, parameters):
     return [t.requires_grad_() for t in (x, *row)]
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("parameters", (True, False))
+@pytest.mark.parametrize("parameters", [True, False])
 def test_layer_norm(always, shape, dtype, parameters) -> None:
     def run(function, kind):
         inputs = [
@@ -86,8 +87,8 @@ def reference_layer_norm(x, normalized, weight=None, bias=None):
     return reference.layer_norm(x, normalized, weight, bias, 1e-5)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("approximate", ("none", "tanh"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gelu(always, shape, approximate, dtype) -> None:
     x = numbers(*shape, dtype=dtype, seed=0) * 3
@@ -103,13 +104,30 @@ def test_gelu(always, shape, approximate, dtype) -> None:
         assert_within_budget(a, b, c, terms=1)
 
 
-@pytest.mark.parametrize("approximate", ("none", "tanh"))
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_is_finite_at_the_ends(always, approximate) -> None:
     x = torch.tensor([0.0, 12, -12, 41, -41, 3e30, -3e30, float("inf"), -float("inf")])
     gx, gdy = gelu.gelu_double_backward(x, torch.ones(9), torch.full((9,), 2.0), approximate)
     assert always
     torch.testing.assert_close(gx[3:], torch.zeros(6))
     torch.testing.assert_close(gdy, torch.tensor([1.0, 2, 0, 2, 0, 2, 0, 2, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tile_bytes", [1 << 20, 1 << 10], ids=["one tile", "many tiles"])
+@pytest.mark.parametrize("name", CASES)
+def test_attention(always, monkeypatch, name, tile_bytes, dtype) -> None:
+    monkeypatch.setattr(attention, "TILE_BYTES", tile_bytes)
+    check_rungs(attention, CASES[name], dtype)
+    assert set(always) >= {"attention_forward", "attention_backward", "attention_double_backward"}
+
+
+def test_attention_of_absent_cotangents_takes_the_other_path(always) -> None:
+    q, k, v = (numbers(2, 2, 9, 8, dtype=torch.bfloat16, seed=i).requires_grad_() for i in range(3))
+    (dq,) = torch.autograd.grad(dvf.attention(q, k, v).square().sum(), q, create_graph=True)
+    always.clear()
+    torch.autograd.grad(dq.square().sum(), (q, k, v))
+    assert "attention_double_backward" not in always
 
 
 def test_strided_operands(always) -> None:
@@ -184,7 +202,7 @@ print(len(known), inductor.compiled(gelu.DOUBLE_BACKWARD["none"], x.dtype) is no
 
 @pytest.mark.parametrize(
     "environment",
-    ({"CXX": "/nowhere/compiler"}, {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/folder"}),
+    [{"CXX": "/nowhere/compiler"}, {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/folder"}],
     ids=("no compiler", "no folder"),
 )
 def test_without_a_compiler_there_is_one_warning(environment, tmp_path) -> None:

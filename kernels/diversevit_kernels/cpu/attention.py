@@ -6,7 +6,8 @@ the rows. Key-side results are summed over a pair's row tiles in order: same bit
 
 Shapes   q, o, do [B, H, Nq, .]; k, v [B, Hkv, Nk, .], H a multiple of Hkv; mask [B|1, H|1, Nq|1, Nk|1],
          bool (True = attend) or additive; lse [B, H, Nq].
-Dtypes   any floating; statistics, products and sums in float32 (float64 for float64).
+Dtypes   any floating; statistics and sums in float32 (float64 for float64). Products too, but for bfloat16 inputs
+         on a processor that multiplies it, whose tiles of scores are rounded to bfloat16 as eager PyTorch's are.
 Traffic  each input is read once per row tile, each output written once.
 D        is summed from P o dP, which the tile holds, and not from do o o: where softmax saturates the
          two cancel to the last bit, whatever o was rounded to. ``o`` is not read.
@@ -14,16 +15,18 @@ lse      is +inf for a row that attends to nothing: exp(S - lse) is then 0, and 
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
+from . import attention_rows as rowwise
 from .scratch import Scratch
 
-TILE_ELEMENTS = 1 << 19
-"""Scores in a tile (2 MiB in float32): the few tile-shaped buffers of a rung stay in the L2 and L3 caches."""
+TILE_BYTES = 1 << 20
+"""Of a tile of scores: the few tile-shaped buffers of a rung stay in the L2 and L3 caches."""
 
 
 class _Tile(NamedTuple):
@@ -40,12 +43,12 @@ class _Tile(NamedTuple):
     last: bool
 
 
-def _tiles(q: Tensor, k: Tensor, is_causal: bool) -> Iterator[_Tile]:
+def _tiles(q: Tensor, k: Tensor, is_causal: bool, dtype: torch.dtype) -> Iterator[_Tile]:
     """Row tiles innermost, so that key-side accumulators live for one run of ``first`` to ``last``."""
     (B, H, Nq, _), (_, Hkv, Nk, _) = q.shape, k.shape
-    group = H // Hkv
-    rows = max(1, min(Nq, TILE_ELEMENTS // (group * Nk)))
-    pairs = max(1, TILE_ELEMENTS // (group * rows * Nk))
+    group, elements = H // Hkv, TILE_BYTES // dtype.itemsize
+    rows = max(1, min(Nq, elements // (group * Nk)))
+    pairs = max(1, elements // (group * rows * Nk))
     heads = min(Hkv, pairs)
     samples = max(1, pairs // heads) if heads == Hkv else 1
     for b in range(0, B, samples):
@@ -68,10 +71,11 @@ def _tiles(q: Tensor, k: Tensor, is_causal: bool) -> Iterator[_Tile]:
 
 
 class _Loader:
-    """Tile-shaped dense views of the operands: ``[pairs, stacked rows or keys, width]``."""
+    """Tile-shaped dense views of the operands, ``[pairs, stacked rows or keys, width]``, in ``dtype``."""
 
-    def __init__(self, like: Tensor):
-        self.scratch = Scratch(accumulation_dtype(like.dtype), like.device)
+    def __init__(self, like: Tensor, dtype: torch.dtype):
+        self.scratch = Scratch(dtype, like.device)
+        self._sums = Scratch(accumulation_dtype(like.dtype), like.device)
         self._kept: dict[str, Tensor] = {}
 
     def queries(self, name: str, x: Tensor, t: _Tile) -> Tensor:
@@ -91,9 +95,18 @@ class _Loader:
         return self.scratch.get(name, t.pairs, t.stacked, t.keys.stop)
 
     def accumulator(self, name: str, x: Tensor, t: _Tile) -> Tensor:
-        """Running sum over row tiles for every key of the pairs, zeroed at the first."""
-        total = self.scratch.get(name, t.pairs, x.shape[2], x.shape[-1])
+        """Running sum over row tiles for every key of the pairs, zeroed at the first; of several, in float32."""
+        scratch = self.scratch if t.first and t.last else self._sums
+        total = scratch.get(name, t.pairs, x.shape[2], x.shape[-1])
         return total.zero_() if t.first else total
+
+    def add(self, total: Tensor, x: Tensor, y: Tensor, t: _Tile, alpha: float = 1.0) -> None:
+        """total += alpha x^T y over the keys of the tile: [pairs, stacked, keys] and [pairs, stacked, width]."""
+        part = total[:, t.keys]
+        if total.dtype == x.dtype:
+            part.baddbmm_(x.mT, y, alpha=alpha)
+        else:
+            part.add_(torch.bmm(x.mT, y, out=self.scratch.get("part", *part.shape)), alpha=alpha)
 
 
 def _by_head(x: Tensor, t: _Tile) -> Tensor:
@@ -140,21 +153,16 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(1)-(2): output ``[B, H, Nq, dv]`` and log-sum-exp ``[B, H, Nq]``."""
-    load = _Loader(q)
+    run, dtype = rowwise.fused(rowwise.FORWARD, q, k)
+    load = _Loader(q, dtype)
     o = empty_heads(q, v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
-    for t in _tiles(q, k, is_causal):
+    for t in _tiles(q, k, is_causal, dtype):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         s = _scores(load.scores("s", t), load.queries("q", q, t), kt, mask, is_causal, scale, t)
-        top = s.amax(-1, keepdim=True)
-        top.masked_fill_(top == -torch.inf, 0.0)
-        p = s.sub_(top).exp_()
-        total = p.sum(-1, keepdim=True)
-        empty = total == 0
+        p, statistic = rowwise.forward(run, s)
         ot = torch.bmm(p, vt, out=load.scratch.get("o", t.pairs, t.stacked, v.shape[-1]))
-        ot /= total.masked_fill(empty, 1.0)
         o[t.b, t.h, t.rows] = _by_head(ot, t)
-        statistic = top.add_(total.log()).masked_fill_(empty, torch.inf)
         lse[t.b, t.h, t.rows] = _by_head(statistic, t).squeeze(-1)
     return o, lse
 
@@ -172,21 +180,20 @@ def attention_backward(
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``."""
-    load = _Loader(q)
+    run, dtype = rowwise.fused(rowwise.BACKWARD, q, k)
+    load = _Loader(q, dtype)
     dq, dk, dv = (empty_heads(x, x.shape[-1]) for x in (q, k, v))
     dmask = mask.new_zeros(mask.shape, dtype=lse.dtype) if mask_grad and mask is not None else None
-    for t in _tiles(q, k, is_causal):
+    for t in _tiles(q, k, is_causal, dtype):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         qt, dot = load.queries("q", q, t), load.queries("do", do, t)
-        p = _scores(load.scores("p", t), qt, kt, mask, is_causal, scale, t)
-        p.sub_(load.statistic(lse, t)).exp_()
+        s = _scores(load.scores("p", t), qt, kt, mask, is_causal, scale, t)
         dp = torch.bmm(dot, vt.mT, out=load.scores("ds", t))
-        delta = torch.mul(p, dp, out=load.scores("e", t)).sum(-1, keepdim=True)
-        ds = dp.sub_(delta).mul_(p)
+        p, ds = rowwise.backward(run, s, load.statistic(lse, t), dp, partial(load.scores, t=t))
 
         dvt, dkt = load.accumulator("dv", v, t), load.accumulator("dk", k, t)
-        dvt[:, t.keys].baddbmm_(p.mT, dot)
-        dkt[:, t.keys].baddbmm_(ds.mT, qt, alpha=scale)
+        load.add(dvt, p, dot, t)
+        load.add(dkt, ds, qt, t, alpha=scale)
         dqt = load.scratch.get("dq", *qt.shape)
         torch.baddbmm(dqt, ds, kt, beta=0, alpha=scale, out=dqt)
         dq[t.b, t.h, t.rows] = _by_head(dqt, t)
@@ -219,36 +226,36 @@ def attention_double_backward(
 
     An absent cotangent costs nothing: its products and their buffers are left out. ``dq`` is not read.
     """
-    load = _Loader(q)
+    run, dtype = None, accumulation_dtype(q.dtype)
+    if not (ddq is None and ddk is None and ddmask is None) and ddv is not None:
+        run, dtype = rowwise.fused(rowwise.DOUBLE_BACKWARD, q, k)
+    load = _Loader(q, dtype)
     gq, gk, gv, gdo = (empty_heads(x, x.shape[-1]) for x in (q, k, v, do))
     gmask = mask.new_zeros(mask.shape, dtype=lse.dtype) if mask_grad and mask is not None else None
-    for t in _tiles(q, k, is_causal):
+    for t in _tiles(q, k, is_causal, dtype):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         a = None if ddq is None else load.queries("ddq", ddq, t)
         b = None if ddk is None else load.keys("ddk", ddk, t)
         c = None if ddv is None else load.keys("ddv", ddv, t)
         qt, dot = load.queries("q", q, t), load.queries("do", do, t)
-        p = _scores(load.scores("p", t), qt, kt, mask, is_causal, scale, t)
-        p.sub_(load.statistic(lse, t)).exp_()
+        s = _scores(load.scores("p", t), qt, kt, mask, is_causal, scale, t)
         dp = torch.bmm(dot, vt.mT, out=load.scores("ds", t))
-        delta = torch.mul(p, dp, out=load.scores("e", t)).sum(-1, keepdim=True)
-        ds = dp.sub_(delta).mul_(p)
-
-        centred = _centred_cotangent(load, t, p, qt, kt, a, b, ddmask, scale)
-        e = None if centred is None else torch.mul(p, centred, out=load.scores("e", t))
-        r = _score_gradient(load, t, p, ds, dot, c, centred)
+        x = _score_cotangent(load, t, qt, kt, a, b, ddmask, scale)
+        y = None if c is None else torch.bmm(dot, c.mT, out=load.scores("y", t))
+        buffer = partial(load.scores, t=t)
+        p, ds, e, r = rowwise.double_backward(run, s, load.statistic(lse, t), dp, x, y, buffer)
 
         gkt, gvt = load.accumulator("gk", k, t), load.accumulator("gv", v, t)
-        gkt[:, t.keys].baddbmm_(r.mT, qt, alpha=scale)
+        load.add(gkt, r, qt, t, alpha=scale)
         gqt = load.scratch.get("gq", *qt.shape)
         torch.baddbmm(gqt, r, kt, beta=0, alpha=scale, out=gqt)
         gdot = load.scratch.get("gdo", *dot.shape).zero_()
         if a is not None:
-            gkt[:, t.keys].baddbmm_(ds.mT, a, alpha=scale)
+            load.add(gkt, ds, a, t, alpha=scale)
         if b is not None:
             gqt.baddbmm_(ds, b, alpha=scale)
         if e is not None:
-            gvt[:, t.keys].baddbmm_(e.mT, dot)
+            load.add(gvt, e, dot, t)
             gdot.baddbmm_(e, vt)
         if c is not None:
             gdot.baddbmm_(p, c)
@@ -262,10 +269,9 @@ def attention_double_backward(
     return gq, gk, gv, gdo, gmask if gmask is None or mask is None else gmask.to(mask.dtype)
 
 
-def _centred_cotangent(
+def _score_cotangent(
     load: _Loader,
     t: _Tile,
-    p: Tensor,
     q: Tensor,
     k: Tensor,
     a: Tensor | None,
@@ -273,7 +279,7 @@ def _centred_cotangent(
     ddmask: Tensor | None,
     scale: float,
 ) -> Tensor | None:
-    """(6)-(7): ``X - x`` [pairs, stacked, keys], or None if no cotangent feeds X."""
+    """(6): ``X`` [pairs, stacked, keys], or None if no cotangent feeds it."""
     if a is None and b is None and ddmask is None:
         return None
     x = load.scores("x", t)
@@ -285,25 +291,4 @@ def _centred_cotangent(
         x.baddbmm_(q, b.mT, alpha=scale)
     if ddmask is not None:
         _by_head(x, t).add_(_mask_tile(ddmask, t))
-    mean = torch.mul(p, x, out=load.scores("e", t)).sum(-1, keepdim=True)
-    return x.sub_(mean)
-
-
-def _score_gradient(
-    load: _Loader,
-    t: _Tile,
-    p: Tensor,
-    ds: Tensor,
-    do: Tensor,
-    c: Tensor | None,
-    centred: Tensor | None,
-) -> Tensor:
-    """(8): ``R``, the gradient that reaches the scores [pairs, stacked, keys]."""
-    y = load.scores("y", t)
-    if c is not None:
-        torch.bmm(do, c.mT, out=y).mul_(p)
-    else:
-        y.zero_()
-    if centred is not None:
-        y.addcmul_(ds, centred)
-    return y.addcmul_(p, y.sum(-1, keepdim=True), value=-1)
+    return x

@@ -4,8 +4,8 @@ Few queries       one program does a head (``_few_kernel``).
 Otherwise         row programs give gq and gdo, and D, x and t for the column programs, which give gk and gv. Where the
                   keys fit a tile, a row program holds all of them and its row sums are sums of tiles; else it walks
                   them once and corrects its sums at the end.
-Enough heads      for the device, no mask and no groups (either costs registers), and so few keys that a head's tensors
-                  stay in the L2 cache: rows and columns of a head are one program (``_head_kernel``), else two launches.
+Enough heads      for the device, no mask and no groups (either costs registers), and so few keys that a head's
+                  tensors stay in the L2 cache: one program does rows and columns of a head (``_head_kernel``).
 
 Traffic  a row tile reads its rows of q, do, ddq (o, dq) once and all k, v, ddk, ddv; a column tile the reverse.
 Source   derived in kernels/README.md, (6)-(9).

@@ -70,7 +70,13 @@ def _row(
 
 
 _INTERPRETER = ("interpreter",)
-_NVIDIA, _AMPERE, _HOPPER, _BLACKWELL, _NEWER = ("sm_",), ("sm_8",), ("sm_9",), ("sm_10",), ("sm_9", "sm_10")
+_NVIDIA, _AMPERE, _HOPPER, _BLACKWELL, _NEWER = (
+    ("sm_",),
+    ("sm_8",),
+    ("sm_9",),
+    ("sm_10",),
+    ("sm_9", "sm_10"),
+)
 _HALF, _SINGLE = (2,), (4,)
 # fmt: off
 _TABLE: tuple[_Row, ...] = (

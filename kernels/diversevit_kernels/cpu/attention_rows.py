@@ -1,0 +1,144 @@
+"""What happens to tiles of scores between attention's products on a CPU: (1)-(9) of kernels/README.md, row by row.
+
+Inductor compiles each rung's part to one formula, a few passes over rows that are still in the cache
+(``inductor``). Where a formula is not compiled, or a cotangent is absent, the same is done in place, operator by
+operator.
+
+Shapes   tiles s, p, dp, ds, x, y, e, r [pairs, rows, keys]; lse, and statistics inside [pairs, rows, 1].
+Dtypes   compiled: tiles in float32 or bfloat16, arithmetic in float32. In place: the accumulation dtype.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .inductor import LEAST_ELEMENTS, Formula, Function, compiled
+
+Buffer = Callable[[str], Tensor]
+"""Scratch memory of a tile's shape, by name."""
+
+
+def _forward(s: Tensor) -> tuple[Tensor, Tensor]:
+    """(1)-(2): ``p`` and ``lse`` of scores [rows, keys]; 0 and plus infinity where a row attends to nothing."""
+    wide = s.float()
+    top = wide.amax(1, keepdim=True)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    p = torch.exp(wide - top)
+    total = p.sum(1, keepdim=True)
+    empty = total == 0
+    p = p / torch.where(empty, 1.0, total)
+    return p.to(s.dtype), torch.where(empty, torch.inf, top + torch.log(total))
+
+
+def _backward(s: Tensor, lse: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
+    """(1), (3)-(5): ``p`` and ``ds`` of [rows, keys]; D from P o dP."""
+    p, wide = torch.exp(s.float() - lse), dp.float()
+    ds = p * (wide - (p * wide).sum(1, keepdim=True))
+    return p.to(s.dtype), ds.to(s.dtype)
+
+
+def _double_backward(
+    s: Tensor, lse: Tensor, dp: Tensor, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(1), (3)-(8): ``p``, ``ds``, ``e`` = P o (X - x) and ``r`` of [rows, keys]; y is dO C^T."""
+    p, dp, x = torch.exp(s.float() - lse), dp.float(), x.float()
+    ds = p * (dp - (p * dp).sum(1, keepdim=True))
+    e = p * (x - (p * x).sum(1, keepdim=True))
+    r = p * y.float() + ds * (x - (p * x).sum(1, keepdim=True))
+    r = r - p * r.sum(1, keepdim=True)
+    return p.to(s.dtype), ds.to(s.dtype), e.to(s.dtype), r.to(s.dtype)
+
+
+def _examples(*columns: bool) -> Callable[[torch.dtype], tuple[Tensor, ...]]:
+    """Arguments of a formula: statistics [6, 1] where ``columns`` says so, else tiles [6, 40]."""
+    return lambda dtype: tuple(
+        torch.ones(6, 1) if column else torch.ones(6, 40, dtype=dtype) for column in columns
+    )
+
+
+_TILE, _STATISTIC = ("rows", "keys"), ("rows", None)
+FORWARD = Formula("attention_forward", _forward, _examples(False), (_TILE,))
+BACKWARD = Formula(
+    "attention_backward", _backward, _examples(False, True, False), (_TILE, _STATISTIC, _TILE)
+)
+DOUBLE_BACKWARD = Formula(
+    "attention_double_backward",
+    _double_backward,
+    _examples(False, True, False, False, False),
+    (_TILE, _STATISTIC, _TILE, _TILE, _TILE),
+)
+
+
+def fused(formula: Formula, q: Tensor, k: Tensor) -> tuple[Function | None, torch.dtype]:
+    """The compiled formula, if there is one and it is worth it, and the dtype of the tiles it is for.
+
+    Tiles are bfloat16 where the inputs are and the processor multiplies it; else float32, or None and float64.
+    """
+    if q.dtype == torch.float64:
+        return None, q.dtype
+    narrow = q.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    tile = torch.bfloat16 if narrow else torch.float32
+    worth = q.shape[:3].numel() * k.shape[2] >= LEAST_ELEMENTS
+    run = compiled(formula, tile) if worth else None
+    return run, torch.float32 if run is None else tile
+
+
+def _call(run: Function, formula: Formula, *operands: Tensor) -> tuple[Tensor, ...]:
+    """The formula of tiles [pairs, rows, keys] as of [pairs rows, keys]."""
+    flat = [x.reshape(-1, x.shape[-1]) for x in operands]
+    if min(flat[0].shape) < 2:  # sizes of 1 are not compiled for
+        run = formula.function
+    return tuple(x.view(*operands[0].shape[:2], -1) for x in run(*flat))
+
+
+def forward(run: Function | None, s: Tensor) -> tuple[Tensor, Tensor]:
+    """``p`` and ``lse``; ``s`` may be overwritten."""
+    if run is not None:
+        p, lse = _call(run, FORWARD, s)
+        return p, lse
+    top = s.amax(-1, keepdim=True)
+    top.masked_fill_(top == -torch.inf, 0.0)
+    p = s.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    empty = total == 0
+    p /= total.masked_fill(empty, 1.0)
+    return p, top.add_(total.log()).masked_fill_(empty, torch.inf)
+
+
+def backward(
+    run: Function | None, s: Tensor, lse: Tensor, dp: Tensor, buffer: Buffer
+) -> tuple[Tensor, Tensor]:
+    """``p`` and ``ds``; ``s`` and ``dp`` may be overwritten."""
+    if run is not None:
+        p, ds = _call(run, BACKWARD, s, lse, dp)
+        return p, ds
+    p = s.sub_(lse).exp_()
+    delta = torch.mul(p, dp, out=buffer("e")).sum(-1, keepdim=True)
+    return p, dp.sub_(delta).mul_(p)
+
+
+def double_backward(
+    run: Function | None,
+    s: Tensor,
+    lse: Tensor,
+    dp: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    buffer: Buffer,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """``p``, ``ds``, ``e`` (None without ``x``) and ``r``; the arguments may be overwritten.
+
+    ``run`` may be given only with ``x`` and ``y``.
+    """
+    if run is not None and x is not None and y is not None:
+        p, ds, e, r = _call(run, DOUBLE_BACKWARD, s, lse, dp, x, y)
+        return p, ds, e, r
+    p, ds = backward(None, s, lse, dp, buffer)
+    e = None
+    r = y.mul_(p) if y is not None else buffer("y").zero_()
+    if x is not None:
+        x.sub_(torch.mul(p, x, out=buffer("e")).sum(-1, keepdim=True))
+        r.addcmul_(ds, x)
+        e = torch.mul(p, x, out=buffer("e"))
+    return p, ds, e, r.addcmul_(p, r.sum(-1, keepdim=True), value=-1)
