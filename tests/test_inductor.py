@@ -1,4 +1,4 @@
-"""The compiled double backwards of LayerNorm and GELU: within budget, and never a crash where nothing can compile."""
+"""Compiled formulas of the CPU backend: within budget, and never a crash where nothing can compile."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from torch import Tensor
 import diversevit_fast as dvf
 from diversevit_fast import reference
 from diversevit_fast.errors import UsageError
-from diversevit_kernels.cpu import attention, attention_rows, gelu, inductor, layer_norm
+from diversevit_kernels.cpu import attention, attention_rows, gelu, inductor, layer_norm_formulas
 
 SHAPES = {"odd": (7, 37), "wide": (2, 5000), "tall": (3001, 2), "three axes": (3, 33, 65)}
 
@@ -37,7 +37,7 @@ def always(monkeypatch: pytest.MonkeyPatch):
         calls.append(formula.name)
         return inductor.compiled(formula, dtype)
 
-    for module in (layer_norm, gelu, attention_rows):
+    for module in (layer_norm_formulas, gelu, attention_rows):
         monkeypatch.setattr(module, "LEAST_ELEMENTS", 1)
         monkeypatch.setattr(module, "compiled", counted)
     return calls
@@ -75,7 +75,10 @@ def test_layer_norm(always, shape, dtype, parameters) -> None:
         return ladder(function(inputs[0], shape[-1:], *inputs[1:]), inputs)
 
     ours = run(dvf.layer_norm, dtype)
-    assert always == ["layer_norm_double_backward"]
+    first = ["rows", "columns"][: 1 + parameters] if dtype != torch.float32 else []
+    second = ["rows", "columns"][: 1 + parameters]
+    names = [f"layer_norm_backward_{part}" for part in first]
+    assert always == names + [f"layer_norm_double_backward_{part}" for part in second]
     eager = run(torch.nn.functional.layer_norm, dtype)
     exact = run(reference_layer_norm, torch.float64)
     terms = max(shape[-1], ours[0].numel() // shape[-1])
@@ -231,9 +234,9 @@ def test_two_processes_compile_at_once(tmp_path) -> None:
 
 def test_warmup_names_what_it_compiled() -> None:
     assert set(dvf.warmup(torch.float32)[torch.float32]) == {
-        "layer_norm_double_backward",
-        "gelu_double_backward",
-        "gelu_tanh_double_backward",
+        *(f"attention_{rung}" for rung in ("forward", "backward", "double_backward")),
+        *(f"layer_norm_double_backward_{part}" for part in ("rows", "columns")),
+        *("gelu_double_backward", "gelu_tanh_double_backward"),
     }
 
 

@@ -97,7 +97,7 @@ def _formula_erf(x: Tensor, dy: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     wide, dy, a = (t.to(accumulation_dtype(x.dtype)) for t in (x, dy, a))
     near = wide.clamp(-FLAT_BEYOND, FLAT_BEYOND)
     density = torch.exp(-0.5 * near * near) * (1 / math.sqrt(2 * math.pi))
-    first = 0.5 * torch.erfc(near * -math.sqrt(0.5)) + near * density
+    first = 0.5 * (1 + torch.erf(near * math.sqrt(0.5))) + near * density
     gx, gdy = dy * a * density * (2 - near * near), a * first
     return gx.to(x.dtype), gdy.to(x.dtype)
 

@@ -1,10 +1,10 @@
 """LayerNorm on a CPU: forward, backward, double backward, equations (10)-(19) of kernels/README.md.
 
 Forward and backward are PyTorch's own fused kernels, made to keep statistics and sums in the
-accumulation dtype (for half types they would not). The double backward is one formula that Inductor compiles
-(``inductor``). Where it is not compiled, it owns one chunk of rows at a time, whose buffers are reused and stay in the
-cache, and applies the Jacobian (13) with PyTorch's fused backward; sums over rows run chunk by chunk in order. Same
-bits on every run with the same number of threads.
+accumulation dtype (for half types they would not). The backward of half types and the double backward are formulas
+that Inductor compiles (``layer_norm_formulas``). Where these are not compiled, one chunk of rows is owned at a time,
+whose buffers are reused and stay in the cache, and the Jacobian (13) is PyTorch's fused backward; sums over rows run
+chunk by chunk in order. Same bits on every run with the same number of threads.
 
 Shapes   x, y, dy [*lead, *normalized], ``axes`` normalized axes; weight, bias [*normalized];
          mean, rstd [*lead]. Inside the double backward [rows, width] and [width].
@@ -14,14 +14,14 @@ Traffic  the double backward reads x, dy, ddx and writes gx, gdy once each.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
-from .inductor import LEAST_ELEMENTS, Formula, compiled
+from . import layer_norm_formulas as formulas
 from .scratch import Scratch
 
 CHUNK_ELEMENTS = 1 << 17
@@ -93,10 +93,12 @@ def _fused_backward(
 def _half_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor | None, *asked: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(14) of half x and dy, given to PyTorch's kernel chunk by chunk in float32.
+    """(14) of half x and dy, whose dw and db PyTorch's kernel would sum in half precision.
 
-    As fast as the half x itself, of which the kernel would sum dw and db in half precision.
+    Compiled; or given to PyTorch's kernel chunk by chunk in float32.
     """
+    if rows := formulas.fused(formulas.BACKWARD_ROWS, x):
+        return _compiled_backward(rows, dy, x, mean, rstd, w, any(asked))
     scratch, dx = Scratch(mean.dtype, x.device), x.new_empty(x.shape)
     dw, db = (mean.new_zeros(x.shape[1]) for _ in asked)
     for rows in _chunks(*x.shape):
@@ -105,6 +107,26 @@ def _half_backward(
         for total, part, wanted in zip((dw, db), sums, asked, strict=True):
             if wanted:
                 total += part
+    return dx, dw, db
+
+
+def _compiled_backward(
+    rows: formulas.Function,
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    w: Tensor | None,
+    asked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(14) by the compiled formulas; dw and db are empty unless ``asked`` for."""
+    tiles = tuple(t.contiguous() for t in (x, dy, mean, rstd))
+    (dx,) = rows(*tiles, mean.new_ones(x.shape[1]) if w is None else w.contiguous())
+    columns = formulas.fused(formulas.BACKWARD_COLUMNS, x) if asked else None
+    if columns is None and asked:
+        columns = formulas.BACKWARD_COLUMNS.function
+    empty = mean.new_empty(x.shape[1])
+    dw, db = columns(*tiles) if columns else (empty, empty)
     return dx, dw, db
 
 
@@ -141,18 +163,21 @@ def layer_norm_double_backward(
     xs, dys, a = _flat(x, axes), _flat(dy, axes), None if ddx is None else _flat(ddx, axes)
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     w, ddw, ddb = (None if t is None else t.flatten().to(mean.dtype) for t in (weight, ddw, ddb))
-    if a is not None and (run := _compiled(xs)):
+    kept = a is not None and weight is not None and weight_grad
+    if a is not None and (run := formulas.fused(formulas.DOUBLE_BACKWARD_ROWS, xs)):
+        tiles = tuple(t.contiguous() for t in (xs, dys, a, mean, rstd))
         none = mean.new_zeros(xs.shape[1])
-        ones = none + 1 if w is None else w
-        parts = (none if t is None else t for t in (ddw, ddb))
-        operands = (xs, dys, a, mean, rstd, ones, *parts)
-        gx, gw, gdy = run(*(t.contiguous() for t in operands))
-        kept = weight is not None and weight_grad
-        gw = gw.view(weight.shape).to(weight.dtype) if kept else None
+        parts = (none + 1 if w is None else w, *(none if t is None else t for t in (ddw, ddb)))
+        gx, gdy = run(*tiles, *(t.contiguous() for t in parts))
+        gw = None
+        if kept and weight is not None:
+            columns = formulas.fused(formulas.DOUBLE_BACKWARD_COLUMNS, xs)
+            (gw,) = (columns or formulas.DOUBLE_BACKWARD_COLUMNS.function)(*tiles)
+            gw = gw.view(weight.shape).to(weight.dtype)
         return gx.view(x.shape), gw, gdy.view(x.shape)
     scratch = Scratch(accumulation_dtype(x.dtype), x.device)
     gx, gdy = (x.new_empty(xs.shape) for _ in range(2))
-    gw = None if weight is None or a is None or not weight_grad else mean.new_zeros(xs.shape[1])
+    gw = mean.new_zeros(xs.shape[1]) if kept else None
     for rows in _chunks(*xs.shape):
         xt, m, r = scratch.load("x", xs[rows]), mean[rows], rstd[rows]
         xh = torch.sub(xt, m, out=scratch.get("xh", *xt.shape)).mul_(r)
@@ -177,50 +202,6 @@ def layer_norm_double_backward(
     if gw is not None and weight is not None:
         gw = gw.view(weight.shape).to(weight.dtype)
     return gx.view(x.shape), gw, gdy.view(x.shape)
-
-
-def _formula(
-    x: Tensor,
-    dy: Tensor,
-    a: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    w: Tensor,
-    ddw: Tensor,
-    ddb: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(15)-(19) of [rows, width] operands: ``gx``, ``gw``, ``gdy``."""
-    xh = (x.to(mean.dtype) - mean) * rstd
-    a, dy = a.to(mean.dtype), dy.to(mean.dtype)
-    a2 = (a * xh).mean(1, keepdim=True)
-    s = (a - a.mean(1, keepdim=True) - xh * a2) * rstd
-    g = dy * w
-    c2 = (g * xh).mean(1, keepdim=True)
-    h = dy * ddw - (a * c2 + g * a2) * rstd
-    jh = (h - h.mean(1, keepdim=True) - xh * (h * xh).mean(1, keepdim=True)) * rstd
-    gx = jh - xh * (rstd * (g * s).mean(1, keepdim=True))
-    gdy = s * w + xh * ddw + ddb
-    return gx.to(x.dtype), (dy * s).sum(0), gdy.to(x.dtype)
-
-
-def _examples(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    x, row, column = torch.ones(6, 40, dtype=dtype), torch.ones(6, 1), torch.ones(40)
-    return (*(x.clone() for _ in range(3)), row, row.clone(), *(column.clone() for _ in range(3)))
-
-
-_ROWS, _WIDTH = "rows", "width"
-DOUBLE_BACKWARD = Formula(
-    "layer_norm_double_backward",
-    _formula,
-    _examples,
-    (*3 * ((_ROWS, _WIDTH),), *2 * ((_ROWS, None),), *3 * ((_WIDTH,),)),
-)
-
-
-def _compiled(x: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
-    """The compiled double backward for x [rows, width], if there is one and it is worth it."""
-    worth = x.numel() >= LEAST_ELEMENTS and min(x.shape) > 1 and x.dtype != torch.float64
-    return compiled(DOUBLE_BACKWARD, x.dtype) if worth else None
 
 
 def _pull_ddx(
