@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .inductor import LEAST_ELEMENTS, Formula, Function, compiled
+from .narrow import narrow_products
 
 Buffer = Callable[[str], Tensor]
 """Scratch memory of a tile's shape, by name."""
@@ -77,8 +78,7 @@ def fused(formula: Formula, q: Tensor, k: Tensor) -> tuple[Function | None, torc
     """
     if q.dtype == torch.float64:
         return None, q.dtype
-    narrow = q.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    tile = torch.bfloat16 if narrow else torch.float32
+    tile = torch.bfloat16 if narrow_products(q.dtype) else torch.float32
     worth = q.shape[:3].numel() * k.shape[2] >= LEAST_ELEMENTS
     run = compiled(formula, tile) if worth else None
     return run, torch.float32 if run is None else tile
