@@ -151,6 +151,22 @@ def check_rungs(kernels, case, dtype, seed=0, device="cpu", place=lambda x: x):
         )
 
 
+def check_contracts(kind, device="cpu"):
+    """Schemas, fakes and autograd registrations of the three operators, mask of a kind."""
+    q, k, v, mask, causal = operands(Case(B=1, Nq=3, Nk=4, mask=kind), device=device)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    additive = kind == "additive"
+    o, lse = (x.detach() for x in ops.attention_operator(q, k, v, mask, causal, 0.5))
+    do = torch.randn_like(o).requires_grad_()
+    shared = (q, k, v, mask, o, lse, do)
+    torch.library.opcheck(ops.attention_operator, (q, k, v, mask, causal, 0.5))
+    torch.library.opcheck(ops.attention_backward_operator, (*shared, causal, 0.5, additive))
+    plain = [x if x is None else x.detach() for x in shared]
+    dd = [q.detach(), q.detach(), None, v.detach(), mask if additive else None]
+    given = (*plain, *dd, causal, 0.5, additive)
+    torch.library.opcheck(ops.attention_double_backward_operator, given)
+
+
 @st.composite
 def any_case(draw):
     group, hkv = draw(st.sampled_from([(1, 1), (1, 3), (1, 17), (3, 2), (4, 1)]))

@@ -13,6 +13,7 @@ from attention_cases import (
     Sabotaged,
     any_case,
     as_function,
+    check_contracts,
     check_rungs,
     differentiable,
     operands,
@@ -268,19 +269,7 @@ def test_compiled_forward_with_an_outer_second_derivative_raises():
 
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
 def test_contracts(kind):
-    q, k, v, mask, causal = operands(Case(B=1, Nq=3, Nk=4, mask=kind))
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    additive = kind == "additive"
-    o, lse = (x.detach() for x in ops.attention_operator(q, k, v, mask, causal, 0.5))
-    do = torch.randn_like(o).requires_grad_()
-    shared = (q, k, v, mask, o, lse, do)
-    torch.library.opcheck(ops.attention_operator, (q, k, v, mask, causal, 0.5))
-    torch.library.opcheck(ops.attention_backward_operator, (*shared, causal, 0.5, additive))
-    plain = [x if x is None else x.detach() for x in shared]
-    dd = [q.detach(), q.detach(), None, v.detach(), mask if additive else None]
-    torch.library.opcheck(
-        ops.attention_double_backward_operator, (*plain, *dd, causal, 0.5, additive)
-    )
+    check_contracts(kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

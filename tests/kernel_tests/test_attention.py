@@ -10,6 +10,7 @@ from attention_cases import (
     Sabotaged,
     any_case,
     as_function,
+    check_contracts,
     check_rungs,
     differentiable,
     operands,
@@ -91,6 +92,12 @@ def test_first_and_second_derivative(name, device):
     with dvf.use_backend("triton"):
         assert gradcheck(as_function(case, mask, causal), inputs, fast_mode=fast)
         assert gradgradcheck(as_function(case, mask, causal), inputs, fast_mode=fast)
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+def test_contracts(kind, device):
+    with dvf.use_backend("triton"):
+        check_contracts(kind, device)
 
 
 @pytest.mark.parametrize("tail", TAILS)
