@@ -26,6 +26,7 @@ from diversevit_fast import reference
 
 triton = pytest.importorskip("diversevit_kernels.triton.attention")
 delta = pytest.importorskip("diversevit_kernels.triton.attention_delta")
+launch = pytest.importorskip("diversevit_kernels.triton.launch")
 
 MORE = {
     "many-tiles": Case(B=1, H=2, Nq=70, Nk=70, d=16, dv=16, layout="projection"),
@@ -95,7 +96,8 @@ def test_first_and_second_derivative(name, device):
 
 
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
-def test_contracts(kind, device):
+def test_contracts(kind, device, monkeypatch):
+    monkeypatch.setattr(launch, "allocator", torch.empty)  # a result between guards has an offset
     with dvf.use_backend("triton"):
         check_contracts(kind, device)
 
