@@ -27,6 +27,7 @@ class Stage:
     constants: Mapping[str, Any]  # the rest
     results: Mapping[str, tuple[str, ...]]  # rung -> names of what it returns
     cotangents: Mapping[str, str]  # cotangent -> the result it belongs to
+    most_tokens: int | None = None  # how many the interpreter can count in two minutes
 
     def values(self, tokens: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
         """Random inputs, and the constants."""
@@ -93,6 +94,7 @@ STAGES: dict[str, Stage] = {
             "d2": ("ggrad_qkv", "gweight", "gdpenalty", "gdcosines"),
         },
         cotangents={"dpenalty": "penalty", "ddgrad_qkv": "dgrad_qkv", "ddweight": "dweight"},
+        most_tokens=17,
     ),
 }
 

@@ -184,11 +184,14 @@ def configured(stage: str, tokens: int, architecture: str) -> tuple[Any, ...]:
 def measure(
     stages: Sequence[str], tokens: Sequence[int], chips: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A result per stage, token count and distinct launch configurations of the chips."""
+    """A result per stage, token count (at most the stage's ``most_tokens``) and distinct launch configurations."""
+    from .ladders import STAGES
+
     results = []
     for stage in stages:
         scale = BATCH * (HEADS if stage == "attention" else 1)
-        for n in tokens:
+        most = STAGES[stage].most_tokens
+        for n in dict.fromkeys(n if most is None else min(n, most) for n in tokens):
             alike: dict[tuple[Any, ...], list[str]] = {}
             for chip in chips:
                 alike.setdefault(configured(stage, n, PEAKS[chip].architecture), []).append(chip)

@@ -49,6 +49,23 @@ def test_step_table_is_the_recorded_result():
         assert f"| {name} | {row['median_ms']:.0f} ms | {row['ratio']:.2f} |" in README, name
 
 
+def test_memory_table_is_the_recorded_result():
+    peaks = json.loads((ROOT / "benchmarks/results/memory.json").read_text())["peak"]
+    for workload, rows in peaks.items():
+        base = next(iter(rows.values()))
+        for name, n in rows.items():
+            label = f"{workload.removeprefix('all-layers ')}: {name}"
+            assert f"| {label} | {n / 2**20:.0f} MiB | {n / base:.2f} |" in README, label
+
+
+def test_benchmark_summary_is_the_recorded_result():
+    from benchmarks import report
+
+    rows = report.read(ROOT / "benchmarks/results/cpu.json")
+    told = README.partition(report.BEGIN)[2].partition(report.END)[0]
+    assert told == "\n" + report.summary(rows, "benchmarks/results/cpu.md")
+
+
 def test_picture_is_drawn_by_its_script():
     sys.path.insert(0, str(ROOT / "docs"))
     try:

@@ -1,7 +1,8 @@
 """Tests of the Triton kernels themselves: in the interpreter on a CPU, or on a real GPU.
 
 ``TRITON_INTERPRET=1 pytest tests/kernel_tests`` interprets them; ``pytest -m gpu`` on a machine with a GPU runs
-the same tests on it. Anywhere else they are skipped, and say so.
+the same tests on it. Anywhere else they are skipped, and say so. With ``SANITIZE=1`` beside ``TRITON_INTERPRET=1`` no
+lane may touch memory outside the tensors of its launch, not even the gaps of a strided view.
 """
 
 import os
@@ -38,8 +39,9 @@ def quickly(request):
         yield
         return
     from benchmarks.interpreted import quick
+    from benchmarks.traffic import sanitizer
 
-    with quick():
+    with sanitizer() if os.environ.get("SANITIZE") == "1" else quick():
         yield
 
 
