@@ -31,7 +31,8 @@ def job_of(workload: str, provider: str, batch: int) -> Callable[[], object]:
     if workload == STEP:
         step = StepWorkload(StepSpec(STEP, batch, False, "cpu"))
         return step.job(next(p for p in step_providers(STEP) if p.name == provider))
-    spec = Spec(ATTENTION, ((1, 12, TOKENS, 64),) * 3, torch.float32, "d0+d1+d2", "cpu")
+    shape = (1, 12, TOKENS, 64)
+    spec = Spec(ATTENTION, (shape, shape, shape), torch.float32, "d0+d1+d2", "cpu")
     return Workload(spec).job(next(p for p in PROVIDERS[ATTENTION] if p.name == provider))
 
 

@@ -224,8 +224,13 @@ _TABLE: tuple[_Row, ...] = (
     *(_row(f"routed_penalty_{name}", _INTERPRETER, warps=4, stages=1, BLOCK_T=16, BLOCK_J=16, BLOCK_E=16)
       for name in ("route", "route_back", "weight")),
     _row("routed_penalty_route", ("gfx",), (2,), warps=4, stages=2, BLOCK_T=64, BLOCK_J=32, BLOCK_E=64),
+    _row("routed_penalty_route", ("sm_8", "sm_9"), (2,), 112, above=80, warps=8, stages=3,
+         BLOCK_T=64, BLOCK_J=64, BLOCK_E=128),
     _row("routed_penalty_route", (), (2,), warps=4, stages=3, BLOCK_T=64, BLOCK_J=64, BLOCK_E=128),
+    _row("routed_penalty_route", _AMPERE, (4,), 112, above=80, warps=8, stages=2, BLOCK_T=32, BLOCK_J=32, BLOCK_E=64),
     _row("routed_penalty_route", warps=8, stages=2, BLOCK_T=64, BLOCK_J=32, BLOCK_E=64),
+    _row("routed_penalty_route_back", _AMPERE, (4,), 112, above=80, warps=8, stages=1,
+         BLOCK_T=64, BLOCK_J=64, BLOCK_E=32),
     _row("routed_penalty_route_back", warps=8, stages=2, BLOCK_T=64, BLOCK_J=64, BLOCK_E=32),
     _row("routed_penalty_weight", warps=8, stages=2, BLOCK_T=32, BLOCK_J=64, BLOCK_E=64),
 )

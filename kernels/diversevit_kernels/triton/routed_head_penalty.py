@@ -24,6 +24,7 @@ not sum dr_h = du_h W_hᵀ without making u once for every head.
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
@@ -59,6 +60,10 @@ class _Router:
         self._scratch = [allocate((self.tokens, H, D), dtype, r) for _ in range(buffers)]
         self.like = self._scratch[0]
         self.static = head_products.static_of(self.grouping, self.like[None].transpose(1, 2))
+        if max(r.dtype.itemsize, w.dtype.itemsize) < dtype.itemsize and dtype == torch.float32:
+            # all that is mixed ends in half results, of fewer bits than one TF32 product
+            mixing = self.static.MIXING.replace("tf32x3", "tf32")
+            self.static = self.static._replace(MIXING=mixing)
 
     def blocks(self) -> Iterator[list[Tile]]:
         """Tiles that together hold whole groups."""
