@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16)
 TOKENS, LONG_TOKENS = (197, 577), (1025,)
 _BATCH = {
-    "cpu": {197: 2, 577: 1, 1025: 1},
+    "cpu": {197: 8, 577: 4, 1025: 1},
     "cuda": {197: 64, 577: 16, 1025: 8},
 }
 _HEADS = {"cpu": 6, "cuda": 12}
@@ -23,10 +23,11 @@ _WIDTH = 64
 def shapes(
     stage: str, tokens: int, device: str = DEVICE, tiny: bool = False
 ) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the stage's inputs: a ViT-S on a CPU, a ViT-B on a GPU."""
-    B, H, d = (2, 3, 8) if tiny else (_BATCH[device][tokens], _HEADS[device], _WIDTH)
+    """Shapes of the stage's inputs: a ViT-B on a GPU and for attention, else a ViT-S."""
+    heads = 12 if stage == "attention" else _HEADS[device]
+    B, H, d = (2, 3, 8) if tiny else (_BATCH[device][tokens], heads, _WIDTH)
     N = 7 if tiny else tokens
-    B = B if stage == "attention" or tiny else 2 * B
+    B = 4 * B if stage == "layer_norm" and not tiny else B
     D = H * d
     return {
         "attention": ((B, H, N, d),) * 3,

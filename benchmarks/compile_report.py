@@ -1,10 +1,11 @@
 """Every Triton kernel in its default configuration, compiled for every architecture, and judged. No GPU.
 
-``python -m benchmarks.compile_report`` prints a table, stores it in ``benchmarks/results`` and exits with
-status 1 if a verdict fails. Up to head width 128, in bfloat16, float16 and float32, on sm_80, sm_90 and sm_100 a
-kernel must not touch local memory inside a loop, must keep its stack within 64 bytes, and must use
-tensor cores where its source has a matrix product. Everywhere it must compile and fit the chip's shared
-(and tensor) memory. Elsewhere spills are notes, and only head width 64 in bfloat16 is looked at; float64 nowhere.
+``python -m benchmarks.compile_report`` prints a table, stores it in ``benchmarks/results`` (given ``--stages`` or
+``--architectures``, only their rows change) and exits with status 1 if a verdict fails. Up to head width 128, in
+bfloat16, float16 and float32, on sm_80, sm_90 and sm_100 a kernel must not touch local memory inside a loop, must
+keep its stack within 64 bytes, and must use tensor cores where its source has a matrix product. Everywhere it must
+compile and fit the chip's shared (and tensor) memory. Elsewhere spills are notes, and only head width 64 in
+bfloat16 is looked at; float64 nowhere.
 """
 
 import argparse
@@ -159,7 +160,7 @@ def chosen_workloads(
 
 
 def report(asked: dict[str, list[Workload]], jobs: int) -> tuple[list[Row], list[str]]:
-    """Record, compile, read and judge. Returns the rows, sorted, and one line per failure.
+    """Record, compile, read and judge. Returns the rows, sorted, and one line per call that has none.
 
     Args:
         asked: workloads by architecture.
@@ -179,11 +180,9 @@ def report(asked: dict[str, list[Workload]], jobs: int) -> tuple[list[Row], list
                 failures.append(f"{label}: {result}")
             else:
                 rows.append(row(one, result))
-                failures += [f"{label}: {why}" for why in rows[-1].failures]
             if sys.stderr.isatty() or done % 50 == 0:
                 print(f"{done} of {len(compilations)} compiled", file=sys.stderr)
-    keys = ("stage", "kernel", "architecture", "dtype", "width")
-    rows.sort(key=lambda r: ([r.record[k] for k in keys], r.record["cases"]))
+    rows.sort(key=lambda r: _order(r.record))
     return rows, failures
 
 
@@ -204,14 +203,42 @@ def text(rows: list[Row], failures: list[str], what: str) -> str:
     )
 
 
-def write(rows: list[Row], failures: list[str], what: str) -> None:
-    """``results/compile_report.json`` (a row per line) and the same as text."""
+def stored() -> dict[str, Any]:
+    """What ``results/compile_report.json`` holds; of no file, nothing."""
+    path = RESULTS / "compile_report.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {"runs": [], "rows": []}
+
+
+def write(rows: list[Row], wrong: list[str], what: str, asked: set[tuple[str, str]]) -> None:
+    """``results/compile_report.json`` (a row per line) and the same as text.
+
+    Rows of other stages and architectures than those ``asked`` for stay as they are stored.
+    """
+    before = stored()
+    kept = [r for r in before["rows"] if (r["stage"], r["architecture"]) not in asked]
+    records = sorted([*kept, *(r.record for r in rows)], key=_order)
+    everything = [Row(r["stage"], r, r["failures"], r["notes"]) for r in records]
+    failures = [line for one in everything for line in failures_of(one)] + wrong
+    runs = [*before["runs"], what] if kept else [what]
     RESULTS.mkdir(exist_ok=True)
-    lines = ",\n".join(json.dumps(r.record) for r in rows)
-    head = json.dumps({"what": what, "failures": failures}, indent=1).removesuffix("\n}")
+    head = json.dumps({"runs": runs, "failures": failures}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(map(json.dumps, records))
     path = RESULTS / "compile_report.json"
     path.write_text(f'{head},\n "rows": [\n{lines}\n]\n}}\n', encoding="utf-8")
-    path.with_suffix(".txt").write_text(text(rows, failures, what) + "\n", encoding="utf-8")
+    told = text(everything, failures, "\n".join(runs))
+    path.with_suffix(".txt").write_text(told + "\n", encoding="utf-8")
+
+
+def _order(record: dict[str, Any]) -> tuple[Any, ...]:
+    keys = ("stage", "kernel", "architecture", "dtype", "width")
+    return [record[k] for k in keys], record["cases"]
+
+
+def failures_of(row: Row) -> list[str]:
+    """One line per failed verdict."""
+    r = row.record
+    where = f"{r['architecture']} {r['stage']} {r['cases'][0]} {r['dtype']} width {r['width']}"
+    return [f"{where}: {r['kernel']}: {why}" for why in row.failures]
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -252,7 +279,8 @@ def main(given: list[str] | None = None) -> int:
         quick = options.quick or architecture not in REQUIRED
         asked[architecture] = chosen_workloads(options.stages, dtypes, widths, quick)
     start = time.time()
-    rows, failures = report(asked, options.jobs)
+    rows, wrong = report(asked, options.jobs)
+    failures = [line for one in rows for line in failures_of(one)] + wrong
     calls = sum(map(len, asked.values()))
     what = (
         f"{calls} host calls, {len(rows)} binaries; Triton {triton.__version__}, "
@@ -262,7 +290,8 @@ def main(given: list[str] | None = None) -> int:
     print(text(rows, failures, what))
     print(f"{time.time() - start:.0f} s", file=sys.stderr)
     if not options.no_write:
-        write(rows, failures, what)
+        pairs = {(stage, a) for stage in options.stages for a in options.architectures}
+        write(rows, wrong, what, pairs)
     return 1 if failures else 0
 
 

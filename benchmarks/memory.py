@@ -68,7 +68,8 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs=2, metavar=("WORKLOAD", "PROVIDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     if options.only:
-        job = job_of(*options.only, options.batch)
+        workload, provider = options.only
+        job = job_of(workload, provider, options.batch)
         job()
         print(peak_bytes(job, torch.device("cpu")))
         return 0

@@ -102,8 +102,9 @@ def toy(host, *args, stage="attention", binding=True, **kwargs) -> Workload:
 
 
 def rows_of(architecture, *some):
-    rows, failures = compile_report.report({architecture: list(some)}, 1)
-    return [r.record for r in rows], failures
+    rows, wrong = compile_report.report({architecture: list(some)}, 1)
+    failed = [line for one in rows for line in compile_report.failures_of(one)]
+    return [r.record for r in rows], failed + wrong
 
 
 @pytest.mark.parametrize(
@@ -372,6 +373,17 @@ def test_the_command(monkeypatch, tmp_path, capsys, some, status):
     stored = compile_report.json.loads((tmp_path / "compile_report.json").read_text())
     assert len(stored["rows"]) == len(some)
     assert len(stored["failures"]) == (0 if status == 0 else 2)
+
+
+def test_a_partial_run_replaces_its_own_rows_only(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compile_report, "RESULTS", tmp_path)
+    monkeypatch.setattr(compile_report, "chosen_workloads", lambda *_: [toy(product)])
+    for architectures in (["sm_80", "sm_90"], ["sm_90"]):
+        command = ["--stages", "attention", "--jobs", "1", "--architectures", *architectures]
+        assert compile_report.main(command) == 0
+    stored = compile_report.stored()
+    assert sorted(r["architecture"] for r in stored["rows"]) == ["sm_80", "sm_90"]
+    assert len(stored["runs"]) == 2
 
 
 @pytest.mark.parametrize("stage", workloads.STAGES)

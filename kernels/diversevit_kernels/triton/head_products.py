@@ -227,7 +227,9 @@ def _double_backward_kernel(
         store_heads(gx, b, token, k, end, g_tile, S)
         if dx is not None and S.HEADS <= 32:
             store_heads(dx, b, token, k, end, mixed(m, x_tile, S), S)
-    if dx is not None and S.HEADS > 32:  # a loop of its own: the registers do not hold all three products
+    if (
+        dx is not None and S.HEADS > 32
+    ):  # a loop of its own: the registers do not hold all three products
         for start in range(first, end, BLOCK_K):
             k = (start + tl.arange(0, BLOCK_K)).to(S.INDEX)
             dx_tile = mixed(m, load_heads(x, b, token, k, end, S), S)
