@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_ELEMENTS = 1 << 18
+LEAST_ELEMENTS = 1 << 16
 """Smaller tensors are not worth the seconds that compiling takes: they go the other path."""
 
 _OPTIONS = {"cpp.dynamic_threads": True}  # as many threads as the process has when it calls
