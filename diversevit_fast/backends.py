@@ -100,6 +100,11 @@ def launch(stage: str, rung: str, *args: Any) -> Any:
         raise UnsupportedError(f"{refusal}; dvf.use_backend('reference') runs anything") from None
 
 
+def compile_ahead(dtype: torch.dtype) -> list[str]:
+    """Names of the CPU backend's formulas that are now compiled for ``dtype``."""
+    return import_module("diversevit_kernels.cpu.warmup").warmup(dtype)
+
+
 @cache
 def _kernel(chosen: str, device: str, stage: str, function: str) -> Callable[..., Any]:
     name = chosen if chosen != "auto" else ("cpu" if device == "cpu" else "triton")

@@ -2,6 +2,7 @@
 
 import torch
 
+from .backends import compile_ahead
 from .errors import expected
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,11 +25,9 @@ def warmup(*dtypes: torch.dtype) -> dict[torch.dtype, list[str]]:
     Raises:
         UsageError: another dtype.
     """
-    from diversevit_kernels.cpu.warmup import warmup as compile_formulas
-
     for dtype in dtypes:
         if dtype not in DTYPES:
             known = ", ".join(str(one) for one in DTYPES)
             raise expected("warmup", f"one of {known}", str(dtype), "name a dtype that is compiled")
     chosen = dtypes or (torch.float32, torch.bfloat16)
-    return {dtype: compile_formulas(dtype) for dtype in chosen}
+    return {dtype: compile_ahead(dtype) for dtype in chosen}

@@ -17,6 +17,7 @@ ALLOWED = {
     "diversevit_fast.version": set(),
     "diversevit_fast.reference": set(),
     "diversevit_fast.backends": {"errors"},
+    "diversevit_fast.warmup": {"backends", "errors"},
     "diversevit_fast.ops": {"backends", "errors", "reference"},
     "diversevit_fast.head_gradients": {"errors", "ops"},
     "diversevit_fast.nn": {"errors", "head_gradients", "ops"},
