@@ -64,9 +64,10 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=378, help="images per split")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="CPU threads")
     options = parser.parse_args(given)
     shared = {"preset": "quick", "data": "mnist-cifar", "source": options.source}
-    shared |= {"samples": options.samples, "epochs": options.epochs}
+    shared |= {"samples": options.samples, "epochs": options.epochs, "threads": options.threads}
     shared["seeds"] = list(range(options.seeds))
     rows = {}
     for name, extra in VARIANTS.items():
