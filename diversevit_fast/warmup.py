@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def warmup(*dtypes: torch.dtype) -> dict[torch.dtype, list[str]]:
     """Compile the CPU formulas of attention, layer_norm and gelu, or load them from disk.
 
-    Without this call the first large tensor does it: some five to ten seconds for each formula and
+    Without this call the first large tensor does it: some five to twelve seconds for each formula and
     dtype the first time on a machine, milliseconds from then on (``TORCHINDUCTOR_CACHE_DIR``). GPU kernels are
     compiled by Triton when they are first launched, with a cache of its own.
 
