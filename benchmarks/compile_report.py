@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,14 +31,8 @@ REQUIRED = ("sm_80", "sm_90", "sm_100")
 STACK_LIMIT = 64
 
 
-@dataclass(frozen=True)
-class Row:
-    """One binary in the report."""
-
-    stage: str
-    record: dict[str, Any]
-    failures: list[str]
-    notes: list[str]
+Record = dict[str, Any]
+"""One binary in the report, as it is stored."""
 
 
 def judge(compilation: Compilation, binary: Binary) -> tuple[list[str], list[str]]:
@@ -75,11 +68,11 @@ def _resident(compilation: Compilation, binary: Binary) -> int:
     )
 
 
-def row(compilation: Compilation, binary: Binary) -> Row:
+def row(compilation: Compilation, binary: Binary) -> Record:
     first, code, chosen = compilation.workloads[0], binary.code, compilation.launch.configuration
     failures, notes = judge(compilation, binary)
     total = counts(code.opcodes)
-    record = {
+    return {
         "stage": first.stage,
         "kernel": compilation.launch.name,
         "function": compilation.launch.kernel.__name__,
@@ -110,7 +103,6 @@ def row(compilation: Compilation, binary: Binary) -> Row:
         "failures": failures,
         "notes": notes,
     }
-    return Row(first.stage, record, failures, notes)
 
 
 _COLUMNS = ("stage", "kernel", "case", "dtype", "width", "arch", "tiles", "warps", "stages", "regs")
@@ -159,7 +151,7 @@ def chosen_workloads(
     ]
 
 
-def report(asked: dict[str, list[Workload]], jobs: int) -> tuple[list[Row], list[str]]:
+def report(asked: dict[str, list[Workload]], jobs: int) -> tuple[list[Record], list[str]]:
     """Record, compile, read and judge. Returns the rows, sorted, and one line per call that has none.
 
     Args:
@@ -182,21 +174,19 @@ def report(asked: dict[str, list[Workload]], jobs: int) -> tuple[list[Row], list
                 rows.append(row(one, result))
             if sys.stderr.isatty() or done % 50 == 0:
                 print(f"{done} of {len(compilations)} compiled", file=sys.stderr)
-    rows.sort(key=lambda r: _order(r.record))
-    return rows, failures
+    return sorted(rows, key=_order), failures
 
 
-def text(rows: list[Row], failures: list[str], what: str) -> str:
+def text(rows: list[Record], failures: list[str], what: str) -> str:
     notes = [
-        f"{r.record['architecture']} {r.record['kernel']} {r.record['cases'][0]}"
-        f" {r.record['dtype']} width {r.record['width']}: {note}"
+        f"{r['architecture']} {r['kernel']} {r['cases'][0]} {r['dtype']} width {r['width']}: {note}"
         for r in rows
-        for note in r.notes
+        for note in r["notes"]
     ]
     return "\n\n".join(
         [
             what,
-            aligned([list(_COLUMNS), *(cells(r.record) for r in rows)]),
+            aligned([list(_COLUMNS), *map(cells, rows)]),
             "\n".join([f"{len(notes)} notes", *notes]),
             "\n".join([f"{len(failures)} failures", *failures]),
         ]
@@ -209,36 +199,38 @@ def stored() -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.exists() else {"runs": [], "rows": []}
 
 
-def write(rows: list[Row], wrong: list[str], what: str, asked: set[tuple[str, str]]) -> None:
+def write(rows: list[Record], wrong: list[str], what: str, asked: set[tuple[str, str]]) -> None:
     """``results/compile_report.json`` (a row per line) and the same as text.
 
     Rows of other stages and architectures than those ``asked`` for stay as they are stored.
     """
     before = stored()
     kept = [r for r in before["rows"] if (r["stage"], r["architecture"]) not in asked]
-    records = sorted([*kept, *(r.record for r in rows)], key=_order)
-    everything = [Row(r["stage"], r, r["failures"], r["notes"]) for r in records]
-    failures = [line for one in everything for line in failures_of(one)] + wrong
+    everything = sorted([*kept, *rows], key=_order)
+    failures = failures_of(everything) + wrong
     runs = [*before["runs"], what] if kept else [what]
     RESULTS.mkdir(exist_ok=True)
     head = json.dumps({"runs": runs, "failures": failures}, indent=1).removesuffix("\n}")
-    lines = ",\n".join(map(json.dumps, records))
+    lines = ",\n".join(map(json.dumps, everything))
     path = RESULTS / "compile_report.json"
     path.write_text(f'{head},\n "rows": [\n{lines}\n]\n}}\n', encoding="utf-8")
     told = text(everything, failures, "\n".join(runs))
     path.with_suffix(".txt").write_text(told + "\n", encoding="utf-8")
 
 
-def _order(record: dict[str, Any]) -> tuple[Any, ...]:
+def _order(record: Record) -> tuple[Any, ...]:
     keys = ("stage", "kernel", "architecture", "dtype", "width")
     return [record[k] for k in keys], record["cases"]
 
 
-def failures_of(row: Row) -> list[str]:
+def failures_of(rows: list[Record]) -> list[str]:
     """One line per failed verdict."""
-    r = row.record
-    where = f"{r['architecture']} {r['stage']} {r['cases'][0]} {r['dtype']} width {r['width']}"
-    return [f"{where}: {r['kernel']}: {why}" for why in row.failures]
+    return [
+        f"{r['architecture']} {r['stage']} {r['cases'][0]} {r['dtype']} width {r['width']}:"
+        f" {r['kernel']}: {why}"
+        for r in rows
+        for why in r["failures"]
+    ]
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -280,7 +272,7 @@ def main(given: list[str] | None = None) -> int:
         asked[architecture] = chosen_workloads(options.stages, dtypes, widths, quick)
     start = time.time()
     rows, wrong = report(asked, options.jobs)
-    failures = [line for one in rows for line in failures_of(one)] + wrong
+    failures = failures_of(rows) + wrong
     calls = sum(map(len, asked.values()))
     what = (
         f"{calls} host calls, {len(rows)} binaries; Triton {triton.__version__}, "

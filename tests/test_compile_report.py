@@ -103,8 +103,7 @@ def toy(host, *args, stage="attention", binding=True, **kwargs) -> Workload:
 
 def rows_of(architecture, *some):
     rows, wrong = compile_report.report({architecture: list(some)}, 1)
-    failed = [line for one in rows for line in compile_report.failures_of(one)]
-    return [r.record for r in rows], failed + wrong
+    return rows, compile_report.failures_of(rows) + wrong
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 import diversevit_fast as dvf
 from diversevit_fast import reference
 from diversevit_fast.errors import UsageError
-from diversevit_kernels.cpu import attention, attention_rows, gelu, inductor, layer_norm_formulas
+from diversevit_kernels.cpu import attention, gelu, inductor
 
 SHAPES = {"odd": (7, 37), "wide": (2, 5000), "tall": (3001, 2), "three axes": (3, 33, 65)}
 
@@ -31,15 +31,14 @@ def one_folder(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch):
     """Small tensors are compiled for too; the calls of a compiled formula are listed."""
-    calls = []
+    calls, compiled = [], inductor.compiled
 
     def counted(formula, dtype):
         calls.append(formula.name)
-        return inductor.compiled(formula, dtype)
+        return compiled(formula, dtype)
 
-    for module in (layer_norm_formulas, gelu, attention_rows):
-        monkeypatch.setattr(module, "LEAST_ELEMENTS", 1)
-        monkeypatch.setattr(module, "compiled", counted)
+    monkeypatch.setattr(inductor, "LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(inductor, "compiled", counted)
     return calls
 
 
@@ -160,34 +159,16 @@ def test_one_row_takes_the_other_path(always) -> None:
 
 
 def test_it_is_compiled_under_function_and_dispatch_modes(always) -> None:
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Function(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            return func(*args, **(kwargs or {}))
-
-    class Dispatch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            return func(*args, **(kwargs or {}))
+    from torch.overrides import BaseTorchFunctionMode
+    from torch.utils._python_dispatch import BaseTorchDispatchMode
 
     x = numbers(9, 11, dtype=torch.float32, seed=0).requires_grad_()
     plain = ladder(dvf.gelu(x), [x])
     inductor._loaded.clear()
-    with Function(), Dispatch():
+    with BaseTorchFunctionMode(), BaseTorchDispatchMode():
         inside = ladder(dvf.gelu(x), [x])
     assert len(always) == 2
     assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
-
-
-def in_a_process(code: str, **environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 CALL = """
@@ -203,6 +184,16 @@ print(len(known), inductor.compiled(gelu.DOUBLE_BACKWARD["none"], x.dtype) is no
 """
 
 
+def in_a_process(**environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", CALL],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize(
     "environment",
     [{"CXX": "/nowhere/compiler"}, {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/folder"}],
@@ -210,7 +201,7 @@ print(len(known), inductor.compiled(gelu.DOUBLE_BACKWARD["none"], x.dtype) is no
 )
 def test_without_a_compiler_there_is_one_warning(environment, tmp_path) -> None:
     here = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment}
-    out, err = in_a_process(CALL, **here).communicate()
+    out, err = in_a_process(**here).communicate()
     count, made, _, *words = out.split()
     assert (count, made) == ("1", "False"), out + err
     assert "could not be compiled" in " ".join(words)
@@ -225,7 +216,7 @@ def test_switched_off(monkeypatch) -> None:
 
 
 def test_two_processes_compile_at_once(tmp_path) -> None:
-    both = [in_a_process(CALL, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    both = [in_a_process(TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     for one in both:
         out, err = one.communicate()
         assert out.split()[:2] == ["0", "True"], out + err

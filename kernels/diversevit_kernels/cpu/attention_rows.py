@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .inductor import LEAST_ELEMENTS, Formula, Function, compiled
-from .narrow import narrow_products
+from ..dtypes import accumulation_dtype
+from .inductor import Formula, Function, compiled_if_worth
 
 Buffer = Callable[[str], Tensor]
 """Scratch memory of a tile's shape, by name."""
@@ -45,8 +45,9 @@ def _double_backward(
     """(1), (3)-(8): ``p``, ``ds``, ``e`` = P o (X - x) and ``r`` of [rows, keys]; y is dO C^T."""
     p, dp, x = torch.exp(s.float() - lse), dp.float(), x.float()
     ds = p * (dp - (p * dp).sum(1, keepdim=True))
-    e = p * (x - (p * x).sum(1, keepdim=True))
-    r = p * y.float() + ds * (x - (p * x).sum(1, keepdim=True))
+    centred = x - (p * x).sum(1, keepdim=True)
+    e = p * centred
+    r = p * y.float() + ds * centred
     r = r - p * r.sum(1, keepdim=True)
     return p.to(s.dtype), ds.to(s.dtype), e.to(s.dtype), r.to(s.dtype)
 
@@ -76,12 +77,11 @@ def fused(formula: Formula, q: Tensor, k: Tensor) -> tuple[Function | None, torc
 
     Tiles are bfloat16 where the inputs are and the processor multiplies it; else float32, or None and float64.
     """
-    if q.dtype == torch.float64:
-        return None, q.dtype
-    tile = torch.bfloat16 if narrow_products(q.dtype) else torch.float32
-    worth = q.shape[:3].numel() * k.shape[2] >= LEAST_ELEMENTS
-    run = compiled(formula, tile) if worth else None
-    return run, torch.float32 if run is None else tile
+    dtype = accumulation_dtype(q.dtype)
+    narrow = q.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    tile = q.dtype if narrow else dtype
+    run = compiled_if_worth(formula, tile, q.shape[:3].numel() * k.shape[2])
+    return run, dtype if run is None else tile
 
 
 def _call(run: Function, formula: Formula, *operands: Tensor) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
-from .inductor import LEAST_ELEMENTS, Formula, compiled
+from .inductor import Formula, compiled_if_worth
 from .scratch import Scratch
 
 CHUNK_ELEMENTS = 1 << 17
@@ -48,11 +48,9 @@ def gelu_double_backward(
 ) -> tuple[Tensor, Tensor]:
     """(26): ``gx`` and ``gdy`` like x, contiguous."""
     xs, dys, a = (t.reshape(-1) for t in (x, dy, ddx))
-    if len(xs) >= LEAST_ELEMENTS and x.dtype != torch.float64:
-        run = compiled(DOUBLE_BACKWARD[approximate], x.dtype)
-        if run is not None:
-            gx, gdy = run(xs, dys, a)
-            return gx.view(x.shape), gdy.view(x.shape)
+    if run := compiled_if_worth(DOUBLE_BACKWARD[approximate], x.dtype, len(xs)):
+        gx, gdy = run(xs, dys, a)
+        return gx.view(x.shape), gdy.view(x.shape)
     acc = accumulation_dtype(x.dtype)
     scratch = Scratch(acc, x.device)
     second = _second_tanh if approximate == "tanh" else _second_erf

@@ -72,6 +72,12 @@ def compiled(formula: Formula, dtype: torch.dtype) -> Function | None:
     return _loaded[key]
 
 
+def compiled_if_worth(formula: Formula, dtype: torch.dtype, elements: int) -> Function | None:
+    """The compiled formula for so many elements, if they are worth it; float64 is never compiled."""
+    worth = elements >= LEAST_ELEMENTS and dtype != torch.float64
+    return compiled(formula, dtype) if worth else None
+
+
 def _load(formula: Formula, dtype: torch.dtype) -> Function | None:
     """From disk, or compiled now. In a thread of its own, where no mode of the caller is active."""
     global _warned

@@ -122,11 +122,10 @@ def _compiled_backward(
     """(14) by the compiled formulas; dw and db are empty unless ``asked`` for."""
     tiles = tuple(t.contiguous() for t in (x, dy, mean, rstd))
     (dx,) = rows(*tiles, mean.new_ones(x.shape[1]) if w is None else w.contiguous())
-    columns = formulas.fused(formulas.BACKWARD_COLUMNS, x) if asked else None
-    if columns is None and asked:
-        columns = formulas.BACKWARD_COLUMNS.function
-    empty = mean.new_empty(x.shape[1])
-    dw, db = columns(*tiles) if columns else (empty, empty)
+    if asked:
+        dw, db = formulas.columns(formulas.BACKWARD_COLUMNS, *tiles)
+    else:
+        dw = db = mean.new_empty(x.shape[1])
     return dx, dw, db
 
 
@@ -171,8 +170,7 @@ def layer_norm_double_backward(
         gx, gdy = run(*tiles, *(t.contiguous() for t in parts))
         gw = None
         if kept and weight is not None:
-            columns = formulas.fused(formulas.DOUBLE_BACKWARD_COLUMNS, xs)
-            (gw,) = (columns or formulas.DOUBLE_BACKWARD_COLUMNS.function)(*tiles)
+            (gw,) = formulas.columns(formulas.DOUBLE_BACKWARD_COLUMNS, *tiles)
             gw = gw.view(weight.shape).to(weight.dtype)
         return gx.view(x.shape), gw, gdy.view(x.shape)
     scratch = Scratch(accumulation_dtype(x.dtype), x.device)

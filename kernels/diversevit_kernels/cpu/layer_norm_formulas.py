@@ -10,7 +10,7 @@ Dtypes   x, dy, a in one dtype, the rest in float32; arithmetic in float32.
 import torch
 from torch import Tensor
 
-from .inductor import LEAST_ELEMENTS, Formula, Function, compiled
+from .inductor import Formula, Function, compiled_if_worth
 
 
 def _normalized(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -91,5 +91,10 @@ DOUBLE_BACKWARD_COLUMNS = _formula(
 
 def fused(formula: Formula, x: Tensor) -> Function | None:
     """The compiled formula for x [rows, width], if there is one and it is worth it."""
-    worth = x.numel() >= LEAST_ELEMENTS and min(x.shape) > 1 and x.dtype != torch.float64
-    return compiled(formula, x.dtype) if worth else None
+    compilable = min(x.shape) > 1  # sizes of 1 are not compiled for
+    return compiled_if_worth(formula, x.dtype, x.numel()) if compilable else None
+
+
+def columns(formula: Formula, *tiles: Tensor) -> tuple[Tensor, ...]:
+    """Sums over all rows of x, the first of ``tiles``; where not compiled, operator by operator."""
+    return (fused(formula, tiles[0]) or formula.function)(*tiles)

@@ -209,12 +209,11 @@ def _double_backward_kernel(
 ):
     """(36)-(39). One program owns one token, which it reads twice, or one part of one sample."""
     group, b, token, _, first, end = group_part(parts, span, N, S)
-    weight, eps = as_number(weight, S.ACC), as_number(eps, S.ACC)
-    if m_dot_ptr is None:  # before the H x H matrices take registers
-        product = gram(a, x, b, token, first, end, S, BLOCK_K)
     c, n = load_matrix(G.cosines, group, S), load_norms(G, group, S)
+    weight, eps = as_number(weight, S.ACC), as_number(eps, S.ACC)
     lam, s, m = slope(G, group, c, n, weight, eps, S)
     if m_dot_ptr is None:
+        product = gram(a, x, b, token, first, end, S, BLOCK_K)
         m_dot, c_dot = curvature(G, product, c, n, lam, s, weight, eps, S)
         store_cotangents(gdpenalties_ptr, gdcosines_ptr, group, c, c_dot, weight, S)
     else:
@@ -223,13 +222,12 @@ def _double_backward_kernel(
         k = (start + tl.arange(0, BLOCK_K)).to(S.INDEX)
         x_tile = load_heads(x, b, token, k, end, S)
         a_tile = load_heads(a, b, token, k, end, S)
-        g_tile = dot(m_dot, x_tile.to(S.ACC), mixed(m, a_tile, S), S.MIXING)
+        g_tile = mixed(m, a_tile, S) + mixed(m_dot, x_tile, S)
         store_heads(gx, b, token, k, end, g_tile, S)
         if dx is not None and S.HEADS <= 32:
             store_heads(dx, b, token, k, end, mixed(m, x_tile, S), S)
-    if (
-        dx is not None and S.HEADS > 32
-    ):  # a loop of its own: the registers do not hold all three products
+    if dx is not None and S.HEADS > 32:
+        # a loop of its own: the registers do not hold all three products
         for start in range(first, end, BLOCK_K):
             k = (start + tl.arange(0, BLOCK_K)).to(S.INDEX)
             dx_tile = mixed(m, load_heads(x, b, token, k, end, S), S)
