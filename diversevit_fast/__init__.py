@@ -18,12 +18,14 @@ from .errors import UnsupportedError, UsageError
 from .ops import attention, gelu, head_penalty, layer_norm, routed_head_penalty
 from .pruning import keep_heads, prune_heads
 from .selection import HeadChoice, select_heads
+from .support import LayerSupport, supported
 from .version import __version__
 from .warmup import warmup
 
 __all__ = [
     "HeadChoice",
     "HeadDiversity",
+    "LayerSupport",
     "UnsupportedError",
     "UsageError",
     "__version__",
@@ -40,6 +42,7 @@ __all__ = [
     "prune_heads",
     "routed_head_penalty",
     "select_heads",
+    "supported",
     "use_backend",
     "warmup",
 ]

@@ -6,12 +6,11 @@ sees the calls that forward makes. Parameters, ``state_dict`` and other modules 
 the block restores the classes. Nothing is kept on a module, so copies and pickles are plain.
 
 Inside a compiled loss (``compile_loss``) the compiler does not see a changed class, so there a layer
-runs from its qkv projection to its output projection, both known by their weights.
+runs from its first projection to its output projection, both known by their weights.
 """
 
-import sys
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -20,94 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from . import nn as dnn
+from .attention_modules import AttentionLayer, plain_class_of
 from .errors import UnsupportedError, expected
+from .multi_head import multi_head_attention
 from .ops import attention
 from .ops.attention import attention_operator
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """One attention module of a model: ``qkv`` and ``proj`` are its projections."""
-
-    index: int  # among the model's attention layers, in order of definition
-    name: str  # as in ``model.named_modules()``
-    module: Any  # ``qkv`` Linear [3 H d, D], ``proj`` Linear [D, H d], ``num_heads``, ``head_dim``
-
-    @property
-    def num_heads(self) -> int:
-        return self.module.num_heads
-
-    @property
-    def weight_qkv(self) -> Tensor:
-        """The qkv projection's weight as ``[3, H, d, D]``."""
-        return self.module.qkv.weight.unflatten(0, (3, self.num_heads, -1))
-
-    def split_qkv(self, x: Tensor) -> Tensor:
-        """The qkv projection's output, or its gradient, ``[B, N, 3 H d]`` as ``[B, N, 3, H, d]``."""
-        return x.unflatten(-1, (3, self.num_heads, -1))
-
-
-def attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """Every attention layer of ``model`` that this version can attach to, in order of definition.
-
-    Raises:
-        UsageError: ``model`` is not a module, or none was found.
-    """
-    if not isinstance(model, nn.Module):
-        raise expected("model", "a torch.nn.Module", type(model).__name__, "pass the model itself")
-    kinds = _attention_classes()
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, kinds)]
-    if not found:
-        wanted = "a model with timm Attention or dvf.nn.MultiHeadAttention layers"
-        raise expected("model", wanted, type(model).__name__, "build its attention of one of these")
-    return [AttentionLayer(i, name, module) for i, (name, module) in enumerate(found)]
-
-
-def choose_layers(model: nn.Module, layers: str | Sequence[int]) -> list[AttentionLayer]:
-    """The layers that ``"last"``, ``"all"`` or a list of indices (negative allowed) names.
-
-    Raises:
-        UsageError: unknown word, empty list, repeated or out-of-range index.
-    """
-    every = attention_layers(model)
-    if isinstance(layers, str):
-        if layers not in ("last", "all"):
-            wanted = "'last', 'all' or a list of indices"
-            raise expected("layers", wanted, repr(layers), "check the spelling")
-        return every if layers == "all" else every[-1:]
-    if not isinstance(layers, Sequence) or not layers:
-        raise expected("layers", "'last', 'all' or a list of indices", repr(layers), "name a layer")
-    chosen = [layer_index(index, len(every)) for index in layers]
-    if len(set(chosen)) < len(chosen):
-        raise expected("layers", "each layer once", list(layers), "remove the repetition")
-    return [every[index] for index in sorted(chosen)]
-
-
-def blocks_from(model: nn.Module, first: AttentionLayer) -> list[nn.Module]:
-    """The modules that hold the attention layers of ``model`` from ``first`` up, ``model`` if none does."""
-    names = [layer.name.rpartition(".")[0] for layer in attention_layers(model)[first.index :]]
-    return [model.get_submodule(name) for name in dict.fromkeys(names)]
-
-
-def layer_index(index: int, count: int) -> int:
-    """``index`` counted from the front.
-
-    Raises:
-        UsageError: not an integer, or outside ``-count .. count - 1``.
-    """
-    if isinstance(index, bool) or not isinstance(index, int) or not -count <= index < count:
-        wanted = f"layer indices from {-count} to {count - 1}"
-        raise expected("layers", wanted, repr(index), f"the model has {count} attention layers")
-    return index % count
-
-
-def _attention_classes() -> tuple[type, ...]:
-    """Classes with ``qkv``, ``proj``, ``num_heads`` that call attention once; timm's if imported."""
-    timm = sys.modules.get("timm.layers.attention") or sys.modules.get(
-        "timm.models.vision_transformer"
-    )
-    return (dnn.MultiHeadAttention, *([timm.Attention] if timm is not None else []))
 
 
 def _refuse_compiled(model: nn.Module, first: AttentionLayer) -> None:
@@ -148,8 +64,9 @@ class _Mode(TorchFunctionMode):
 class Attachment:
     """A context in which chosen modules' forwards run inside wrappers and torch calls are seen.
 
-    Subclasses say what happens: ``projected`` sees a layer's qkv projection output and returns what
-    the model goes on with, ``attended`` runs a layer's attention, ``elsewhere`` sees other calls.
+    Subclasses say what happens: ``started`` is told that a layer runs, ``projected`` sees the outputs of
+    its projections and returns what the model goes on with, ``attended`` runs its attention,
+    ``elsewhere`` sees other calls. Forwards on other threads are left alone.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
@@ -161,17 +78,23 @@ class Attachment:
         self._classes: dict[tuple[nn.Module, type], type] = {}
         self._swapped: list[tuple[nn.Module, type, type]] = []
         self._running: AttentionLayer | None = None
+        self._attended = False
         self._mode = _Mode(self)
-        self._inside = False
+        self._thread: int | None = None  # that entered
         self._active = True  # the last block was not one that does nothing
 
     def active(self) -> bool:
         """Asked at each entry: whether this ``with`` block does anything."""
         return True
 
-    def projected(self, layer: AttentionLayer, qkv: Tensor) -> Tensor:
-        """Called with the qkv projection's output ``[B, N, 3 H d]``."""
-        return qkv
+    def started(self, layer: AttentionLayer) -> None:
+        """Called when a layer begins to run."""
+
+    def projected(
+        self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
+    ) -> Tensor:
+        """Called with a projection's input, weight and output ``[B, N, len(roles) H d]``."""
+        return out
 
     def attended(
         self,
@@ -193,18 +116,18 @@ class Attachment:
         self._wrappers[module] = wrapper if inner is None else _around(wrapper, inner)
 
     def __enter__(self) -> "Attachment":
-        if self._inside:
+        if self._thread is not None:
             raise expected("with", "a context that is not entered", "one that is", "enter it once")
         self._active = self.active()
         if self._active:
             _refuse_broken_graph()
             self._swap_classes()
             self._mode.__enter__()
-        self._inside = True
+        self._thread = _this_thread()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._inside = False
+        self._thread = None
         if self._active:
             self._mode.__exit__(*exception)
         self._running = None
@@ -214,24 +137,68 @@ class Attachment:
                 module.__class__ = before
 
     def _see(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is F.linear and torch.compiler.is_compiling():
-            self._follow(args[1])
+        compiling = torch.compiler.is_compiling()
+        if func is F.linear and compiling:
+            self._follow(_linear_call(args, kwargs)[1])
         layer = self._running
+        if func is F.multi_head_attention_forward:
+            if layer is None and compiling:
+                layer = self._begun_by(args)
+            return self._see_multi_head(layer, args, kwargs)
         if layer is None:
             return self.elsewhere(func, args, kwargs)
-        if func is F.linear and args[1] is layer.module.qkv.weight:
-            return self.projected(layer, func(*args, **kwargs))
+        if func is F.linear:
+            x, weight = _linear_call(args, kwargs)
+            made = layer.projection_of(weight)
+            if made is None:
+                return func(*args, **kwargs)
+            return self.projected(layer, made.roles, x, weight, func(*args, **kwargs))
         if func in (F.scaled_dot_product_attention, attention):
-            return self.attended(layer, func, *_split_attention_call(args, kwargs))
+            return self._attend(layer, func, *_split_attention_call(args, kwargs))
         if func is attention_operator._opoverload:  # a compiler sees the operator, not its function
             options: dict[str, Any] = {}
             options["attn_mask"], options["is_causal"], options["scale"] = args[3:]
-            return (self.attended(layer, attention, args[:3], options),)
+            return (self._attend(layer, attention, args[:3], options),)
         return self.elsewhere(func, args, kwargs)
+
+    def _see_multi_head(
+        self, layer: AttentionLayer | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """PyTorch's whole multi-head attention, of a chosen layer or not."""
+        if layer is None or not layer.is_torch:
+            return self.elsewhere(F.multi_head_attention_forward, args, kwargs)
+
+        def project(roles: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self.projected(layer, roles, x, weight, F.linear(x, weight, bias))
+
+        def attend(*qkv: Tensor, **options: Any) -> Tensor:
+            return self._attend(layer, F.scaled_dot_product_attention, qkv, options)
+
+        return multi_head_attention(args, kwargs, project, attend)
+
+    def _attend(self, layer: AttentionLayer, attend: Forward, qkv: Any, options: Any) -> Tensor:
+        q = qkv[0]
+        if self._attended:
+            raise UnsupportedError(
+                f"model: {layer.name} calls attention more than once, so what a head is is not clear"
+            )
+        if q.ndim != 4 or q.shape[1] != layer.num_heads:
+            raise UnsupportedError(
+                f"model: {layer.name} has {layer.num_heads} heads but calls attention with "
+                f"{list(q.shape)}, which is not [B, H, N, d]"
+            )
+        self._attended = True
+        return self.attended(layer, attend, qkv, options)
 
     def _swap_classes(self) -> None:
         if torch.compiler.is_compiling():
             return
+        for layer in self.layers:
+            if "forward" in vars(layer.module):
+                raise UnsupportedError(
+                    f"model: {layer.name} has a forward put on the instance, which would pass by this "
+                    "context; remove it (accelerate: remove_hook_from_module)"
+                )
         for module, wrapper in self._wrappers.items():
             before = type(module)
             key = (module, before)
@@ -240,23 +207,60 @@ class Attachment:
             module.__class__ = self._classes[key]
             self._swapped.append((module, before, self._classes[key]))
 
+    def _begin(self, layer: AttentionLayer) -> None:
+        self._running, self._attended = layer, False
+        self.started(layer)
+
+    def _finish(self, layer: AttentionLayer) -> None:
+        if not self._attended:
+            raise UnsupportedError(
+                f"model: {layer.name} ({type(layer.module).__name__}) computed attention without "
+                f"F.scaled_dot_product_attention, so its heads cannot be seen; {_HOW_TO_FUSE}"
+            )
+
     def _follow(self, weight: Tensor) -> None:
-        """Under a compiler: which layer is running once ``weight`` was multiplied with."""
+        """Under a compiler: which layer is running once ``weight`` is multiplied with."""
         for layer in self.layers:
-            if weight is layer.module.qkv.weight:
-                self._running = layer
-            elif weight is layer.module.proj.weight:
+            if self._running is not layer and layer.projection_of(weight) is not None:
+                self._begin(layer)
+            elif self._running is layer and layer.output and weight is layer.output.weight:
+                self._finish(layer)
                 self._running = None
+
+    def _begun_by(self, args: tuple[Any, ...]) -> AttentionLayer | None:
+        """Under a compiler: the layer whose weights a call of PyTorch's multi-head attention has."""
+        for layer in self.layers:
+            if layer.is_torch and layer.projections[0].weight in args:
+                self._attended = False
+                self.started(layer)
+                return layer
+        return None
 
     def _run_layer(self, layer: AttentionLayer) -> Wrapper:
         def run(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
-            before, self._running = self._running, layer
-            try:
+            if self._thread != _this_thread():
                 return forward(*args, **kwargs)
+            before = self._running, self._attended
+            self._begin(layer)
+            try:
+                result = forward(*args, **kwargs)
+                self._finish(layer)
             finally:
-                self._running = before
+                self._running, self._attended = before
+            return result
 
         return run
+
+
+_HOW_TO_FUSE = (
+    "for transformers set attn_implementation='sdpa', inside a compiled loss timm's fused_attn=True, "
+    "or choose other layers"
+)
+
+
+def _this_thread() -> int:
+    """0 under a compiler, which does not trace threads."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _around(outer: Wrapper, inner: Wrapper) -> Wrapper:
@@ -285,6 +289,12 @@ def open_attachments() -> list[Attachment]:
     return [mode.owner for mode in modes if isinstance(mode, _Mode)]
 
 
+def _linear_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """(input, weight) of a call of F.linear."""
+    named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+    return named["input"], named["weight"]
+
+
 def _split_attention_call(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
@@ -299,7 +309,10 @@ _ATTENTION_ALIASES = {"query": "q", "key": "k", "value": "v"}
 
 
 def _wrapped_class(base: type, wrapper: Wrapper) -> type:
-    """A subclass of ``base`` under its own name whose forward goes through ``wrapper``."""
+    """A subclass of ``base`` under its own name whose forward goes through ``wrapper``.
+
+    timm's modules ask ``self.fused_attn`` whether to call attention or to multiply by themselves: yes.
+    """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plain = super(swapped, self).forward  # pyright: ignore (a class made here)
@@ -314,6 +327,7 @@ def _wrapped_class(base: type, wrapper: Wrapper) -> type:
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
         "_plain_class": plain_class_of(base),
+        "fused_attn": property(lambda _: True),  # wins over what the instance says
     }
     swapped = type(base.__name__, (base,), body)
     return swapped
@@ -321,12 +335,3 @@ def _wrapped_class(base: type, wrapper: Wrapper) -> type:
 
 def _bare_instance(cls: Any) -> Any:
     return cls.__new__(cls)
-
-
-def plain_class(module: nn.Module) -> type:
-    """The class that ``module`` has outside every ``Attachment``."""
-    return plain_class_of(type(module))
-
-
-def plain_class_of(cls: type) -> type:
-    return cls.__dict__.get("_plain_class", cls)

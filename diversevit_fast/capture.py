@@ -5,8 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attach import Attachment, AttentionLayer, Forward, choose_layers
+from .attach import Attachment, Forward
+from .attention_modules import AttentionLayer, choose_layers
 from .errors import expected
+from .parallel import unwrapped
+from .support import refuse
 
 
 class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
@@ -22,16 +25,18 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
     the context is entered again.
 
     Args:
-        model: a model with timm ``Attention`` or ``dvf.nn.MultiHeadAttention`` layers.
+        model: as in ``HeadDiversity``.
         layers: ``"last"``, ``"all"`` or a list of indices (negative allowed).
 
     Raises:
         UsageError: no attention found, or a layer that does not exist.
-        UnsupportedError: the model is compiled at or above a chosen layer.
+        UnsupportedError: the model is compiled at or above a chosen layer, or its heads cannot be seen.
     """
 
     def __init__(self, model: nn.Module, layers: str | Sequence[int] = "all"):
+        model = unwrapped(model)
         super().__init__(model, choose_layers(model, layers))
+        refuse(self.layers, "wrt='output'")
         self._heads: dict[int, Tensor] = {}
 
     def __enter__(self) -> "capture_heads":
@@ -62,6 +67,6 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
         """
         layer = self.layers[position]
         if layer.index not in self._heads:
-            cure = "run the model inside the `with` block; timm layers need fused_attn=True"
+            cure = "run the model inside the `with` block"
             raise expected(f"heads[{position}]", "a forward of " + layer.name, "none", cure)
         return self._heads[layer.index]

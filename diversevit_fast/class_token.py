@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attach import plain_class
+from .attention_modules import plain_class
 
 
 def one_token_block(model: nn.Module, attention: nn.Module) -> nn.Module | None:

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attach import Attachment, AttentionLayer, Forward, blocks_from, choose_layers
+from .attach import Attachment, Forward
+from .attention_modules import AttentionLayer, blocks_from, choose_layers
 from .class_token import one_token_block, one_token_forward
 from .errors import UnsupportedError, expected
 from .head_gradients import (
     Captured,
+    HeadGradients,
+    Projected,
     Target,
     check_logits,
     check_target,
@@ -20,9 +23,14 @@ from .head_gradients import (
     prediction_score,
     unreached,
 )
+from .inner_scale import InnerScale
+from .multi_head import multi_head_attention
 from .ops import attention, gelu, layer_norm
 from .ops.checks import check_choice
+from .parallel import kept_unsharded, refuse_static_graph, unwrapped
 from .sampling import SampleSplit
+from .self_attention import read_from_input
+from .support import refuse
 
 
 class HeadDiversity(Attachment):
@@ -60,11 +68,15 @@ class HeadDiversity(Attachment):
     Inside ``dvf.compile_loss`` neither is available.
 
     Args:
-        model: a model with timm ``Attention`` or ``dvf.nn.MultiHeadAttention`` layers.
+        model: a ViT of timm, transformers, torchvision or open_clip, or of ``dvf.nn``; also inside DDP, or
+            sharded by FSDP2. ``dvf.supported(model)`` says which of its layers allow what.
         layers: ``"last"`` (the paper), ``"all"``, or a list of indices (negative allowed). The penalty
             is the mean over the chosen layers.
         wrt: ``"input"`` (the paper): gradients that each head alone passes to its layer's input,
-            through the qkv projection. ``"output"``: gradients of the head outputs.
+            through its queries, keys and values, be it by q/k norm and RoPE. Where the queries are
+            made of another tensor (attention pooling), the input is that of keys and values.
+            ``"output"``: gradients of the head outputs, as attention returns them (before any
+            gate or norm across heads).
         granularity: ``"token"`` (the paper) or ``"sample"``: one Gram matrix per token, or per sample.
         reduction: ``"all"`` (the paper) divides by H^2, ``"pairs"`` by H (H - 1).
         target: what is differentiated: ``"logit"`` (the largest, the paper), ``"probability"``, or a
@@ -72,6 +84,9 @@ class HeadDiversity(Attachment):
         every: k, a whole number of at least 1.
         fraction: f, above 0 and at most 1.
         generator: draws the samples; PyTorch's global one of the samples' device if None.
+        grad_scale: factor on the prediction whose gradient is taken; the penalty does not depend on it.
+            None: 1, and where gradients are float16 one that neither overflows nor vanishes (costs a
+            synchronisation each step).
 
     Attributes:
         cosines: of the last ``penalty`` that was not a zero of ``every``, the detached cosine Gram
@@ -84,7 +99,8 @@ class HeadDiversity(Attachment):
     Raises:
         UsageError: unknown words or layers, no attention found, one head with ``"pairs"``, an ``every``
             or ``fraction`` out of range.
-        UnsupportedError: the model is compiled at or above a chosen layer; with ``fraction`` below 1, a
+        UnsupportedError: the model is compiled at or above a chosen layer; a chosen layer does not
+            allow ``wrt``; FSDP1, DataParallel, DDP with ``static_graph``; with ``fraction`` below 1, a
             block with BatchNorm, or one called with several tensors.
 
     Source: arXiv 2308.16274, section 3; all heads from one backward pass instead of one each.
@@ -102,6 +118,7 @@ class HeadDiversity(Attachment):
         every: int = 1,
         fraction: float = 1.0,
         generator: torch.Generator | None = None,
+        grad_scale: float | None = None,
     ):
         check_choice("wrt", wrt, ("input", "output"))
         check_choice("granularity", granularity, ("token", "sample"))
@@ -109,7 +126,9 @@ class HeadDiversity(Attachment):
         check_target(target)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise expected("every", "a whole number of at least 1", repr(every), "1 is each step")
+        model = unwrapped(model)
         super().__init__(model, choose_layers(model, layers))
+        refuse(self.layers, f"wrt={wrt!r}")
         self.wrt, self.granularity, self.reduction = wrt, granularity, reduction
         self.target: Target = target
         self.num_heads = [layer.num_heads for layer in self.layers]
@@ -121,7 +140,11 @@ class HeadDiversity(Attachment):
         self.cosines: list[Tensor] = []
         self.samples: Tensor | None = None
         self._captured: list[Captured] = []
+        self._projected: list[
+            tuple[Projected, Tensor]
+        ] = []  # of the running layer, and their inputs
         self._class_token_only = False
+        self._scale = InnerScale(grad_scale)
         self._wrap_last_block()
         self._split = SampleSplit(fraction, generator)
         for block in blocks_from(model, self.layers[0]) if self._split.fraction < 1 else ():
@@ -146,12 +169,13 @@ class HeadDiversity(Attachment):
         score = prediction_score(logits, self.target)
         captured, self._captured = self._captured, []
         samples = self._split.samples(len(score)) if captured else None
-        grads = head_gradients(score, captured) if captured else []
+        self._check_samples(captured, len(score) if samples is None else len(samples))
+        grads, scale = self._differentiate(score, captured) if captured else ([], 1.0)
         values: dict[int, list[Tensor]] = {layer.index: [] for layer in self.layers}
         cosines: dict[int, Tensor] = {}
         for grad, run in zip(grads, captured, strict=True):
-            if grad is not None:
-                value, cosine = layer_penalty(grad, run, self.granularity, self.reduction)
+            if any(g is not None for g in grad):
+                value, cosine = layer_penalty(grad, run, self.granularity, self.reduction, scale)
                 values[run.layer].append(value)
                 cosines[run.layer] = cosine.detach()
         missing = [layer.name for layer in self.layers if not values[layer.index]]
@@ -177,10 +201,17 @@ class HeadDiversity(Attachment):
         self.step += 1
         return (self.step - 1) % self.every == 0
 
-    def projected(self, layer: AttentionLayer, qkv: Tensor) -> Tensor:
+    def started(self, layer: AttentionLayer) -> None:
+        self._projected = []
+
+    def projected(
+        self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
+    ) -> Tensor:
         if self.wrt == "output" or not self._capturing():
-            return qkv
-        return self._capture(layer, qkv, qkv.shape[1], layer.weight_qkv)
+            return out
+        out = self._followed(layer, out)
+        self._projected.append((Projected(out, roles, weight, layer.rows_of(roles)), x))
+        return out
 
     def attended(
         self,
@@ -196,32 +227,59 @@ class HeadDiversity(Attachment):
             q = q[..., :1, :]
         attend = attention if self._second_order() else attend
         heads = attend(q, k, v, **options)
-        if self.wrt == "output" and self._capturing():
-            heads = self._capture(layer, heads, tokens)
+        if self._capturing():
+            if self.wrt == "output":
+                heads = self._followed(layer, heads)
+                run = Captured(layer.index, layer.num_heads, tokens, heads)
+            else:
+                made = read_from_input(layer, self._projected)
+                run = Captured(layer.index, layer.num_heads, tokens, projected=made)
+            self._captured.append(run)
+            self._projected = []
         return heads.expand(*heads.shape[:-2], tokens, heads.shape[-1]) if one_token else heads
 
     def elsewhere(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ours = _TWICE_DIFFERENTIABLE.get(func) if self._second_order() else None
         if ours is None:
             return func(*args, **kwargs)
+        if ours is multi_head_attention:
+            return multi_head_attention(args, kwargs)
         return ours(*args, **{_ALIASES.get(name, name): x for name, x in kwargs.items()})
 
     def _capturing(self) -> bool:
         return torch.is_grad_enabled() and not self._split.with_rest
 
-    def _capture(
-        self, layer: AttentionLayer, x: Tensor, tokens: int, weight: Tensor | None = None
-    ) -> Tensor:
+    def _followed(self, layer: AttentionLayer, x: Tensor) -> Tensor:
+        """``x``, or where a frozen model gave it no graph, one that begins there."""
         if not torch.compiler.is_compiling():
             self._split.check_reached(layer.name, len(x))
             _refuse_checkpointing()
-        x = x if x.requires_grad else x.detach().requires_grad_()  # a frozen model gave it no graph
-        self._captured.append(Captured(layer.index, x, tokens, weight))
-        return x
+            refuse_static_graph()
+        return x if x.requires_grad else x.detach().requires_grad_()
+
+    def _differentiate(
+        self, score: Tensor, captured: list[Captured]
+    ) -> tuple[list[HeadGradients], float]:
+        tensors = [x for run in captured for x in run.tensors]
+        with kept_unsharded(self.model):
+            return self._scale.apply(
+                tensors, lambda factor: head_gradients(score, captured, factor)
+            )
+
+    def _check_samples(self, captured: list[Captured], batch: int) -> None:
+        """One Gram matrix per sample needs a layer's first axis to be the samples, unlike windows."""
+        for run in captured if self.granularity == "sample" else ():
+            if len(run.tensors[0]) != batch:
+                raise UnsupportedError(
+                    f"granularity: a chosen layer runs on {len(run.tensors[0])} groups of tokens of "
+                    f"{batch} samples, so 'sample' is not what it says; use 'token'"
+                )
 
     def _second_order(self) -> bool:
         """Whether what runs now is differentiated twice: it may depend on a captured tensor."""
-        return bool(self._captured) and (not self._split.with_rest or self._split.entangled)
+        return bool(self._captured or self._projected) and (
+            not self._split.with_rest or self._split.entangled
+        )
 
     def _refuse_amortised(self) -> None:
         if self.every > 1 or self._split.fraction < 1:
@@ -264,6 +322,7 @@ def _refuse_checkpointing() -> None:
 
 _TWICE_DIFFERENTIABLE: dict[Any, Forward] = {
     F.scaled_dot_product_attention: attention,
+    F.multi_head_attention_forward: multi_head_attention,
     F.layer_norm: layer_norm,
     F.gelu: gelu,
 }

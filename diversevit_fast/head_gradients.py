@@ -7,7 +7,7 @@ the head's slice of the qkv projection's output, so one backward pass gives ever
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,18 +19,38 @@ Target = Literal["logit", "probability"] | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Projected:
+    """The output of a linear layer that makes queries, keys or values, ``[B, N, len(roles) H d]``.
+
+    ``roles`` are some of "qkv", in this order; they are made by the last len(roles) H d rows of
+    ``weight``, H d being those of a whole ``[B, H, N, d]``. ``[B, H d]``: of the first token alone.
+    """
+
+    tensor: Tensor
+    roles: str
+    weight: Tensor
+    rows: int  # len(roles) H d
+
+
+@dataclass(frozen=True)
 class Captured:
     """What one run of one attention layer left behind for the penalty.
 
-    ``weight_qkv`` None: ``tensor`` is the head output ``[B, H, n, d]``. Else ``tensor`` is the qkv
-    projection's output ``[B, N, 3 H d]`` and ``weight_qkv`` its weight ``[3, H, d, D]``. ``tokens`` is N;
-    n < N when only the first n query tokens were computed: the others have zero gradient.
+    ``heads``: the head output ``[B, H, n, d]``, or None where the gradient of the layer's input is asked
+    for, which comes from ``projected``. ``tokens`` is N; n < N when only the first n query tokens were
+    computed: the others have zero gradient.
     """
 
     layer: int
-    tensor: Tensor
+    num_heads: int
     tokens: int
-    weight_qkv: Tensor | None = None
+    heads: Tensor | None = None
+    projected: tuple[Projected, ...] = ()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What to differentiate with respect to."""
+        return [part.tensor for part in self.projected] if self.heads is None else [self.heads]
 
 
 def check_target(target: Target) -> None:
@@ -73,35 +93,76 @@ def check_logits(logits: Tensor) -> None:
         raise expected("logits", "a tensor with a graph", "one without", cure)
 
 
-def head_gradients(score: Tensor, captured: Sequence[Captured]) -> list[Tensor | None]:
-    """d sum(score) / d captured.tensor, from one backward pass; None where there is no path."""
+HeadGradients = list[Tensor | None]
+"""Of one ``Captured``'s tensors; None where there is no path."""
+
+
+def head_gradients(
+    score: Tensor, captured: Sequence[Captured], scale: float = 1.0
+) -> list[HeadGradients]:
+    """d sum(scale * score) / d of every captured tensor, from one backward pass."""
     create_graph = torch.is_grad_enabled()
-    tensors = [c.tensor for c in captured]
+    total = score.sum() if scale == 1 else score.sum() * scale
+    tensors = [x for c in captured for x in c.tensors]
     grads = torch.autograd.grad(
-        score.sum(), tensors, create_graph=create_graph, retain_graph=True, allow_unused=True
+        total, tensors, create_graph=create_graph, retain_graph=True, allow_unused=True
     )
-    return list(grads)
+    rest = iter(grads)
+    return [[next(rest) for _ in c.tensors] for c in captured]
 
 
 def layer_penalty(
-    grad: Tensor, captured: Captured, granularity: str, reduction: str
+    grads: HeadGradients,
+    captured: Captured,
+    granularity: str,
+    reduction: str,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """One layer's penalty (scalar) and cosines, from the gradient of what was captured."""
-    if captured.weight_qkv is None:
+    """One layer's penalty (scalar) and cosines, from the gradients of what was captured, times ``scale``."""
+    kind: dict[str, Any] = {"granularity": granularity, "reduction": reduction}
+    kind |= {"eps": 1e-12 * scale, "return_cosines": True}
+    if captured.heads is not None:
+        (grad,) = grads
+        assert grad is not None
         rows = grad.shape[2] / captured.tokens if granularity == "token" else 1.0
-        value, cosines = head_penalty(
-            grad, granularity=granularity, reduction=reduction, return_cosines=True
-        )
+        value, cosines = head_penalty(grad, **kind)
         return value * rows, cosines
-    _, heads, width, _ = captured.weight_qkv.shape
-    value, cosines = routed_head_penalty(
-        grad.unflatten(-1, (3, heads, width)),
-        captured.weight_qkv.to(grad.dtype),
-        granularity=granularity,
-        reduction=reduction,
-        return_cosines=True,
-    )
-    return value, cosines
+    grad, weight = _routed(grads, captured)
+    return routed_head_penalty(grad, weight.to(grad.dtype), **kind)  # pyright: ignore[reportReturnType]
+
+
+def _routed(grads: HeadGradients, captured: Captured) -> tuple[Tensor, Tensor]:
+    """The gradient of q, k and v ``[B, N, 3, H, d]`` and their weight ``[3, H, d, D]``.
+
+    What one layer made in one product is a view; else the parts are joined, with zeros for queries that
+    read another tensor than the layer's input.
+    """
+    heads = captured.num_heads
+    if len(captured.projected) == 1 and captured.projected[0].roles == "qkv":
+        return _by_head(grads[0], captured.projected[0], heads)
+    made: dict[str, tuple[Tensor, Tensor]] = {}
+    for grad, part in zip(grads, captured.projected, strict=True):
+        values, weight = _by_head(grad, part, heads)
+        for place, role in enumerate(part.roles):
+            made[role] = values[:, :, place], weight[place]
+    key, key_weight = made["k"]
+    query, query_weight = made.get("q", (key.new_zeros(()).expand_as(key), key_weight))
+    if query.shape[1] < key.shape[1]:
+        rest = key.shape[1] - query.shape[1]
+        query = torch.nn.functional.pad(query, (0, 0, 0, 0, 0, rest))
+    value, value_weight = made["v"]
+    weights = torch.stack([query_weight, key_weight, value_weight])
+    return torch.stack([query, key, value], 2), weights
+
+
+def _by_head(grad: Tensor | None, part: Projected, heads: int) -> tuple[Tensor, Tensor]:
+    """A projection's gradient ``[B, N, roles, H, d]`` and its weight ``[roles, H, d, D]``."""
+    roles = len(part.roles)
+    grad = torch.zeros_like(part.tensor) if grad is None else grad
+    before = len(part.weight) - part.rows
+    grad, weight = (grad[..., before:], part.weight[before:]) if before else (grad, part.weight)
+    grad = grad.unsqueeze(1) if grad.ndim == 2 else grad.flatten(1, -2) if grad.ndim > 3 else grad
+    return grad.unflatten(-1, (roles, heads, -1)), weight.unflatten(0, (roles, heads, -1))
 
 
 def unreached(layers: Sequence[str]) -> UsageError:

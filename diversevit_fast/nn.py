@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedError, expected
-from .head_gradients import Captured, head_gradients, layer_penalty
+from .head_gradients import Captured, Projected, head_gradients, layer_penalty
 from .ops import attention, gelu, layer_norm
 from .ops.checks import check_choice
 
@@ -168,13 +168,19 @@ class HeadPenalty(nn.Module):
         tensor = _last_run.recall(attention, "qkv" if self.wrt == "input" else "heads")
         if tensor is None or not tensor.requires_grad:
             raise expected("attention", "a forward whose graph is alive", "none", cure)
-        tokens = tensor.shape[1] if self.wrt == "input" else tensor.shape[2]
-        weight = attention.qkv.weight.unflatten(0, (3, attention.num_heads, -1))
-        run = Captured(0, tensor, tokens, weight if self.wrt == "input" else None)
-        (grad,) = head_gradients(score, [run])
-        if grad is None:
+        run = self._run_of(attention, tensor)
+        (grads,) = head_gradients(score, [run])
+        if grads[0] is None:
             raise expected("score", wanted, "one that does not depend on it", cure)
-        return layer_penalty(grad, run, self.granularity, self.reduction)[0]
+        return layer_penalty(grads, run, self.granularity, self.reduction)[0]
+
+    def _run_of(self, attention: MultiHeadAttention, tensor: Tensor) -> Captured:
+        heads = attention.num_heads
+        if self.wrt == "output":
+            return Captured(0, heads, tensor.shape[2], tensor)
+        weight = attention.qkv.weight
+        made = Projected(tensor, "qkv", weight, len(weight))
+        return Captured(0, heads, tensor.shape[1], projected=(made,))
 
     def extra_repr(self) -> str:
         return f"wrt={self.wrt!r}, granularity={self.granularity!r}, reduction={self.reduction!r}"

@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import Attachment, AttentionLayer, Forward, attention_layers, layer_index
-from .errors import UnsupportedError, expected
+from .attach import Attachment, Forward
+from .attention_modules import (
+    HEAD_COUNTS,
+    AttentionLayer,
+    Projection,
+    attention_layers,
+    layer_index,
+)
+from .errors import expected
+from .parallel import unwrapped
+from .support import refuse
 
 Kept = Mapping[int, Sequence[int]]
 
@@ -23,17 +32,21 @@ class keep_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
     ...     logits = model(images)
 
     Args:
-        model: a model with timm ``Attention`` or ``dvf.nn.MultiHeadAttention`` layers.
+        model: as in ``HeadDiversity``.
         heads: for each layer index (negative allowed), the heads that stay; other layers keep all.
         rescale: multiply the heads that stay by H / kept.
 
     Raises:
         UsageError: a layer or head that does not exist, or an empty selection.
+        UnsupportedError: a layer's heads cannot be seen (its attention is no call of
+            ``F.scaled_dot_product_attention``).
     """
 
     def __init__(self, model: nn.Module, heads: Kept, rescale: bool = True):
+        model = unwrapped(model)
         kept = check_kept(model, heads)
         super().__init__(model, [layer for layer, _ in kept])
+        refuse(self.layers, "mask")
         self._scale = {layer.index: head_scale(layer, which, rescale) for layer, which in kept}
 
     def attended(
@@ -75,10 +88,10 @@ def head_scale(layer: AttentionLayer, kept: Sequence[int], rescale: bool) -> Ten
 def prune_heads(model: nn.Module, heads: Kept, rescale: bool = True) -> nn.Module:
     """Remove the heads not listed: same outputs as ``keep_heads``, smaller, saved as any model.
 
-    The layer's qkv projection loses the rows and its output projection the columns of the heads that
-    go; H / kept is folded into the latter. The model is changed in place, entirely or, if an
-    argument is wrong, not at all; each pruned layer's ``kept_heads`` says which original heads are
-    left. To load a pruned ``state_dict``, prune a fresh model alike, then load.
+    The layer's projections lose the rows and its output projection the columns of the heads that go; H /
+    kept is folded into the latter. The model is changed in place, entirely or, if an argument is
+    wrong, not at all; each pruned layer's ``kept_heads`` says which original heads are left.
+    ``save_pruned`` and ``load_pruned`` keep it in a file.
 
     Args:
         model, heads, rescale: as in ``keep_heads``.
@@ -88,16 +101,11 @@ def prune_heads(model: nn.Module, heads: Kept, rescale: bool = True) -> nn.Modul
 
     Raises:
         UsageError: a layer or head that does not exist, or an empty selection.
-        UnsupportedError: something in the layer mixes heads (timm's ``scale_norm``, ``gated``).
+        UnsupportedError: the module's own forward does not allow fewer heads, or something in it mixes
+            heads (timm's ``scale_norm``, ``gated``); ``keep_heads`` masks them.
     """
     kept = check_kept(model, heads)
-    for layer, _ in kept:
-        norm, gate = getattr(layer.module, "norm", None), getattr(layer.module, "gate", None)
-        if gate is not None or not (norm is None or isinstance(norm, nn.Identity)):
-            raise UnsupportedError(
-                f"model: {layer.name} has a norm or gate across heads after attention, so its heads "
-                "cannot be removed; use dvf.keep_heads"
-            )
+    refuse([layer for layer, _ in kept], "prune")
     for layer, which in kept:
         _remove(layer, which, rescale)
     return model
@@ -105,31 +113,41 @@ def prune_heads(model: nn.Module, heads: Kept, rescale: bool = True) -> nn.Modul
 
 @torch.no_grad()
 def _remove(layer: AttentionLayer, kept: list[int], rescale: bool) -> None:
-    attn, heads = layer.module, layer.num_heads
+    module, heads = layer.module, layer.num_heads
     factor = heads / len(kept) if rescale else 1.0
-    rows = _channels(attn.qkv.weight.unflatten(0, (3, heads, -1)), kept, 1).flatten(0, 2)
-    bias = attn.qkv.bias
-    if bias is not None:
-        bias = _channels(bias.unflatten(0, (3, heads, -1)), kept, 1).flatten()
-    columns = _channels(attn.proj.weight.unflatten(1, (heads, -1)), kept, 1).flatten(1) * factor
-    original = getattr(attn, "kept_heads", tuple(range(heads)))
+    original = getattr(module, "kept_heads", tuple(range(heads)))
+    for projection in layer.projections:
+        _shrink_projection(projection, heads, kept)
+    output: Any = layer.output
+    output.weight = _like(output.weight, _channels(output.weight, heads, kept, 1) * factor)
+    output.in_features = output.weight.shape[1]
+    for name in HEAD_COUNTS:
+        if hasattr(module, name):
+            setattr(module, name, len(kept))
+    module.kept_heads = tuple(original[h] for h in kept)
+    width = output.in_features
+    for name in ("attn_dim", "kv_dim"):  # timm's
+        if hasattr(module, name):
+            setattr(module, name, width)
+    if hasattr(module, "num_kv_heads"):
+        module.num_kv_heads = len(kept)
 
-    attn.qkv = _linear_like(attn.qkv, rows, bias)
-    attn.proj = _linear_like(attn.proj, columns, attn.proj.bias)
-    attn.num_heads = len(kept)
-    attn.kept_heads = tuple(original[h] for h in kept)
-    if hasattr(attn, "attn_dim"):
-        attn.attn_dim = columns.shape[1]
+
+def _shrink_projection(projection: Projection, heads: int, kept: list[int]) -> None:
+    linear: Any = projection.owner
+    groups = len(projection.roles) * heads
+    rows = [role * heads + h for role in range(len(projection.roles)) for h in kept]
+    linear.weight = _like(linear.weight, _channels(linear.weight, groups, rows, 0))
+    if linear.bias is not None:
+        linear.bias = _like(linear.bias, _channels(linear.bias, groups, rows, 0))
+    linear.out_features = len(linear.weight)
 
 
-def _channels(weight: Tensor, kept: list[int], dim: int) -> Tensor:
-    return weight.index_select(dim, torch.tensor(kept, device=weight.device))
+def _channels(x: Tensor, groups: int, kept: list[int], dim: int) -> Tensor:
+    """``x`` whose axis ``dim`` is so many equal groups, with those kept."""
+    chosen = torch.tensor(kept, device=x.device)
+    return x.unflatten(dim, (groups, -1)).index_select(dim, chosen).flatten(dim, dim + 1)
 
 
-def _linear_like(old: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A Linear with these weights and ``old``'s dtype, device, mode and requires_grad."""
-    new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    new.weight = nn.Parameter(weight.clone(), requires_grad=old.weight.requires_grad)
-    if bias is not None and old.bias is not None:
-        new.bias = nn.Parameter(bias.clone(), requires_grad=old.bias.requires_grad)
-    return new.train(old.training)
+def _like(old: Tensor, new: Tensor) -> nn.Parameter:
+    return nn.Parameter(new.clone(), requires_grad=old.requires_grad)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .attach import AttentionLayer, choose_layers
+from .attention_modules import AttentionLayer, choose_layers
 from .errors import expected
 from .ops.checks import check_choice
 from .pruning import keep_heads

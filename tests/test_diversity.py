@@ -16,6 +16,15 @@ import diversevit_fast.diversity as diversity_module
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.models import DiverseViT
 
+
+class Multiplying(nn.Module):
+    """Attention that calls no attention."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.proj((q @ k.mT).softmax(-1) @ v)
+
+
 MODELS = {
     "diverse-vit": diverse_vit,
     "diverse-vit-residual": lambda: diverse_vit(last_residual=True),
@@ -423,14 +432,18 @@ class TestBadLogits:
         self.fails(logits, r"target: expected a callable returning \[3\]", diversity)
 
     def test_attention_that_calls_no_kernel(self):
-        """timm's unfused attention cannot be seen: loud, not a plain model called regularised."""
+        """A module that multiplies by itself is refused, not called regularised; timm's can do both."""
         model = timm_vit()
+        images = images_for(model)
+        expect = regularised(model, images)[1]
         for attention in attentions(model):
             attention.fused_attn = False
-        diversity = dvf.HeadDiversity(model, wrt="output")
-        with diversity:
-            logits = model(images_for(model))
-        self.fails(logits, "logits computed under this context", diversity)
+        torch.testing.assert_close(regularised(model, images)[1], expect)
+        assert not model.blocks[-1].attn.fused_attn
+        model.blocks[-1].attn.__class__ = Multiplying
+        for context in (dvf.HeadDiversity(model), dvf.keep_heads(model, {-1: [0]})):
+            with pytest.raises(UnsupportedError, match=r"blocks.2.attn .* without F.sc"), context:
+                model(images)
 
     def test_entered_twice(self):
         diversity = dvf.HeadDiversity(diverse_vit())

@@ -48,8 +48,8 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 
 
 def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    """Of every parameter, zeros where the loss does not reach it."""
-    parameters = list(model.parameters())
+    """Of every parameter that is trained, zeros where the loss does not reach it."""
+    parameters = [p for p in model.parameters() if p.requires_grad and p.numel()]
     return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
 

@@ -1,0 +1,114 @@
+"""``F.multi_head_attention_forward`` taken apart, so that its projections and its attention can be seen.
+
+PyTorch hides both inside one function: what an overriding function mode is shown is the whole. The
+formulas are PyTorch's; attention and the projections are done by whoever calls.
+"""
+
+from collections.abc import Callable
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import UnsupportedError
+from .ops import attention
+
+Project = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
+"""(which of "qkv" it makes, x, weight, bias) -> the linear layer's output."""
+
+
+def _plain(roles: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def multi_head_attention(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    project: Project = _plain,
+    attend: Callable[..., Tensor] = attention,
+) -> tuple[Tensor, Tensor | None]:
+    """What ``F.multi_head_attention_forward(*args, **kwargs)`` returns.
+
+    Where ``query is key is value`` the projection is one product, whose output ``[B, N, 3 H d]`` is what
+    ``project`` returns; else there is one for each. ``attend`` is called as SDPA is, on ``[B, H, N, d]``.
+
+    With ``need_weights`` the weights are computed beside the output: N x N memory, as PyTorch's.
+
+    Raises:
+        UnsupportedError: ``bias_k``, ``bias_v``, ``add_zero_attn``, ``static_k`` or ``static_v``.
+    """
+    bound = _SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = SimpleNamespace(**bound.arguments)
+    if call.add_zero_attn or any(
+        x is not None for x in (call.bias_k, call.bias_v, call.static_k, call.static_v)
+    ):
+        raise UnsupportedError(
+            "MultiheadAttention: bias_k, bias_v, add_zero_attn and static keys are not supported; "
+            "build it without add_bias_kv and add_zero_attn"
+        )
+    batched = call.query.ndim == 3
+    q, k, v = (_split(x, call.num_heads) for x in _project(call, batched, project))
+    mask = _mask(call, q, k)
+    causal = call.is_causal and call.key_padding_mask is None and not call.need_weights
+    dropout = call.dropout_p if call.training else 0.0
+    heads = attend(q, k, v, attn_mask=None if causal else mask, dropout_p=dropout, is_causal=causal)
+    out = F.linear(heads.transpose(1, 2).flatten(2), call.out_proj_weight, call.out_proj_bias)
+    weights = _weights(call, q, k, mask) if call.need_weights else None
+    if not batched:
+        return out[0], None if weights is None else weights[0]
+    return out.transpose(0, 1), weights
+
+
+_SIGNATURE = signature(F.multi_head_attention_forward)
+
+
+def _project(call: Any, batched: bool, project: Project) -> tuple[Tensor, ...]:
+    """Queries, keys and values ``[B, N, H d]``."""
+
+    def samples_first(x: Tensor) -> Tensor:
+        return x.transpose(0, 1) if batched else x[None]
+
+    query, key, value = (samples_first(x) for x in (call.query, call.key, call.value))
+    key = query if call.key is call.query else key
+    value = key if call.value is call.key else value
+    biases = (None,) * 3 if call.in_proj_bias is None else call.in_proj_bias.chunk(3)
+    if call.use_separate_proj_weight:
+        weights = (call.q_proj_weight, call.k_proj_weight, call.v_proj_weight)
+        return tuple(map(project, "qkv", (query, key, value), weights, biases))
+    if key is query and value is key:
+        return project("qkv", query, call.in_proj_weight, call.in_proj_bias).chunk(3, -1)
+    weights = call.in_proj_weight.chunk(3)
+    return tuple(map(project, "qkv", (query, key, value), weights, biases))
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _mask(call: Any, q: Tensor, k: Tensor) -> Tensor | None:
+    """``attn_mask`` and ``key_padding_mask`` as one additive mask; True there means: do not attend."""
+    mask = None
+    if call.attn_mask is not None:
+        mask = _additive(call.attn_mask, q.dtype)
+        if mask.ndim == 3:
+            mask = mask.view(-1, call.num_heads, *mask.shape[1:]) if len(mask) > 1 else mask[None]
+    if call.key_padding_mask is not None:
+        padding = _additive(call.key_padding_mask, q.dtype).view(len(k), 1, 1, -1)
+        mask = padding if mask is None else mask + padding
+    return mask
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -torch.inf)
+
+
+def _weights(call: Any, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    weights = (scores if mask is None else scores + mask).softmax(-1)
+    return weights.mean(1) if call.average_attn_weights else weights

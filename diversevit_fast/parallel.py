@@ -1,0 +1,75 @@
+"""What data parallelism has to be told, or refused, before a gradient is taken inside a step.
+
+Measured with torch 2.14: DDP is right with one backward pass of the whole loss, but not with
+``static_graph``; FSDP2 frees parameters after the inner backward pass unless told not to; FSDP1
+has no such switch.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .errors import UnsupportedError
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside DistributedDataParallel, or ``model``.
+
+    Raises:
+        UnsupportedError: DDP with ``static_graph``, FSDP1 or DataParallel.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        _refuse_static_graph(model)
+        model = model.module
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedError(
+            "model: DataParallel runs copies on other threads, which cannot be attached to; use "
+            "DistributedDataParallel"
+        )
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, fsdp.FullyShardedDataParallel):
+                raise UnsupportedError(
+                    "model: FullyShardedDataParallel (FSDP1) frees parameters that the second derivative "
+                    "needs; use torch.distributed.fsdp.fully_shard (FSDP2)"
+                )
+    return model
+
+
+def refuse_static_graph() -> None:
+    """Raise if a forward of DDP with ``static_graph`` is running."""
+    running = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if running is not None:
+        _refuse_static_graph(running)
+
+
+def _refuse_static_graph(model: Any) -> None:
+    if model.static_graph:
+        raise UnsupportedError(
+            "model: DDP(static_graph=True) drops gradients where a gradient is taken inside the step, "
+            "and ranks diverge; use static_graph=False"
+        )
+
+
+@contextmanager
+def kept_unsharded(model: nn.Module) -> Iterator[None]:
+    """FSDP2: inside the block a backward pass does not free the parameters it gathered."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded: list[tuple[Any, bool]] = []
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):  # pyright: ignore[reportOptionalMemberAccess]
+            state: Any = module
+            group = state._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                sharded.append((module, group.reshard_after_backward))
+    for module, _ in sharded:
+        module.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module, before in sharded:
+            module.set_reshard_after_backward(before, recurse=False)
