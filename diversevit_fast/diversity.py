@@ -11,6 +11,7 @@ from .attach import Attachment, Forward
 from .attention_modules import AttentionLayer, blocks_from, choose_layers
 from .class_token import one_token_block, one_token_forward
 from .errors import UnsupportedError, expected
+from .graph import refuse_opaque
 from .head_gradients import (
     Captured,
     HeadGradients,
@@ -155,19 +156,26 @@ class HeadDiversity(Attachment):
 
         In [0, 1] times ``every``. Differentiable with respect to everything the logits depend on. What
         was captured is let go afterwards, so it can be asked for once per ``with`` block. After a
-        block that ``every`` leaves out: a zero without a graph.
+        block that ``every`` leaves out: a zero without a graph. Of an empty batch: a zero.
 
         Args:
             logits: ``[B, classes]``, as the model returned them.
 
         Raises:
             UsageError: logits not computed under this context, without a graph, or not finite.
+        UnsupportedError: what lies between a chosen layer and the logits runs compiled or in reentrant
+            checkpointing; float16 gradients overflow.
         """
         if not self._active:
             check_logits(logits)
             return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         score = prediction_score(logits, self.target)
         captured, self._captured = self._captured, []
+        if not len(score):
+            self.cosines, self.samples = [], None
+            return score.sum().float() * 0
+        if not torch.compiler.is_compiling():
+            refuse_opaque(score, [x for run in captured for x in run.tensors])
         samples = self._split.samples(len(score)) if captured else None
         self._check_samples(captured, len(score) if samples is None else len(samples))
         grads, scale = self._differentiate(score, captured) if captured else ([], 1.0)

@@ -144,4 +144,4 @@ class SampleSplit:
         return self._orders[batch]
 
     def _count(self, batch: int) -> int:
-        return max(1, round(self.fraction * batch))
+        return min(batch, max(1, round(self.fraction * batch)))

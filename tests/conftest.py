@@ -12,3 +12,10 @@ def device() -> torch.device:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Rows of the README's tables go into the report (``--junitxml``) with their tests' outcomes."""
+    for item in items:
+        for mark in item.iter_markers("system"):
+            item.user_properties.append(("system", "\t".join(mark.args)))
