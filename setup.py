@@ -21,9 +21,14 @@ TRAIN = [
     "tensorboard",
 ]
 HF = ["transformers>=4.50"]
+OPEN_CLIP = ["open_clip_torch"]
 XFORMERS = ["xformers"]
 BENCH = ["pytest", "pytest-benchmark[histogram]"]
-DEV = [*TRAIN, *BENCH, "hypothesis", "pytest-xdist", "ruff", "pyright"]
+RECIPES = [*HF, "lightning>=2.6", "accelerate>=1.15"]
+DEV = [
+    *(*TRAIN, *BENCH, *RECIPES, *OPEN_CLIP, *XFORMERS),
+    *("hypothesis", "pytest-xdist", "ruff", "pyright"),
+]
 
 setup(
     name="diversevit-fast",
@@ -45,9 +50,11 @@ setup(
         "train": TRAIN,
         "hf": HF,
         "xformers": XFORMERS,
+        "open-clip": OPEN_CLIP,
+        "recipes": RECIPES,
         "bench": BENCH,
         "dev": DEV,
-        "all": [*DEV, *HF, *XFORMERS],
+        "all": DEV,
     },
     entry_points={"console_scripts": ["diversevit = diversevit_fast.cli:main"]},
 )

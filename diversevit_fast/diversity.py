@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from .attach import Attachment, Forward
 from .attention_modules import AttentionLayer, blocks_from, choose_layers
+from .batches import batch_of, check_batch
 from .class_token import one_token_block, one_token_forward
 from .errors import UnsupportedError, expected
 from .graph import refuse_opaque
@@ -144,9 +145,10 @@ class HeadDiversity(Attachment):
         self._projected: list[
             tuple[Projected, Tensor]
         ] = []  # of the running layer, and their inputs
+        self._batches: list[int] = []  # of the whole model's forwards
         self._class_token_only = False
         self._scale = InnerScale(grad_scale)
-        self._wrap_last_block()
+        self._wrap_model()
         self._split = SampleSplit(fraction, generator)
         for block in blocks_from(model, self.layers[0]) if self._split.fraction < 1 else ():
             self.wrap(block, self._split.wrapper_of(block))
@@ -156,15 +158,17 @@ class HeadDiversity(Attachment):
 
         In [0, 1] times ``every``. Differentiable with respect to everything the logits depend on. What
         was captured is let go afterwards, so it can be asked for once per ``with`` block. After a
-        block that ``every`` leaves out: a zero without a graph. Of an empty batch: a zero.
+        block that ``every`` leaves out: a zero without a graph. Of an empty batch: a zero. Under
+        ``no_grad``: the value alone. Several forwards in one block count by their samples.
 
         Args:
             logits: ``[B, classes]``, as the model returned them.
 
         Raises:
-            UsageError: logits not computed under this context, without a graph, or not finite.
-        UnsupportedError: what lies between a chosen layer and the logits runs compiled or in reentrant
-            checkpointing; float16 gradients overflow.
+            UsageError: logits not computed under this context, of other samples, without a graph, or
+                not finite.
+            UnsupportedError: what lies between a chosen layer and the logits runs compiled or in
+                reentrant checkpointing; float16 gradients overflow.
         """
         if not self._active:
             check_logits(logits)
@@ -177,29 +181,31 @@ class HeadDiversity(Attachment):
         if not torch.compiler.is_compiling():
             refuse_opaque(score, [x for run in captured for x in run.tensors])
         samples = self._split.samples(len(score)) if captured else None
-        self._check_samples(captured, len(score) if samples is None else len(samples))
         grads, scale = self._differentiate(score, captured) if captured else ([], 1.0)
         values: dict[int, list[Tensor]] = {layer.index: [] for layer in self.layers}
+        sizes: dict[int, list[int]] = {layer.index: [] for layer in self.layers}
         cosines: dict[int, Tensor] = {}
         for grad, run in zip(grads, captured, strict=True):
             if any(g is not None for g in grad):
                 value, cosine = layer_penalty(grad, run, self.granularity, self.reduction, scale)
-                values[run.layer].append(value)
+                sizes[run.layer].append(len(run.tensors[0]))
+                values[run.layer].append(value * sizes[run.layer][-1])
                 cosines[run.layer] = cosine.detach()
         missing = [layer.name for layer in self.layers if not values[layer.index]]
         if missing:
             raise unreached(missing)
+        self._check_batches(sizes, len(score), samples)
         self.cosines = [cosines[layer.index] for layer in self.layers]
         self.samples = samples
-        penalty = torch.stack([torch.stack(runs).mean() for runs in values.values()]).mean()
-        return penalty * self.every
+        of_layers = [torch.stack(values[i]).sum() / sum(sizes[i]) for i in values]
+        return torch.stack(of_layers).mean() * self.every
 
     def __enter__(self) -> "HeadDiversity":
         super().__enter__()
         return self
 
     def active(self) -> bool:
-        self._captured = []
+        self._captured, self._batches = [], []
         self._split.forget()
         if torch.compiler.is_compiling():
             self._refuse_amortised()
@@ -274,14 +280,15 @@ class HeadDiversity(Attachment):
                 tensors, lambda factor: head_gradients(score, captured, factor)
             )
 
-    def _check_samples(self, captured: list[Captured], batch: int) -> None:
-        """One Gram matrix per sample needs a layer's first axis to be the samples, unlike windows."""
-        for run in captured if self.granularity == "sample" else ():
-            if len(run.tensors[0]) != batch:
-                raise UnsupportedError(
-                    f"granularity: a chosen layer runs on {len(run.tensors[0])} groups of tokens of "
-                    f"{batch} samples, so 'sample' is not what it says; use 'token'"
-                )
+    def _check_batches(
+        self, sizes: dict[int, list[int]], batch: int, samples: Tensor | None
+    ) -> None:
+        if torch.compiler.is_compiling():
+            return
+        drawn = batch if samples is None else len(samples)
+        batches = [n * drawn // batch for n in self._batches]
+        for layer in self.layers:
+            check_batch(layer.name, sizes[layer.index], drawn, batches, self.granularity)
 
     def _second_order(self) -> bool:
         """Whether what runs now is differentiated twice: it may depend on a captured tensor."""
@@ -296,11 +303,12 @@ class HeadDiversity(Attachment):
                 "every=1 and fraction=1, and call an uncompiled loss without it in between"
             )
 
-    def _wrap_last_block(self) -> None:
-        """Take the few-query path in forwards of the whole model that allow it."""
+    def _wrap_model(self) -> None:
+        """Note each batch, and take the few-query path in forwards of the whole model that allow it."""
         self._last = self.layers[-1]
 
         def whole_model(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+            self._batches.append(batch_of(args, kwargs))
             block = one_token_block(module, self._last.module)
             self._class_token_only = block is not None and len(args) == 1 and not kwargs
             try:
@@ -314,8 +322,8 @@ class HeadDiversity(Attachment):
             return forward(*args, **kwargs)
 
         block = one_token_block(self.model, self._last.module)
+        self.wrap(self.model, whole_model)
         if block is not None:
-            self.wrap(self.model, whole_model)
             self.wrap(block, last_block)
 
 

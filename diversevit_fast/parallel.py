@@ -66,6 +66,12 @@ def kept_unsharded(model: nn.Module) -> Iterator[None]:
             group = state._get_fsdp_state()._fsdp_param_group
             if group is not None:
                 sharded.append((module, group.reshard_after_backward))
+    roots = [module for module, _ in sharded if module._get_fsdp_state()._is_root]
+    if len(roots) > 1:
+        raise UnsupportedError(
+            f"model: {len(roots)} of its modules are sharded and nothing above them is, which FSDP2 takes "
+            "for models of their own; call fully_shard(model) last"
+        )
     for module, _ in sharded:
         module.set_reshard_after_backward(False, recurse=False)
     try:

@@ -158,6 +158,16 @@ def fsdp2() -> None:
             check(model, expect)
 
 
+def fsdp2_without_a_root() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = average_vit()
+    for block in model.blocks:
+        fully_shard(block)
+    with pytest.raises(UnsupportedError, match=r"call fully_shard\(model\) last"):
+        loss_of(model, dvf.HeadDiversity(model), *batch(model))
+
+
 def fsdp1() -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 

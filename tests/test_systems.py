@@ -279,6 +279,28 @@ class TestModels:
             each.append(diversity.penalty(logits))
         torch.testing.assert_close(each[0], torch.stack(each[1:]).mean())
 
+    @system("logits of a part of the batch", "refused")
+    def test_a_part_of_the_logits(self):
+        model = vit()
+        images = images_for(model, batch=4)
+        diversity = dvf.HeadDiversity(model)
+        with diversity:
+            logits = model(images)
+        with pytest.raises(UsageError, match=r"logits: expected a row for each of the 4 samples"):
+            diversity.penalty(logits[:2])
+
+    @system("several forwards in one block, of any sizes", "right")
+    def test_forwards_of_unequal_size(self, ask):
+        model = vit()
+        images = images_for(model, batch=3)
+        diversity = dvf.HeadDiversity(model, layers="all")
+        losses = []
+        for parts in ((images,), images.split([1, 2])):
+            with diversity:
+                logits = torch.cat([model(part) for part in parts])
+            losses.append(ask(model, logits.sum() + 100 * diversity.penalty(logits)))
+        assert_same(losses[1], losses[0])
+
     def test_no_sample(self):
         model = vit()
         diversity = dvf.HeadDiversity(model)
@@ -368,8 +390,8 @@ def test_fsdp2():
     ranks.run("fsdp2")
 
 
-@system("DDP(static_graph=True), FSDP1, DataParallel", "refused")
+@system("DDP(static_graph=True), FSDP1, FSDP2 of blocks without a root, DataParallel", "refused")
 def test_parallelism_that_is_refused():
-    ranks.run("ddp_static_graph", "fsdp1")
+    ranks.run("ddp_static_graph", "fsdp2_without_a_root", "fsdp1")
     with pytest.raises(UnsupportedError, match="use DistributedDataParallel"):
         dvf.HeadDiversity(nn.DataParallel(vit()))
