@@ -16,6 +16,7 @@ from .compile_loss import compile_loss
 from .diversity import HeadDiversity
 from .errors import UnsupportedError, UsageError
 from .ops import attention, gelu, head_penalty, layer_norm, routed_head_penalty
+from .pruned_files import PruningReport, load_pruned, pruning_report, save_pruned
 from .pruning import keep_heads, prune_heads
 from .selection import HeadChoice, select_heads
 from .support import LayerSupport, supported
@@ -26,6 +27,7 @@ __all__ = [
     "HeadChoice",
     "HeadDiversity",
     "LayerSupport",
+    "PruningReport",
     "UnsupportedError",
     "UsageError",
     "__version__",
@@ -37,10 +39,13 @@ __all__ = [
     "head_penalty",
     "keep_heads",
     "layer_norm",
+    "load_pruned",
     "models",
     "nn",
     "prune_heads",
+    "pruning_report",
     "routed_head_penalty",
+    "save_pruned",
     "select_heads",
     "supported",
     "use_backend",

@@ -182,6 +182,17 @@ def test_saved_tensors_are_linear_in_tokens():
     assert max(x.numel() for x in saved) <= q.numel()
 
 
+def test_the_backward_keeps_none_of_its_results():
+    """A CPU's double backward reads none of them."""
+    q, k, v = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
+    out = dvf.attention(q, k, v).square().sum()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        results = torch.autograd.grad(out, (q, k, v), create_graph=True)
+    kept = {x.untyped_storage().data_ptr() for x in saved}
+    assert not kept & {x.untyped_storage().data_ptr() for x in results}
+
+
 class TestFunctorch:
     """torch.func and forward mode agree with the definition, or raise."""
 
@@ -331,6 +342,21 @@ def test_backends_agree(name):
         actual = WAYS["backward"](dvf.attention, (q, k, v), TAILS["nonlinear"])
     expect = WAYS["backward"](reference.attention, (q, k, v), TAILS["nonlinear"])
     torch.testing.assert_close(actual, expect)
+
+
+@pytest.mark.parametrize("order", [("reference", "cpu"), ("cpu", "reference")], ids=str)
+def test_the_double_backward_may_run_on_another_backend(order):
+    """One backend keeps what any other needs."""
+    q, k, v, _, _ = operands(CASES["qkv-projection"])
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with dvf.use_backend(order[0]):
+        inner = torch.autograd.grad(dvf.attention(*leaves).sin().sum(), leaves, create_graph=True)
+    with dvf.use_backend(order[1]):
+        ours = torch.autograd.grad(sum(x.square().sum() for x in inner), leaves)
+    inner = torch.autograd.grad(reference.attention(*leaves).sin().sum(), leaves, create_graph=True)
+    exact = torch.autograd.grad(sum(x.square().sum() for x in inner), leaves)
+    for one, two in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
 BAD = {

@@ -221,6 +221,10 @@ MISTAKES = {
         ["select-heads", "{tmp}/none.safetensors", "--save", "{tmp}/cut.npz"],
         "save: expected a new file",
     ),
+    "fsdp of one": (
+        ["run", "--fsdp"],
+        "fsdp: expected several ranks, got one process; start it with",
+    ),
     "no run": (["report", "{tmp}"], "metrics.csv: expected a readable file"),
     "prepare nothing": (
         ["data", "prepare", "--root", "{tmp}/none", "--out", "{tmp}/new.npz"],
@@ -249,6 +253,18 @@ def test_mistakes_are_one_line(name, tmp_path, monkeypatch, capsys):
     assert printed.err.count("\n") == 1
     assert said in printed.err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["report", "x"], ["data", "prepare"]], ids=str)
+def test_ranks_are_refused_where_one_process_does_it(command, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(SystemExit) as exit_:
+        main(command)
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: torchrun: expected one of run, train, got {command[0]}; start ")
+    assert said.count("\n") == 1
 
 
 def test_a_missing_extra_is_one_line():

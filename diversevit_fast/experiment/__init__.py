@@ -2,7 +2,8 @@
 
 Data flow: ``config`` (what to run) -> ``run`` (folder, resume) -> ``train`` (one method and seed)
 -> ``evaluate`` (every head on every split) -> ``metrics`` (rows, selection) -> ``plots`` ->
-``report``. ``commands`` puts the command line in front. The rest of the library imports nothing
+``report``. ``distributed`` (and ``sharded``, its checkpoints) lets several ranks train as one process
+does. ``commands`` puts the command line in front. The rest of the library imports nothing
 of this.
 """
 

@@ -10,6 +10,8 @@ import typer
 from ..errors import expected
 from . import options as o
 
+_BY_RANKS = ("run", "train")  # commands that torchrun's ranks can share
+
 app = typer.Typer(
     help="Train vision transformers whose attention heads look at different things.",
     no_args_is_help=True,
@@ -18,6 +20,15 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+@app.callback()
+def _check_launch(ctx: typer.Context) -> None:
+    from .distributed import launched
+
+    if launched() and ctx.invoked_subcommand not in _BY_RANKS:
+        cure = f"start {ctx.invoked_subcommand} without it"
+        raise expected("torchrun", f"one of {', '.join(_BY_RANKS)}", ctx.invoked_subcommand, cure)
 
 
 @app.command()
@@ -45,6 +56,7 @@ def run(
     threads: o.Threads = None,
     device: o.Device = None,
     tensorboard: o.TensorBoard = None,
+    fsdp: o.Fsdp = None,
     out: o.Out = None,
     resume: o.Resume = None,
 ) -> None:
@@ -90,6 +102,7 @@ def train(
     threads: o.Threads = None,
     device: o.Device = None,
     tensorboard: o.TensorBoard = None,
+    fsdp: o.Fsdp = None,
     out: o.Out = None,
 ) -> None:
     """Train one method on one seed; the folder is that of a run."""
@@ -206,13 +219,19 @@ def _work(job: Callable[[Any], Path]) -> None:
     """Run ``job``, show its comparison; an interrupt is one line and exit code 130."""
     from rich.console import Console
 
+    from .distributed import ReportedError, close_ranks, first_rank
     from .run import Interrupted
     from .summary import show_comparison
 
     console = Console()
     try:
         folder = job(console)
+    except ReportedError:
+        raise typer.Exit(2) from None
     except Interrupted as interrupted:
-        typer.echo(interrupted, err=True)
+        if first_rank():
+            typer.echo(interrupted, err=True)
         raise typer.Exit(130) from None
-    show_comparison(folder, console)
+    close_ranks()
+    if first_rank():
+        show_comparison(folder, console)

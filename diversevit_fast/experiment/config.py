@@ -57,6 +57,7 @@ class Settings:
         threads: CPU threads; PyTorch's own choice if None.
         device: ``"auto"``, ``"cpu"`` or a PyTorch device name.
         tensorboard: also write TensorBoard event files.
+        fsdp: of several ranks, each keeps a part of the parameters (FSDP2), not all of them (DDP).
     """
 
     preset: str = "paper"
@@ -82,6 +83,7 @@ class Settings:
     threads: int | None = None
     device: str = "auto"
     tensorboard: bool = False
+    fsdp: bool = False
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -221,6 +223,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "threads": (_maybe(_whole(1)), "a whole number of at least 1"),
     "device": (_text, "auto, cpu or a PyTorch device"),
     "tensorboard": (_flag, "true or false"),
+    "fsdp": (_flag, "true or false"),
 }
 
 

@@ -14,9 +14,14 @@ from .metrics import EVALUATED, Row
 _BATCH = 256  # evaluation keeps no graph, so larger than a training batch
 
 
-def evaluate_splits(model: Any, splits: Mapping[str, Any]) -> list[Row]:
-    """Rows for the four evaluation splits: all heads, then each head of the last layer alone."""
-    return [row for split in EVALUATED for row in evaluate(model, splits[split], split)]
+def evaluate_splits(
+    model: Any, splits: Mapping[str, Any], rank: int = 0, ranks: int = 1
+) -> dict[str, list[Row]]:
+    """Rows by evaluation split: all heads, then each head of the last layer alone.
+
+    Of ``ranks`` that divide the splits among them, ``rank`` takes every ``ranks``-th.
+    """
+    return {split: evaluate(model, splits[split], split) for split in EVALUATED[rank::ranks]}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a run ran on: versions and machine, for ``config.json`` and ``doctor``."""
+"""What a run runs on: versions and machine, for ``config.json`` and ``doctor``, and the device."""
 
 import os
 import platform
@@ -6,6 +6,9 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from .. import backends
+from ..errors import expected
 
 PACKAGES = (
     "diversevit-fast",
@@ -47,6 +50,25 @@ def describe_machine() -> dict[str, str | int]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
+
+
+def choose_device(name: str) -> torch.device:
+    """``"auto"``: CUDA where the GPU kernels can run, else the CPU.
+
+    Raises:
+        UsageError: PyTorch does not know the device or cannot use it.
+    """
+    if name == "auto":
+        fast = torch.cuda.is_available() and backends.unavailable()["triton"] is None
+        return torch.device("cuda" if fast else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise expected(
+            "device", "auto, or a device of this machine", repr(name), "use cpu"
+        ) from None
+    return device
 
 
 def _processor() -> str:

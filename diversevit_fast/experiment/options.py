@@ -63,6 +63,14 @@ TensorBoard = Annotated[
     bool | None,
     typer.Option("--tensorboard", help="Write event files too.", rich_help_panel=_MACHINE),
 ]
+Fsdp = Annotated[
+    bool | None,
+    typer.Option(
+        "--fsdp",
+        help="Under torchrun: spread the parameters over the ranks (FSDP2) rather than DDP.",
+        rich_help_panel=_MACHINE,
+    ),
+]
 Out = Annotated[
     str | None,
     typer.Option(help="New folder; default runs/<data>-<date>.", rich_help_panel=_MACHINE),

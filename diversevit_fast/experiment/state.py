@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import UsageError, expected
 from ..models import DiverseViT
@@ -19,7 +20,8 @@ _NOT_DECISIVE = (
     "seeds",
     "download",
     "tensorboard",
-)  # no effect on one training's numbers
+    "fsdp",
+)  # no effect on one training's numbers but for rounding
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class State:
     """A training after ``epoch`` epochs.
 
     Attributes:
+        trained: what the steps call: ``model``, or what trains it on several ranks.
         rows: its rows of ``metrics.csv`` so far.
         best: ``"epoch"`` of the selected head and the ``"weights"`` of that epoch.
         cosines: ``"before"`` training and ``"after"`` the last epoch, each H x H.
     """
 
     model: DiverseViT
+    trained: nn.Module
     optimizer: torch.optim.Optimizer
     epoch: int = 0
     rows: list[Row] = field(default_factory=list)
@@ -61,7 +65,13 @@ class State:
                 **settings.model,
             )
         model.to(device)
-        return cls(model, torch.optim.Adam(model.parameters(), lr=settings.base_lr(task.method)))
+        return cls(model, model, adam(model, settings, task))
+
+    @property
+    def inner(self) -> nn.Module:
+        """The module that ``trained`` runs, whose attention the penalty looks at."""
+        wrapped = isinstance(self.trained, nn.parallel.DistributedDataParallel)
+        return self.model if wrapped else self.trained
 
     def finish_epoch(self, rows: list[Row], cosines: list[list[float]]) -> None:
         """Count one more epoch, and keep its weights if it holds the selected head so far."""
@@ -77,14 +87,9 @@ class State:
     def save(self, settings: Settings, task: Task, path: Path) -> None:
         """Write the checkpoint; a crash leaves the previous one whole."""
         content = {
-            "format": _FORMAT,
-            "run": _identity(settings, task),
+            **self.history(settings, task),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "rows": self.rows,
-            "best": self.best,
-            "cosines": self.cosines,
         }
         write_atomically(path, lambda file: torch.save(content, file))
 
@@ -94,28 +99,65 @@ class State:
         Raises:
             UsageError: the file is damaged, or belongs to another run.
         """
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as failure:  # on a damaged file the unpickler can raise anything
-            raise _foreign(path, type(failure).__name__) from None
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise _foreign(path, "another format")
-        if content.get("run") != _identity(settings, task):
-            raise _foreign(path, "the checkpoint of another run")
+        content = read(path)
+        self.accept(content, settings, task, path)
         try:
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as failure:
+            raise foreign(path, f"one that does not fit ({type(failure).__name__})") from None
+
+    def history(self, settings: Settings, task: Task) -> dict[str, Any]:
+        """All of a checkpoint but the weights and the optimizer's state."""
+        return {
+            "format": _FORMAT,
+            "run": _identity(settings, task),
+            "epoch": self.epoch,
+            "rows": self.rows,
+            "best": self.best,
+            "cosines": self.cosines,
+        }
+
+    def accept(self, content: Any, settings: Settings, task: Task, path: Path) -> None:
+        """Take over a ``history`` read from ``path``.
+
+        Raises:
+            UsageError: it is none, or another run's.
+        """
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise foreign(path, "another format")
+        if content.get("run") != _identity(settings, task):
+            raise foreign(path, "the checkpoint of another run")
+        try:
             for name in ("epoch", "rows", "best", "cosines"):
                 setattr(self, name, content[name])
-        except (KeyError, RuntimeError, ValueError) as failure:
-            raise _foreign(path, f"one that does not fit ({type(failure).__name__})") from None
+        except KeyError as failure:
+            raise foreign(path, f"one that does not fit ({type(failure).__name__})") from None
+
+
+def adam(model: nn.Module, settings: Settings, task: Task) -> torch.optim.Optimizer:
+    """The optimizer of ``task`` for the parameters of ``model``."""
+    return torch.optim.Adam(model.parameters(), lr=settings.base_lr(task.method))
+
+
+def read(path: Path) -> Any:
+    """What ``torch.save`` wrote to ``path``; only tensors and plain values are unpickled.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as failure:  # on a damaged file the unpickler can raise anything
+        raise foreign(path, type(failure).__name__) from None
+
+
+def foreign(path: Path, got: str) -> UsageError:
+    """The error for a checkpoint that this training cannot continue from."""
+    cure = "delete it to train that seed from the start, then resume again"
+    return expected("checkpoint", f"an intact one of this run in {path}", got, cure)
 
 
 def _identity(settings: Settings, task: Task) -> str:
     decisive = {k: v for k, v in settings.to_json().items() if k not in _NOT_DECISIVE}
     return json.dumps({"task": str(task), **decisive}, sort_keys=True)
-
-
-def _foreign(path: Path, got: str) -> UsageError:
-    cure = "delete it to train that seed from the start, then resume again"
-    return expected("checkpoint", f"an intact one of this run in {path}", got, cure)

@@ -2,11 +2,13 @@
 
 Nothing random is hidden: initial weights come from the seed, the order of an epoch's batches from
 seed and epoch, and the model draws no random numbers. A resumed training repeats an unbroken one.
+Several ranks repeat one process but for rounding, and for what ``fraction`` draws: each rank draws
+among its own samples.
 """
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +20,13 @@ from ..data import batches
 from ..diversity import HeadDiversity
 from ..errors import UsageError, expected
 from .config import Settings
+from .distributed import OneProcess
 from .evaluate import evaluate_splits, likeness
-from .metrics import Row
-from .state import State, Task
+from .metrics import EVALUATED, Row
+from .state import State, Task, adam
 
 _DECAYS = (0.7, 0.8)  # fractions of the epochs after which the learning rate falls tenfold
+_RANK_SEEDS = 100_003  # more than epochs; a generator looks at 32 bits of its seed, so not far more
 _LIKENESS_IMAGES = 128  # the first of ID validation: penalty and cosines are measured on them
 
 
@@ -40,40 +44,66 @@ def train(
     splits: Mapping[str, Any],
     checkpoint: Path,
     watcher: Watcher,
-    device: torch.device,
+    ranks: OneProcess,
 ) -> State:
-    """Train to the last epoch, from ``checkpoint`` if that file exists; write it after each epoch.
+    """Train to the last epoch, from ``checkpoint`` if it exists; write it after each epoch.
+
+    Args:
+        checkpoint: one process's file ``<task>.pt``; that of several ranks is the folder ``<task>``.
 
     Raises:
         UsageError: the checkpoint is damaged or of another run, or the loss is not finite.
     """
-    state = State.fresh(settings, task, splits["train"], device)
-    if checkpoint.exists():
-        state.restore(settings, task, checkpoint)
+    state = State.fresh(settings, task, splits["train"], ranks.device)
+    save = _open_checkpoint(settings, task, state, checkpoint, ranks)
     diversity = head_diversity(settings, state.model)
-    sample = next(iter(batches(splits["val_id"], _LIKENESS_IMAGES)))[0].to(device)
+    sample = next(iter(batches(splits["val_id"], _LIKENESS_IMAGES)))[0].to(ranks.device)
     if not state.cosines:
-        state.cosines["before"] = likeness(state.model, diversity, sample)[1]
+        state.cosines["before"] = ranks.on_first(lambda: likeness(state.model, diversity, sample))[
+            1
+        ]
     steps = math.ceil(len(splits["train"].labels) / settings.batch_size)
     watcher.started(task, state.epoch, settings.epochs, steps)
     while state.epoch < settings.epochs:
         epoch = state.epoch + 1
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(settings.base_lr(task.method), epoch, settings.epochs)
-        rows = [_train_epoch(settings, task, state, splits["train"], watcher)]
+        rows = [_train_epoch(settings, task, state, splits["train"], watcher, ranks)]
         begun = time.perf_counter()
-        evaluated = evaluate_splits(state.model, splits)
+        shares = ranks.gathered(evaluate_splits(state.model, splits, ranks.rank, ranks.count))
+        evaluated = [row for split in EVALUATED for share in shares for row in share.get(split, ())]
         if not all(math.isfinite(row["loss"]) for row in evaluated):
-            raise _diverged(task, state.epoch, "at its end")
-        penalty, cosines = likeness(state.model, diversity, sample)
+            raise ranks.agreed(_diverged(task, state.epoch, "at its end"))
+        penalty, cosines = ranks.on_first(lambda: likeness(state.model, diversity, sample))
         evaluated[0]["penalty"] = penalty  # val_id, all heads
         seconds = time.perf_counter() - begun
         rows += [{"seconds": seconds, **row} for row in evaluated]
         rows = [{"method": task.method, "seed": task.seed, "epoch": epoch, **row} for row in rows]
         state.finish_epoch(rows, cosines)
-        state.save(settings, task, checkpoint)
+        save()
         watcher.epoch_done(task, epoch, rows)
     return state
+
+
+def _open_checkpoint(
+    settings: Settings, task: Task, state: State, path: Path, ranks: OneProcess
+) -> Callable[[], None]:
+    """Give ``state`` what the ranks train and what the checkpoint holds; what saves the next one."""
+    folder = path.with_suffix("")
+    if not ranks.launched and not folder.exists():
+        if path.exists():
+            state.restore(settings, task, path)
+        return lambda: state.save(settings, task, path)
+    from . import sharded  # takes a second to import
+
+    if ranks.on_first(path.exists):
+        cure = "resume without torchrun, or delete it to train that seed from the start"
+        raise ranks.agreed(expected("checkpoint", "one that ranks wrote", path, cure))
+    if ranks.launched:
+        state.trained = ranks.distribute(state.model, settings.fsdp)
+        state.optimizer = adam(state.trained, settings, task)
+    sharded.restore(state, settings, task, folder, ranks)
+    return lambda: sharded.save(state, settings, task, folder, ranks)
 
 
 def head_diversity(settings: Settings, model: Any, **amortised: Any) -> HeadDiversity:
@@ -88,13 +118,14 @@ def head_diversity(settings: Settings, model: Any, **amortised: Any) -> HeadDive
 
 
 def training_diversity(
-    settings: Settings, model: Any, order: torch.Generator, step: int
+    settings: Settings, model: Any, order: torch.Generator, step: int, rank: int = 0
 ) -> HeadDiversity:
     """The regulariser of an epoch whose batches ``order`` shuffles, after ``step`` steps of training.
 
-    Which samples it draws follows from ``order``'s seed, so a resumed training draws the same.
+    Which samples it draws follows from ``order``'s seed and ``rank``: a resumed training draws the
+    same, and no rank draws what another does.
     """
-    draws = torch.Generator().manual_seed(order.initial_seed())
+    draws = torch.Generator().manual_seed(order.initial_seed() + rank * _RANK_SEEDS)
     every, fraction = settings.every, float(settings.fraction)
     diversity = head_diversity(settings, model, every=every, fraction=fraction, generator=draws)
     diversity.step = step
@@ -112,11 +143,16 @@ def shuffler(seed: int, epoch: int) -> torch.Generator:
 
 
 def training_loss(
-    model: Any, diversity: HeadDiversity, images: Tensor, labels: Tensor, weight: float
+    model: Any,
+    diversity: HeadDiversity,
+    images: Tensor,
+    labels: Tensor,
+    weight: float,
+    finite: Callable[[Tensor], Any] = torch.isfinite,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits, cross-entropy and the unweighted penalty, all with graphs.
 
-    No penalty (None) without ``weight``, and none of a model whose loss is not finite.
+    No penalty (None) without ``weight``, and none of a loss that is not ``finite``.
     """
     if not weight:
         logits = model(images)
@@ -124,7 +160,7 @@ def training_loss(
     with diversity:
         logits = model(images)
     loss = F.cross_entropy(logits, labels)
-    return logits, loss, diversity.penalty(logits) if torch.isfinite(loss) else None
+    return logits, loss, diversity.penalty(logits) if finite(loss) else None
 
 
 def _train_epoch(
@@ -133,32 +169,40 @@ def _train_epoch(
     state: State,
     dataset: Any,
     watcher: Watcher,
+    ranks: OneProcess,
 ) -> Row:
     """One pass over the training data; the row holds running means."""
-    device = next(state.model.parameters()).device
     weight = settings.penalty_weight if task.method == "diversevit" else 0.0
     order = shuffler(task.seed, state.epoch + 1)
     done = state.epoch * math.ceil(len(dataset.labels) / settings.batch_size)
-    diversity = training_diversity(settings, state.model, order, done)
+    diversity = training_diversity(settings, state.inner, order, done, ranks.rank)
     hits, members = torch.zeros(2, len(dataset.group_names), dtype=torch.float64)
     sums = {"loss": 0.0, "penalty": 0.0}
     steps = 0
     begun = time.perf_counter()
-    for images, labels, groups in batches(dataset, settings.batch_size, generator=order):
-        images, target = images.to(device), labels.to(device)
-        logits, loss, penalty = training_loss(state.model, diversity, images, target, weight)
-        losses = {"loss": loss.item(), "penalty": 0.0 if penalty is None else penalty.item()}
-        if not all(map(math.isfinite, losses.values())):
-            raise _diverged(task, state.epoch, f"in step {steps + 1}")
+    for batch in batches(dataset, settings.batch_size, generator=order):
+        (images, labels, groups), kept = ranks.share(*batch)
+        images, target = images.to(ranks.device), labels.to(ranks.device)
+        logits, loss, penalty = training_loss(
+            state.trained, diversity, images, target, weight, ranks.finite
+        )
+        means = ranks.mean([loss.item(), 0.0 if penalty is None else penalty.item()], kept)
+        losses = dict(zip(sums, means, strict=True))
+        if not all(map(math.isfinite, means)):
+            raise ranks.agreed(_diverged(task, state.epoch, f"in step {steps + 1}"))
         state.optimizer.zero_grad(set_to_none=True)
-        (loss if penalty is None else loss + weight * penalty).backward()
+        loss = loss if penalty is None else loss + weight * penalty
+        ranks.backward(loss, kept, len(batch[0]))
         state.optimizer.step()
         steps += 1
         for name, value in losses.items():
-            sums[name] += value * len(labels)
-        hits.index_add_(0, groups, (logits.argmax(1).cpu() == labels).double())
-        members.index_add_(0, groups, torch.ones_like(groups, dtype=torch.float64))
+            sums[name] += value * len(batch[0])
+        hit = (logits.argmax(1).cpu() == labels).double()
+        hits.index_add_(0, groups[:kept], hit[:kept])
+        members.index_add_(0, groups[:kept], torch.ones_like(hit[:kept]))
         watcher.stepped(task, losses["loss"], losses["penalty"] if weight else None)
+    hits, members = ranks.total(torch.stack([hits, members]))
+    ranks.collect(state.trained, state.model)
     seconds, seen = time.perf_counter() - begun, members.sum().item()
     return {
         "split": "train",

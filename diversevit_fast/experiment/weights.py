@@ -56,7 +56,7 @@ def splits_for(
 
 def show_evaluation(model: DiverseViT, splits: Mapping[str, Any], title: str) -> None:
     """Accuracy and worst-group accuracy of every choice of heads on every split."""
-    rows = evaluate_splits(model, splits)
+    rows = [row for rows in evaluate_splits(model, splits).values() for row in rows]
     table = _table("heads", *EVALUATED)
     for heads in dict.fromkeys(row["heads"] for row in rows):
         at = {row["split"]: row for row in rows if row["heads"] == heads}

@@ -2,8 +2,8 @@
 
 Saved for the backward passes: q, k, v, mask, o, lse and the cotangent; nothing of size Nq x Nk unless
 the mask itself is. ``o`` and ``lse`` are constants of a rung: the formulas account for both, so their
-gradients are None. d1's ``dq`` is kept for d2, a constant as well: with it a GPU's row program needs one
-loop over keys. Equations (1)-(9) of ``kernels/README.md``.
+gradients are None. On other devices than the CPU d1's ``dq`` is kept for d2, a constant as well: with it a
+GPU's row program needs one loop over keys. Equations (1)-(9) of ``kernels/README.md``.
 """
 
 import math
@@ -196,7 +196,7 @@ def attention_double_backward_operator(
     o: Tensor,
     lse: Tensor,
     do: Tensor,
-    dq: Tensor,
+    dq: Tensor | None,
     ddq: Tensor | None,
     ddk: Tensor | None,
     ddv: Tensor | None,
@@ -205,7 +205,10 @@ def attention_double_backward_operator(
     scale: float,
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """d2, (6)-(9): ``gq, gk, gv, gdo`` and ``gmask`` (no elements unless ``mask_grad``)."""
+    """d2, (6)-(9): ``gq, gk, gv, gdo`` and ``gmask`` (no elements unless ``mask_grad``).
+
+    ``dq`` is d1's; None: a kernel that reads it makes it again.
+    """
     tensors = (q, k, v, mask, o, lse, do, dq, ddq, ddk, ddv, ddmask)
     *grads, gmask = launch("attention", "double_backward", *tensors, is_causal, scale, mask_grad)
     return *grads, q.new_empty(0) if gmask is None else gmask
@@ -251,7 +254,8 @@ def _d0_derivative(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
 
 def _save_d1(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.is_causal, ctx.scale, ctx.mask_grad = inputs
-    ctx.save_for_backward(*tensors, output[0])
+    kept = None if output[0].device.type == "cpu" else output[0]  # no kernel of a CPU reads it
+    ctx.save_for_backward(*tensors, kept)
     ctx.set_materialize_grads(False)
 
 

@@ -148,6 +148,62 @@ def test_absent_cotangents_are_zeros(name, absent, device):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("absent", [(), ("ddq",), ("ddq", "ddk")], ids=["none", "ddq", "ddq+ddk"])
+@pytest.mark.parametrize(
+    "name", ["whole-rows", "many-tiles", "few-queries", "grouped-mask-tiles", "head-per-program"]
+)
+def test_dq_that_was_not_kept_is_made_again(name, absent, device):
+    tensors = operands(MORE[name], device=device)
+
+    class Forgetful:
+        """Kernels after a backward that kept nothing, as the CPU's."""
+
+        attention_forward = triton.attention_forward
+        attention_backward = staticmethod(
+            lambda *args: (None, *triton.attention_backward(*args)[1:])
+        )
+        attention_double_backward = triton.attention_double_backward
+
+    given, kept = (second_order(x, MORE[name], tensors, absent) for x in (Forgetful, triton))
+    for one, two in zip(given, kept, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_dq_is_made_again_with_the_head_scale(device):
+    q, k, v, _, _ = operands(MORE["many-tiles"], device=device)
+    c = torch.tensor([0.5, 1.5], dtype=q.dtype, device=device)
+    o, lse = triton.attention_forward(q, k, v, None, False, 0.4, head_scale=c)
+    do, dd = torch.randn_like(o), (torch.randn_like(q), None, None, None)
+    dq = triton.attention_backward(q, k, v, None, o, lse, do, False, 0.4, False, c)[0]
+    for one, two in zip(
+        *(
+            triton.attention_double_backward(
+                *(q, k, v, None, o, lse, do, x, *dd, False, 0.4, False, c)
+            )[:4]
+            for x in (None, dq)
+        ),
+        strict=True,
+    ):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("first", ["cpu", "reference"])
+def test_the_double_backward_after_another_backend(first, device):
+    if device.type != first == "cpu":
+        pytest.skip("the cpu backend takes CPU tensors")
+    q, k, v, _, _ = operands(MORE["many-tiles"], device=device)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    results = []
+    for second in ("triton", "reference"):
+        with dvf.use_backend(first):
+            out = dvf.attention(*leaves).sin().sum()
+            inner = torch.autograd.grad(out, leaves, create_graph=True)
+        with dvf.use_backend(second):
+            results.append(torch.autograd.grad(sum(x.square().sum() for x in inner), leaves))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("per_sample", [False, True], ids=["per-head", "per-sample"])
 @pytest.mark.parametrize(
     "name", ["whole-rows", "many-tiles", "few-queries", "head-per-program", "grouped-tiles"]

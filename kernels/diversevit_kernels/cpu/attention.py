@@ -213,7 +213,7 @@ def attention_double_backward(
     o: Tensor,
     lse: Tensor,
     do: Tensor,
-    dq: Tensor,
+    dq: Tensor | None,
     ddq: Tensor | None,
     ddk: Tensor | None,
     ddv: Tensor | None,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_backward import attention_backward
 from .attention_curvature import columns_of_tile, rows_of_tile
 from .attention_curvature_few import few_queries
 from .attention_mask_gradient import mask_gradient
@@ -32,6 +33,9 @@ from .attention_tiles import (
 )
 from .configurations import fills, fits, has_configuration
 from .launch import cdiv, launch
+
+FEW, HEAD, ROWS = (f"attention_double_backward_{name}" for name in ("few", "head", "rows"))
+"""Launches, by their names in the table; HEAD and ROWS have a variant ``_whole``."""
 
 HEAD_KEYS = 256
 """Up to so many keys, one program may do a whole head: its tensors stay in the L2 cache between the two phases."""
@@ -117,6 +121,22 @@ def _few_kernel(
     few_queries(P, R, b, h, as_number(scale, S.ACC), S, BLOCK_M, BLOCK_N)
 
 
+def _plan(q: Tensor, k: Tensor, mask: Tensor | None, width: int) -> tuple[str, bool]:
+    """The first launch by its name in the table, and whether a row tile holds all keys.
+
+    HEAD and ROWS, which do not, read dq.
+    """
+    (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
+    grouped = key_heads != H
+    if Nq <= FEW_QUERIES and not grouped:
+        return FEW, False
+    alone = mask is None and not grouped and Nk <= HEAD_KEYS
+    by_head = alone and has_configuration(HEAD, q, width) and fills(q, B * H)
+    name, block = (HEAD, "ROW_KEYS") if by_head else (ROWS, "BLOCK_N")
+    whole = fits(f"{name}_whole", q, width, block, Nk)
+    return f"{name}_whole" if whole else name, whole
+
+
 def attention_double_backward(
     q: Tensor,
     k: Tensor,
@@ -125,7 +145,7 @@ def attention_double_backward(
     o: Tensor,
     lse: Tensor,
     do: Tensor,
-    dq: Tensor,
+    dq: Tensor | None,
     ddq: Tensor | None,
     ddk: Tensor | None,
     ddv: Tensor | None,
@@ -137,35 +157,29 @@ def attention_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(6)-(9): ``gq``, ``gk``, ``gv``, ``gdo``, and ``gmask`` if ``mask_grad``.
 
-    ``o`` includes ``head_scale``, ``do`` is its cotangent, ``dq`` the result of (5). An absent cotangent costs
-    nothing: its products are not compiled.
+    ``o`` includes ``head_scale``, ``do`` is its cotangent, ``dq`` the result of (5): where it is None and read,
+    the backward runs again. An absent cotangent costs nothing: its products are not compiled.
     """
     (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
     more = {"o": o, "do": do, "dq": dq, "ddq": ddq, "ddk": ddk, "ddv": ddv, "ddmask": ddmask}
     reads, static = problem(q, k, v, mask, is_causal, head_scale, lse, **more)
     width = max(static.WIDTH, static.VALUE_WIDTH)
+    name, whole = _plan(q, k, mask, width)
+    if dq is None and static.HAS_X and name in (HEAD, ROWS):
+        given = (q, k, v, mask, o, lse, do, is_causal, scale, False, head_scale)
+        more["dq"] = attention_backward(*given)[0]
+        reads, static = problem(q, k, v, mask, is_causal, head_scale, lse, **more)
     gq, gk, gv, gdo = map(empty_heads, (q, k, v, do))
     delta, x, t = (empty_statistic(q) for _ in range(3))
     gradients = map(operand, (gq, gk, gv, gdo))
     common = (q, width, reads, Results(*gradients, delta, x, t), scale)  # pyright: ignore[reportArgumentType]
-    by_head, rows = "attention_double_backward_head", "attention_double_backward_rows"
-    if Nq <= FEW_QUERIES and static.GROUP == 1:
-        name = "attention_double_backward_few"
+    if name == FEW:
         launch(name, _few_kernel, lambda _: B * H, *common, S=static)
-    elif (
-        Nk <= HEAD_KEYS
-        and mask is None
-        and static.GROUP == 1
-        and has_configuration(by_head, q, width)
-        and fills(q, B * H)
-    ):
-        whole = fits(f"{by_head}_whole", q, width, "ROW_KEYS", Nk)
-        name = f"{by_head}_whole" if whole else by_head
+    elif name.startswith(HEAD):
         launch(name, _head_kernel, lambda _: B * H, *common, S=static, WHOLE=whole)
     else:
-        whole = fits(f"{rows}_whole", q, width, "BLOCK_N", Nk)
         launch(
-            f"{rows}_whole" if whole else rows,
+            name,
             _rows_kernel,
             lambda c: B * H * cdiv(Nq, c["BLOCK_M"]),
             *common,

@@ -1,0 +1,328 @@
+"""One training by one process, or by the ranks that ``torchrun`` started.
+
+Every batch of the single-process order is split over the ranks, and each rank's loss is weighted by its
+share, so the averaged gradient is that of the whole batch, uneven shares included: the penalty is a
+mean over samples. Everything that decides what comes next (a loss that is not finite, an error while
+preparing) is agreed on by all ranks before any of them acts, so none waits for one that left.
+"""
+
+import atexit
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError, UsageError, expected
+from .machine import choose_device
+
+T = TypeVar("T")
+TORCHRUN = "torchrun --nproc-per-node {} --no-python diversevit"
+_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
+_FAREWELL = timedelta(seconds=10)  # the most that a rank waits for rank 0 to say what is wrong
+
+
+class ReportedError(UsageError):
+    """A failure that every rank knows of, on a rank other than 0, which reports it."""
+
+
+class OneProcess:
+    """A training that has the machine to itself; what ``Ranks`` does, for one.
+
+    Attributes:
+        rank, count: this rank and how many there are.
+        device: what this rank computes on.
+    """
+
+    rank, count, launched = 0, 1, False
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes and speaks."""
+        return self.rank == 0
+
+    def distribute(self, model: nn.Module, fsdp: bool) -> nn.Module:
+        """What the training steps call instead of ``model``, to the same result."""
+        return model
+
+    def collect(self, trained: nn.Module, model: nn.Module) -> None:
+        """Bring ``model`` up to date with what ``distribute`` made of it."""
+
+    def share(self, *batch: Tensor) -> tuple[Sequence[Tensor], int]:
+        """This rank's part of tensors ``[B, ...]``, and how many samples of it count."""
+        return batch, len(batch[0])
+
+    def backward(self, loss: Tensor, kept: int, batch: int) -> None:
+        """Gradients of the mean over ``batch``, of which ``loss`` is the mean over ``kept``."""
+        loss.backward()
+
+    def mean(self, values: Sequence[float], kept: int) -> list[float]:
+        """Means over this rank's ``kept`` samples as means over the whole batch."""
+        return list(values)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        return values
+
+    def finite(self, loss: Tensor) -> bool:
+        """Whether ``loss`` is finite on every rank."""
+        return bool(torch.isfinite(loss))
+
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's ``value``, on every rank."""
+        return [value]
+
+    def together(self, job: Callable[[], T]) -> T:
+        """Each rank's own result of ``job``; what it raises on one rank is raised on all."""
+        return job()
+
+    def on_first(self, job: Callable[[], T]) -> T:
+        """Rank 0's result of ``job``, on every rank; what it raises there is raised on all."""
+        return job()
+
+    def agreed(self, error: UsageError) -> UsageError:
+        """``error``, known to every rank, as this rank has to raise it."""
+        return error
+
+
+class Ranks(OneProcess):
+    """This process as one of the ranks of a ``torch.distributed`` group.
+
+    Gradients travel in the default group; everything else in a gloo group of its own, so that it
+    neither mixes with them nor needs a GPU.
+    """
+
+    launched = True
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.control: Any = dist.new_group(backend="gloo")
+
+    def distribute(self, model: nn.Module, fsdp: bool) -> nn.Module:
+        if not fsdp:
+            return nn.parallel.DistributedDataParallel(model)
+        return shard(deepcopy(model), self.device)
+
+    def collect(self, trained: nn.Module, model: nn.Module) -> None:
+        if isinstance(trained, nn.parallel.DistributedDataParallel):
+            return  # it trains ``model`` itself
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        whole = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True))
+        model.load_state_dict(whole)
+
+    def share(self, *batch: Tensor) -> tuple[Sequence[Tensor], int]:
+        own = [x.tensor_split(self.count)[self.rank] for x in batch]
+        kept = len(own[0])
+        # of a batch smaller than the ranks: one sample without weight, for the collectives' sake
+        return (own if kept else [x[:1] for x in batch]), kept
+
+    def backward(self, loss: Tensor, kept: int, batch: int) -> None:
+        with warnings.catch_warnings():
+            # DDP means axes of length 1, the class token's; it copies them rightly
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            (loss * (kept * self.count / batch)).backward()  # gradients are averaged over the ranks
+
+    def mean(self, values: Sequence[float], kept: int) -> list[float]:
+        sums = torch.tensor([*(v * kept for v in values), kept], dtype=torch.float64)
+        *sums, samples = self.total(sums).tolist()
+        return [value / samples for value in sums]
+
+    def total(self, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values, group=self.control)
+        return values
+
+    def finite(self, loss: Tensor) -> bool:
+        broken = torch.tensor(not torch.isfinite(loss), dtype=torch.int64)
+        return self.total(broken).item() == 0
+
+    def gathered(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def together(self, job: Callable[[], T]) -> T:
+        result, failure = _attempt(job)
+        for rank, failed in enumerate(self.gathered(failure)):
+            if failed is not None:
+                where = f" (on rank {rank})" if rank else ""
+                raise self.agreed(UsageError(f"{failed}{where}"))
+        return result  # pyright: ignore[reportReturnType] (there was no failure)
+
+    def on_first(self, job: Callable[[], T]) -> T:
+        outcome = [_attempt(job) if self.first else (None, None)]
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        result, failure = outcome[0]
+        if failure is not None:
+            raise self.agreed(failure)
+        return result  # pyright: ignore[reportReturnType] (there was no failure)
+
+    def agreed(self, error: UsageError) -> UsageError:
+        return error if self.first else ReportedError(str(error))
+
+    def wait_for_farewell(self) -> None:
+        """Let rank 0 speak before this rank leaves: the launcher ends the others with the first."""
+        with suppress(RuntimeError):  # rank 0 is gone, as awaited, or took too long
+            awaited = dist.irecv(torch.empty(1), src=0, group=self.control)
+            if awaited is not None:
+                awaited.wait(_FAREWELL)
+
+
+def launched() -> bool:
+    """Whether a launcher such as ``torchrun`` started this process as one of its ranks."""
+    return dist.is_available() and all(name in os.environ for name in _LAUNCH)
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that speaks."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def open_ranks(device: str, *, fsdp: bool = False) -> Iterator[OneProcess]:
+    """The ranks that train together, as the launcher started them; without one, this process.
+
+    The process group stays open, for the next run of this process: it cannot be opened twice.
+    ``close_ranks`` closes it; after a failure the end of the process does, which the others notice.
+
+    Args:
+        device: as in ``Settings``; ``"cuda"`` is the GPU of each rank's own number on its machine.
+        fsdp: whether FSDP is asked for, which one process without a launcher cannot do.
+
+    Raises:
+        UsageError: a device not there for every rank, or ``fsdp`` without ranks.
+    """
+    if not launched():
+        if fsdp:
+            cure = f"start it with: {TORCHRUN.format(2)} ..."
+            raise expected("fsdp", "several ranks", "one process", cure)
+        yield OneProcess(choose_device(device))
+        return
+    chosen, failure = _attempt(lambda: _own_device(device))
+    if not dist.is_initialized():
+        dist.init_process_group(_backends(chosen))
+        atexit.register(_leave)
+    ranks = Ranks(chosen or torch.device("cpu"))
+    try:
+        ranks.together(lambda: _reraise(failure))
+        kinds = sorted(set(ranks.gathered(ranks.device.type)))
+        if len(kinds) > 1:
+            got = " and ".join(kinds)
+            raise ranks.agreed(expected("device", "one kind for all ranks", got, "--device cpu"))
+        with noticing_lost_ranks(ranks, "start it again"):
+            yield ranks
+    except ReportedError:
+        ranks.wait_for_farewell()
+        raise
+
+
+def close_ranks() -> None:
+    """At a regular end of every rank."""
+    if launched() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _leave() -> None:
+    """At the end of a process that failed: gloo's threads must not outlive it.
+
+    NCCL's group is left to its own destructor, which aborts; closing it would wait for other ranks.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
+@contextmanager
+def noticing_lost_ranks(ranks: OneProcess, cure: str) -> Iterator[None]:
+    """Inside, an error of a collective is one line: it means that another rank has left.
+
+    Raises:
+        UsageError: a collective failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not ranks.launched or not _broken_connection(error):
+            raise
+        got = "a connection that another rank closed; its message says why"
+        raise ranks.agreed(expected("ranks", "all of them to the end", got, cure)) from None
+
+
+def resume_command(folder: Path, ranks: OneProcess) -> str:
+    """What to type to finish the run in ``folder`` as it was started."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", ranks.count)
+    start = TORCHRUN.format(local) if ranks.launched else "diversevit"
+    return f"{start} run --resume {folder}"
+
+
+def shard(model: Any, device: torch.device) -> nn.Module:
+    """``model`` with its parameters spread over the ranks by FSDP2: each block, and the rest.
+
+    Args:
+        model: a model with ``blocks``; changed in place.
+        device: this rank's.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def _attempt(job: Callable[[], T]) -> tuple[T | None, UsageError | None]:
+    """What ``job`` returns or, as a one-line error that can travel, raises."""
+    try:
+        return job(), None
+    except (UsageError, UnsupportedError, OSError) as failure:
+        return None, UsageError(str(failure))
+
+
+def _reraise(failure: UsageError | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def _own_device(name: str) -> torch.device:
+    """The device ``name`` as this rank has to take it."""
+    local = int(os.environ["LOCAL_RANK"])
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind is not None and name in ("auto", kind.type):
+        there = torch.accelerator.device_count()
+        if local >= there:
+            cure = f"--nproc-per-node {there}, or --device cpu"
+            raise expected("device", f"a {kind.type} device per rank", f"{there} of them", cure)
+        torch.accelerator.set_device_index(local)
+    device = choose_device(name)
+    if device.type == "cpu":
+        return device
+    if device.index is not None:
+        cure = f"say {device.type}: each rank takes its own"
+        raise expected("device", "one without a number", repr(name), cure)
+    return torch.device(device.type, local)
+
+
+def _backends(device: torch.device | None) -> str:
+    if device is None or device.type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+
+
+def _broken_connection(error: RuntimeError) -> bool:
+    said = str(error).lower()
+    signs = ("gloo", "connection closed", "connection reset")
+    known = isinstance(error, dist.DistError) or any(sign in said for sign in signs)
+    return known and not isinstance(error, UnsupportedError)
