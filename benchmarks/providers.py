@@ -59,7 +59,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
-    return memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return memory_efficient_attention(q, k, v).transpose(1, 2)
 
 
 def _liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
