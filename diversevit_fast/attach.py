@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from .attention_modules import AttentionLayer, plain_class_of
+from .attention_modules import AttentionLayer, is_compiled, plain_class_of
 from .errors import UnsupportedError, expected
 from .multi_head import multi_head_attention
 from .ops import attention
@@ -32,8 +32,7 @@ def _refuse_compiled(model: nn.Module, first: AttentionLayer) -> None:
     for name, module in model.named_modules():
         holds = not name or first.name.startswith(f"{name}.") or name == first.name
         below = below and module is not first.module
-        compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-        if compiled and (holds or not below):
+        if is_compiled(module) and (holds or not below):
             raise UnsupportedError(
                 f"model: {name or type(model).__name__} is compiled, so its second derivative would "
                 "be refused or dropped; compile only the blocks below the chosen layers, or none"
@@ -199,13 +198,42 @@ class Attachment:
                     f"model: {layer.name} has a forward put on the instance, which would pass by this "
                     "context; remove it (accelerate: remove_hook_from_module)"
                 )
+        attentions = {layer.module for layer in self.layers}
         for module, wrapper in self._wrappers.items():
             before = type(module)
             key = (module, before)
             if key not in self._classes:
-                self._classes[key] = _wrapped_class(before, wrapper)
+                self._classes[key] = self._wrapped_class(before, wrapper, module in attentions)
             module.__class__ = self._classes[key]
             self._swapped.append((module, before, self._classes[key]))
+
+    def _wrapped_class(self, base: type, wrapper: Wrapper, attends: bool) -> type:
+        """A subclass of ``base`` under its own name whose forward goes through ``wrapper``.
+
+        On other threads than the one that entered it is ``base``'s. timm's attention modules ask
+        ``self.fused_attn`` whether to call attention or to multiply by themselves: yes.
+        """
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            plain = super(swapped, module).forward  # pyright: ignore (a class made here)
+            if self._thread != _this_thread():
+                return plain(*args, **kwargs)
+            return wrapper(module, plain, args, kwargs)
+
+        def __reduce_ex__(module: nn.Module, protocol: Any) -> Any:  # noqa: N807
+            reduced: Any = base.__reduce_ex__(module, max(2, protocol))  # pyright: ignore
+            return (_bare_instance, (plain_class_of(base),), *reduced[2:])
+
+        body = {
+            "forward": forward,
+            "__reduce_ex__": __reduce_ex__,
+            "__module__": base.__module__,
+            "_plain_class": plain_class_of(base),
+        }
+        if attends:
+            body["fused_attn"] = property(lambda _: True)  # wins over what the instance says
+        swapped = type(base.__name__, (base,), body)
+        return swapped
 
     def _begin(self, layer: AttentionLayer) -> None:
         self._running, self._attended = layer, False
@@ -230,7 +258,8 @@ class Attachment:
     def _begun_by(self, args: tuple[Any, ...]) -> AttentionLayer | None:
         """Under a compiler: the layer whose weights a call of PyTorch's multi-head attention has."""
         for layer in self.layers:
-            if layer.is_torch and layer.projections[0].weight in args:
+            weight = layer.projections[0].weight
+            if layer.is_torch and any(x is weight for x in args):
                 self._attended = False
                 self.started(layer)
                 return layer
@@ -238,8 +267,6 @@ class Attachment:
 
     def _run_layer(self, layer: AttentionLayer) -> Wrapper:
         def run(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
-            if self._thread != _this_thread():
-                return forward(*args, **kwargs)
             before = self._running, self._attended
             self._begin(layer)
             try:
@@ -306,31 +333,6 @@ def _split_attention_call(
 
 _ATTENTION_ARGUMENTS = tuple(signature(attention).parameters)
 _ATTENTION_ALIASES = {"query": "q", "key": "k", "value": "v"}
-
-
-def _wrapped_class(base: type, wrapper: Wrapper) -> type:
-    """A subclass of ``base`` under its own name whose forward goes through ``wrapper``.
-
-    timm's modules ask ``self.fused_attn`` whether to call attention or to multiply by themselves: yes.
-    """
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plain = super(swapped, self).forward  # pyright: ignore (a class made here)
-        return wrapper(self, plain, args, kwargs)
-
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:  # noqa: N807
-        reduced: Any = base.__reduce_ex__(self, max(2, protocol))  # pyright: ignore
-        return (_bare_instance, (plain_class_of(base),), *reduced[2:])
-
-    body = {
-        "forward": forward,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": base.__module__,
-        "_plain_class": plain_class_of(base),
-        "fused_attn": property(lambda _: True),  # wins over what the instance says
-    }
-    swapped = type(base.__name__, (base,), body)
-    return swapped
 
 
 def _bare_instance(cls: Any) -> Any:

@@ -5,7 +5,7 @@ keys and values, under the names that timm, transformers, torch and open_clip gi
 then calls attention, once, with these heads, is seen when it runs (``attach``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,16 @@ def plain_class(module: nn.Module) -> type:
 
 def plain_class_of(cls: type) -> type:
     return cls.__dict__.get("_plain_class", cls)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs the module."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def is_hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether a forward hook looks at one of ``modules``."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
 HEAD_COUNTS = ("num_heads", "num_attention_heads")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .attention_modules import plain_class
+from .attention_modules import is_hooked, plain_class
 
 
 def one_token_block(model: nn.Module, attention: nn.Module) -> nn.Module | None:
@@ -22,9 +22,8 @@ def one_token_block(model: nn.Module, attention: nn.Module) -> nn.Module | None:
     whole: Any = model
     block = list(whole.blocks.children())[-1]
     watched = (whole.blocks, *block.modules(), whole.norm)
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in watched)
     known = plain_class(block) in _forwards() and getattr(block, "attn", None) is attention
-    return block if known and not hooked else None
+    return block if known and not is_hooked(watched) else None
 
 
 def one_token_forward(block: nn.Module, x: Tensor) -> Tensor:

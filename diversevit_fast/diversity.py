@@ -142,9 +142,8 @@ class HeadDiversity(Attachment):
         self.cosines: list[Tensor] = []
         self.samples: Tensor | None = None
         self._captured: list[Captured] = []
-        self._projected: list[
-            tuple[Projected, Tensor]
-        ] = []  # of the running layer, and their inputs
+        # of the running layer, with their inputs
+        self._projected: list[tuple[Projected, Tensor]] = []
         self._batches: list[int] = []  # of the whole model's forwards
         self._class_token_only = False
         self._scale = InnerScale(grad_scale)

@@ -4,9 +4,9 @@ PyTorch hides both inside one function: what an overriding function mode is show
 formulas are PyTorch's; attention and the projections are done by whoever calls.
 """
 
+from collections import namedtuple
 from collections.abc import Callable
 from inspect import signature
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,9 +40,7 @@ def multi_head_attention(
     Raises:
         UnsupportedError: ``bias_k``, ``bias_v``, ``add_zero_attn``, ``static_k`` or ``static_v``.
     """
-    bound = _SIGNATURE.bind(*args, **kwargs)
-    bound.apply_defaults()
-    call = SimpleNamespace(**bound.arguments)
+    call: Any = _Call(*args, **kwargs)
     if call.add_zero_attn or any(
         x is not None for x in (call.bias_k, call.bias_v, call.static_k, call.static_v)
     ):
@@ -63,7 +61,13 @@ def multi_head_attention(
     return out.transpose(0, 1), weights
 
 
-_SIGNATURE = signature(F.multi_head_attention_forward)
+_PARAMETERS = signature(F.multi_head_attention_forward).parameters.values()
+_Call = namedtuple(
+    "_Call",
+    [p.name for p in _PARAMETERS],
+    defaults=[p.default for p in _PARAMETERS if p.default is not p.empty],
+)
+"""The arguments of a call, by name."""
 
 
 def _project(call: Any, batched: bool, project: Project) -> tuple[Tensor, ...]:

@@ -8,11 +8,9 @@ several names are stored once, as ``safetensors.torch.save_model`` does.
 import copy
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +19,12 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .attention_modules import AttentionLayer, attention_layers
-from .errors import UnsupportedError, UsageError, expected, require
+from .errors import UnsupportedError, UsageError
 from .ops.attention import attention_operator
 from .parallel import unwrapped
 from .pruning import check_kept, prune_heads
 from .version import __version__
-
-StrPath = str | os.PathLike[str]
+from .weight_files import StrPath, listing, misfit, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -54,27 +51,19 @@ def save_pruned(model: nn.Module, path: StrPath) -> None:
         UnsupportedError: state that is not whole dense tensors (sharded, quantised, extra state), or
             tensors that share a part of their memory.
     """
-    safetensors = require("safetensors.torch", extra="train")
-    path = Path(path)
-    if not path.parent.is_dir() or path.is_dir():
-        raise _misfit(path, "a file name in an existing folder", "none", "make its folder first")
     model = unwrapped(model)
     state = _state(model)
     stored = _stored_names(state)
     layers = [vars(layer) for layer in _pruned_layers(model)]
     metadata = {name: first for name, first in stored.items() if name != first}
-    metadata |= {"format": "pt", _VERSION: __version__, _LAYERS: json.dumps(layers)}
+    metadata |= {_VERSION: __version__, _LAYERS: json.dumps(layers)}
     tensors = {name: state[name].detach().contiguous() for name in set(stored.values())}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_bytes(safetensors.save(tensors, metadata=metadata))
-        os.replace(unfinished, path)
+        write_tensors(path, tensors, metadata)
     except RuntimeError as failure:
         raise UnsupportedError(
             f"model: safetensors cannot store it ({str(failure).splitlines()[0]}); clone what is shared"
         ) from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_pruned(model: nn.Module, path: StrPath) -> nn.Module:
@@ -96,7 +85,7 @@ def load_pruned(model: nn.Module, path: StrPath) -> nn.Module:
         UnsupportedError: as ``prune_heads`` and ``save_pruned``.
     """
     target = unwrapped(model)
-    metadata, tensors = _read(Path(path))
+    metadata, tensors = read_tensors(path, _CURE)
     heads = _heads_to_prune(path, target, _parse(path, metadata))
     pruned = _without_storage(target)
     if heads:
@@ -211,10 +200,6 @@ _VERSION, _LAYERS = "diversevit_fast", "pruned_layers"
 _CURE = "pass a file that dvf.save_pruned wrote"
 
 
-def _misfit(path: StrPath, wanted: str, got: object, cure: str) -> UsageError:
-    return expected(f"path {str(path)!r}", wanted, got, cure)
-
-
 def _pruned_layers(model: nn.Module) -> list[_PrunedLayer]:
     return [
         _PrunedLayer(
@@ -271,30 +256,15 @@ def _without_storage(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    safetensors: Any = require("safetensors", extra="train")
-    if not path.is_file():
-        got = "a folder" if path.is_dir() else "nothing there"
-        raise _misfit(path, "a file", got, "check the path")
-    try:
-        with safetensors.safe_open(path, framework="pt") as content:
-            tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
-            return content.metadata() or {}, tensors
-    except safetensors.SafetensorError:
-        raise _misfit(
-            path, "an intact safetensors file", "another or a damaged one", _CURE
-        ) from None
-
-
 def _parse(path: StrPath, metadata: Mapping[str, str]) -> list[_PrunedLayer]:
     if _LAYERS not in metadata:
-        raise _misfit(path, f"metadata {_LAYERS!r}", "a file without", _CURE)
+        raise misfit(path, f"metadata {_LAYERS!r}", "a file without", _CURE)
     try:
         layers = [_PrunedLayer(**entry) for entry in json.loads(metadata[_LAYERS])]
         return [_PrunedLayer(int(x.layer), x.name, x.heads, tuple(x.kept)) for x in layers]
     except (TypeError, ValueError) as failure:
         got = f"something that does not parse ({type(failure).__name__})"
-        raise _misfit(path, f"metadata {_LAYERS!r}", got, _CURE) from None
+        raise misfit(path, f"metadata {_LAYERS!r}", got, _CURE) from None
 
 
 def _heads_to_prune(
@@ -308,7 +278,7 @@ def _heads_to_prune(
     for entry in filed:
         named = layers[entry.layer].name if 0 <= entry.layer < len(layers) else "no such layer"
         if named != entry.name:
-            raise _misfit(path, f"layer {entry.layer} named {named!r}", repr(entry.name), cure)
+            raise misfit(path, f"layer {entry.layer} named {named!r}", repr(entry.name), cure)
         pruned = has.pop(entry.layer, None)
         if pruned is not None:
             if pruned.kept != entry.kept:
@@ -318,7 +288,7 @@ def _heads_to_prune(
         found = {h for h in entry.kept if isinstance(h, int) and 0 <= h < count}
         if not found or len(found) < len(entry.kept) or entry.heads not in (None, count):
             got = f"heads {list(entry.kept)} of {entry.heads or 'more'}"
-            raise _misfit(path, f"heads of the model's {count} in {entry.name}", got, cure)
+            raise misfit(path, f"heads of the model's {count} in {entry.name}", got, cure)
         heads[entry.layer] = list(entry.kept)
     for pruned in has.values():
         raise _pruned_otherwise(path, pruned.name, pruned.kept, "all")
@@ -327,7 +297,7 @@ def _heads_to_prune(
 
 def _pruned_otherwise(path: StrPath, name: str, kept: object, filed: object) -> UsageError:
     wanted = f"heads {kept} of {name}, as the model is pruned already"
-    return _misfit(path, wanted, filed, "load into a fresh model")
+    return misfit(path, wanted, filed, "load into a fresh model")
 
 
 def _check_tensors(
@@ -335,23 +305,18 @@ def _check_tensors(
 ) -> None:
     cure = "build the model that was saved"
     if missing := [name for name in wanted if name not in given]:
-        raise _misfit(path, f"the tensors {_listing(missing)}", "a file without", cure)
+        raise misfit(path, f"the tensors {listing(missing)}", "a file without", cure)
     if extra := [name for name in given if name not in wanted]:
-        raise _misfit(path, "no other tensors", _listing(extra), cure)
+        raise misfit(path, "no other tensors", listing(extra), cure)
     for name, tensor in wanted.items():
         ours, theirs = ((list(x.shape), x.dtype) for x in (tensor, given[name]))
         if ours != theirs:
             wish = f"{name} of shape {ours[0]} and {ours[1]}, the model's"
-            raise _misfit(path, wish, f"{theirs[0]} and {theirs[1]}", cure)
+            raise misfit(path, wish, f"{theirs[0]} and {theirs[1]}", cure)
 
 
 def _check_shared(path: StrPath, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     for name, first in _stored_names(wanted).items():
         if given[name] is not given[first]:
             wish = f"one tensor for {first} and {name}, which the model shares"
-            raise _misfit(path, wish, "two", "build the model that was saved")
-
-
-def _listing(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+            raise misfit(path, wish, "two", "build the model that was saved")

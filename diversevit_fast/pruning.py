@@ -90,7 +90,7 @@ def prune_heads(model: nn.Module, heads: Kept, rescale: bool = True) -> nn.Modul
 
     The layer's projections lose the rows and its output projection the columns of the heads that go; H /
     kept is folded into the latter. The model is changed in place, entirely or, if an argument is
-    wrong, not at all; each pruned layer's ``kept_heads`` says which original heads are left.
+    wrong, not at all; each pruned layer's ``kept_heads`` says which of its ``original_heads`` are left.
     ``save_pruned`` and ``load_pruned`` keep it in a file.
 
     Args:
@@ -124,6 +124,7 @@ def _remove(layer: AttentionLayer, kept: list[int], rescale: bool) -> None:
     for name in HEAD_COUNTS:
         if hasattr(module, name):
             setattr(module, name, len(kept))
+    module.original_heads = getattr(module, "original_heads", heads)
     module.kept_heads = tuple(original[h] for h in kept)
     width = output.in_features
     for name in ("attn_dim", "kv_dim"):  # timm's

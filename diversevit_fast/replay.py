@@ -7,8 +7,7 @@ times the new factors; all that follows runs. Nothing is assumed about the model
 matched in order, and what cannot be kept (see ``Replay``) runs again.
 """
 
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +16,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .attach import Attachment, Forward
-from .attention_modules import AttentionLayer
+from .attention_modules import AttentionLayer, is_compiled, is_hooked
 from .errors import UnsupportedError, expected
-from .pruning import head_scale
+from .pruning import Kept, head_scale
 from .support import refuse
-
-Choice = Mapping[int, Sequence[int]]
-"""Layer index -> the heads that stay; layers it does not name are whole."""
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Recorded:
     """What a call returned: tensors and constants, and how often each tensor had been written to."""
 
     leaves: list[Any]
@@ -37,12 +33,12 @@ class _Kept:
     versions: list[int]
 
     @staticmethod
-    def of(value: Any) -> "_Kept | None":
+    def of(value: Any) -> "_Recorded | None":
         """None if something in ``value`` is neither a tensor nor a constant, so it might change unseen."""
         leaves, structure = tree_flatten(value)
         if not all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves):
             return None
-        return _Kept(leaves, structure, _versions(leaves))
+        return _Recorded(leaves, structure, _versions(leaves))
 
     def intact(self) -> bool:
         return self.versions == _versions(self.leaves)
@@ -68,7 +64,7 @@ class _Call:
     """One module call before the attention; nothing is kept of one that runs again."""
 
     module: nn.Module
-    kept: _Kept | None = None
+    kept: _Recorded | None = None
 
 
 class Replay(Attachment):
@@ -100,14 +96,13 @@ class Replay(Attachment):
         compiled = {m for m in self._inside if _compiled(m)}
         left_alone = compiled.union(*(self._inside[m] for m in compiled))
         for module in self._inside:
-            unfused = getattr(module, "fused_attn", True) is False  # which a wrapped module is not
-            if module in chosen or not (unfused or module in left_alone):
+            if module in chosen or module not in left_alone:
                 self.wrap(module, self._run)
         self._scale: dict[int, Tensor] = {}
-        self._not_kept = {m for m, inside in self._inside.items() if _hooked(inside)}
+        self._not_kept = {m for m, inside in self._inside.items() if is_hooked(inside)}
         self._forget()
 
-    def outputs(self, choices: Sequence[Choice], *args: Any, **kwargs: Any) -> Iterator[Any]:
+    def outputs(self, choices: Sequence[Kept], *args: Any, **kwargs: Any) -> Iterator[Any]:
         """``model(*args, **kwargs)`` for each choice, as inside ``keep_heads(model, choice)``.
 
         One whole forward, then for each further choice what follows the first layer that ``choices``
@@ -154,7 +149,7 @@ class Replay(Attachment):
         scale = self._scale.get(layer.index)
         return heads if scale is None else heads * scale.to(heads)[:, None, None]
 
-    def _forward(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _forward(self, choice: Kept, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._scale = {
             layer.index: head_scale(layer, _heads(choice, layer), rescale=True)
             for layer in self.layers
@@ -171,7 +166,7 @@ class Replay(Attachment):
             return self.model(*args, **kwargs)
 
     def _run(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
-        if self._past or self._keeping is not None or self._thread != threading.get_ident():
+        if self._past or self._keeping is not None:
             return forward(*args, **kwargs)
         if self._recording:
             return self._record(module, forward, args, kwargs)
@@ -182,7 +177,7 @@ class Replay(Attachment):
         return forward(*args, **kwargs) if call.kept is None else call.kept.value()
 
     def _record(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
-        given = _Kept.of((args, kwargs))
+        given = _Recorded.of((args, kwargs))
         if given is None or module in self._holds_heads or module in self._not_kept:
             self._calls.append(_Call(module))
             return forward(*args, **kwargs)
@@ -191,7 +186,7 @@ class Replay(Attachment):
             output = forward(*args, **kwargs)
         finally:
             self._keeping = None
-        kept = _Kept.of(output)
+        kept = _Recorded.of(output)
         if kept is None or self._past or not given.same((args, kwargs)):
             self._not_kept.add(module)  # found out too late to record what is inside
             self._void = True
@@ -206,17 +201,12 @@ class Replay(Attachment):
         self._void = False
 
 
-def _heads(choice: Choice, layer: AttentionLayer) -> tuple[int, ...]:
+def _heads(choice: Kept, layer: AttentionLayer) -> tuple[int, ...]:
     return tuple(choice.get(layer.index, range(layer.num_heads)))
 
 
-def _hooked(modules: Iterable[nn.Module]) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-
-
 def _compiled(module: nn.Module) -> bool:
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    return scripted or hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+    return isinstance(module, torch.jit.ScriptModule) or is_compiled(module)
 
 
 def _another_order(name: str) -> UnsupportedError:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -85,13 +86,14 @@ def _why_unseen(layer: AttentionLayer) -> str | None:
     if implementation not in ("sdpa", "diversevit"):
         cure = "model.set_attn_implementation('sdpa') first"
         return f"its attention is {implementation!r}, whose heads cannot be seen; {cure}"
-    if qualified(module).startswith("timm.") and "scaled_dot_product" not in _source(module):
+    if qualified(module).startswith("timm.") and not _calls_attention(plain_class(module)):
         return "it computes attention itself, not by F.scaled_dot_product_attention; choose other layers"
     return None
 
 
-def _source(module: nn.Module) -> str:
-    return inspect.getsource(plain_class(module))
+@cache
+def _calls_attention(cls: type) -> bool:
+    return "scaled_dot_product" in inspect.getsource(cls)
 
 
 def _why_no_input(layer: AttentionLayer) -> str | None:

@@ -5,10 +5,12 @@ import functools
 
 import pytest
 import torch
+from test_zoo import made
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from vits import VITS, assert_same, diverse_vit, gradients, images_for, labels_for, timm_vit
+from zoo import ZOO
 
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
@@ -21,10 +23,10 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-def loss_of(diversity):
+def loss_of(diversity, read=lambda output: output):
     def loss(model, images, labels):
         with diversity:
-            logits = model(images)
+            logits = read(model(images))
         return F.cross_entropy(logits, labels) + 100 * diversity.penalty(logits)
 
     return loss
@@ -53,7 +55,17 @@ OPTIONS = [
 ]
 
 
+LIBRARIES = ("HF ViT", "torchvision ViT", "open_clip ViT", "timm EVA-02", "timm SigLIP")
+
+
 class TestRight:
+    @pytest.mark.parametrize("name", LIBRARIES)
+    def test_other_libraries(self, name):
+        """Separate projections, torch's own multi-head attention, RoPE, attention pooling."""
+        _, model, images, _ = made(name)
+        read, diversity = ZOO[name].logits, dvf.HeadDiversity(model)
+        check(model, loss_of(diversity, read), images)
+
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
     @pytest.mark.parametrize("vit", VITS.values(), ids=VITS.keys())
     def test_value_and_gradients(self, vit, options):

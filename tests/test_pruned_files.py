@@ -134,10 +134,19 @@ def test_into_a_model_pruned_alike(tmp_path):
     assert torch.equal(alike(images_for(alike)), model(images_for(alike)))
 
 
+def test_metadata_says_how_many_heads_there_were(tmp_path):
+    """Also of a layer pruned twice."""
+    path = tmp_path / "model.safetensors"
+    model = dvf.prune_heads(timm_vit(), {1: [2, 0]})
+    save_pruned(dvf.prune_heads(model, {1: [1]}), path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        (layer,) = json.loads(file.metadata()["pruned_layers"])
+    assert (layer["heads"], layer["kept"]) == (4, [2])
+
+
 def test_metadata(tmp_path):
     path = tmp_path / "model.safetensors"
     model = dvf.prune_heads(timm_vit(), {1: [2, 0]})
-    model.blocks[1].attn.original_heads = 4
     save_pruned(model, path)
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()

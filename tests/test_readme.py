@@ -58,6 +58,13 @@ def test_memory_table_is_the_recorded_result():
             assert f"| {label} | {n / 2**20:.0f} MiB | {n / base:.2f} |" in README, label
 
 
+def test_amortised_table_is_the_recorded_result():
+    from benchmarks.amortised import table
+
+    recorded = json.loads((ROOT / "benchmarks/results/amortised.json").read_text("utf-8"))
+    assert f"\n\n{table(recorded)}\n\n" in README
+
+
 def test_benchmark_summary_is_the_recorded_result():
     from benchmarks import report
 

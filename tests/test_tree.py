@@ -56,12 +56,14 @@ ALLOWED = {
     "diversevit_fast.integrations": {"errors", "ops", "backends"},
     "diversevit_fast.compile_loss": {"attach", "errors"},
     "diversevit_fast.pruning": {"attach", "attention_modules", "errors", "parallel", "support"},
+    "diversevit_fast.weight_files": {"errors"},
     "diversevit_fast.replay": {"attach", "attention_modules", "errors", "pruning", "support"},
     "diversevit_fast.pruned_files": {
         *("attention_modules", "errors", "ops", "parallel", "pruning", "version"),
+        "weight_files",
     },
     "diversevit_fast.selection": {"attention_modules", "errors", "ops", "parallel", "replay"},
-    "diversevit_fast.models": {"errors", "nn", "ops", "pruning"},
+    "diversevit_fast.models": {"errors", "nn", "ops", "pruning", "weight_files"},
     "diversevit_fast.data": {"errors"},
     "diversevit_fast.doctor": {"backends", "errors", "ops", "reference", "version"},
     "diversevit_fast.experiment": {

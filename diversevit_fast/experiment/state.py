@@ -67,12 +67,6 @@ class State:
         model.to(device)
         return cls(model, model, adam(model, settings, task))
 
-    @property
-    def inner(self) -> nn.Module:
-        """The module that ``trained`` runs, whose attention the penalty looks at."""
-        wrapped = isinstance(self.trained, nn.parallel.DistributedDataParallel)
-        return self.model if wrapped else self.trained
-
     def finish_epoch(self, rows: list[Row], cosines: list[list[float]]) -> None:
         """Count one more epoch, and keep its weights if it holds the selected head so far."""
         self.epoch += 1

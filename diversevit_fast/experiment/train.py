@@ -59,9 +59,8 @@ def train(
     diversity = head_diversity(settings, state.model)
     sample = next(iter(batches(splits["val_id"], _LIKENESS_IMAGES)))[0].to(ranks.device)
     if not state.cosines:
-        state.cosines["before"] = ranks.on_first(lambda: likeness(state.model, diversity, sample))[
-            1
-        ]
+        _, before = ranks.on_first(lambda: likeness(state.model, diversity, sample))
+        state.cosines["before"] = before
     steps = math.ceil(len(splits["train"].labels) / settings.batch_size)
     watcher.started(task, state.epoch, settings.epochs, steps)
     while state.epoch < settings.epochs:
@@ -175,7 +174,7 @@ def _train_epoch(
     weight = settings.penalty_weight if task.method == "diversevit" else 0.0
     order = shuffler(task.seed, state.epoch + 1)
     done = state.epoch * math.ceil(len(dataset.labels) / settings.batch_size)
-    diversity = training_diversity(settings, state.inner, order, done, ranks.rank)
+    diversity = training_diversity(settings, state.trained, order, done, ranks.rank)
     hits, members = torch.zeros(2, len(dataset.group_names), dtype=torch.float64)
     sums = {"loss": 0.0, "penalty": 0.0}
     steps = 0

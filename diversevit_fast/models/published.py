@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import expected
-from .restore import StrPath, check_tensors, existing_file, listing, misfit, skeleton
+from ..weight_files import StrPath, existing_file, listing, misfit
+from .restore import check_tensors, skeleton
 
 if TYPE_CHECKING:
     from .diverse_vit import DiverseViT

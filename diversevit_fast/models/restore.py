@@ -1,32 +1,16 @@
 """From a file's configuration and tensors to a model, or one line that names what does not fit."""
 
 from collections.abc import Mapping, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import UsageError, expected
 from ..pruning import prune_heads
+from ..weight_files import StrPath, listing, misfit
 
 if TYPE_CHECKING:
     from .diverse_vit import DiverseViT
-
-StrPath = str | PathLike[str]
-
-
-def existing_file(path: StrPath) -> Path:
-    """``path`` as a ``Path``.
-
-    Raises:
-        UsageError: it is no file.
-    """
-    if not Path(path).is_file():
-        got = "a folder" if Path(path).is_dir() else "nothing there"
-        raise misfit(path, "a file", got, "check the path")
-    return Path(path)
 
 
 def skeleton(
@@ -71,14 +55,3 @@ def check_tensors(path: StrPath, got: Mapping[str, Any], wanted: Mapping[str, to
         if value.dtype != got[first].dtype:
             wish = f"{key} of dtype {got[first].dtype} like {first}"
             raise misfit(path, wish, value.dtype, "save the weights in one dtype")
-
-
-def misfit(path: StrPath, wanted: str, got: object, cure: str) -> UsageError:
-    """The error for a file that is not what it should be."""
-    return expected(f"path {str(path)!r}", wanted, got, cure)
-
-
-def listing(keys: Sequence[object]) -> str:
-    """The first three keys by name, the rest by number."""
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return ", ".join(map(str, keys[:3])) + more
