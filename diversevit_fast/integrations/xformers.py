@@ -99,8 +99,6 @@ class _Both:
     def not_supported_reasons(cls, d: Any) -> list[str]:
         """Why these inputs are refused; nothing in the list: they are not."""
         reasons = super().not_supported_reasons(d)  # pyright: ignore[reportAttributeAccessIssue]
-        if d.device.type != "cuda":  # theirs is about NVIDIA's generations
-            reasons = [reason for reason in reasons if not reason.startswith("bf16 is only")]
         if type(d.attn_bias) is WITH_TENSOR and d.attn_bias._bias.requires_grad:
             reasons.append(
                 "xformers passes no gradient to the tensor in LowerTriangularMaskWithTensorBias; "

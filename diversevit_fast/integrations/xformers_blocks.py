@@ -43,7 +43,7 @@ _WINDOWS = (
 )
 WITH_TENSOR = _biases.LowerTriangularMaskWithTensorBias
 TYPES = (
-    *(type(None), Tensor, torch.nn.Parameter, WITH_TENSOR),
+    *(type(None), Tensor, WITH_TENSOR),
     *(*_ALL_KEYS, *_CAUSAL, *_CAUSAL_FROM_BOTTOM_RIGHT, *_WINDOWS),
 )
 """The biases known by name; others are made tensors by their own ``materialize``."""
