@@ -127,6 +127,7 @@ def _qualified_name(module: nn.Module) -> str:
 _OVER_CHANNELS = {"timm.models.xcit.XCA"}
 PRUNABLE = {
     "diversevit_fast.nn.MultiHeadAttention",
+    "diversevit_fast.integrations.timm.Attention",
     "timm.layers.attention.Attention",
     "timm.layers.attention.AttentionRope",
     *(

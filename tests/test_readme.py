@@ -58,6 +58,12 @@ def test_memory_table_is_the_recorded_result():
             assert f"| {label} | {n / 2**20:.0f} MiB | {n / base:.2f} |" in README, label
 
 
+def test_selection_is_the_recorded_result():
+    found = json.loads((ROOT / "benchmarks/results/selection.json").read_text("utf-8"))
+    assert (found["choices"], found["batch"]) == (63, 8)
+    assert f"takes {found['rows']['select_heads']['ratio']} of the time" in README
+
+
 def test_amortised_table_is_the_recorded_result():
     from benchmarks.amortised import table
 

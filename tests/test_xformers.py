@@ -131,6 +131,39 @@ def test_a_bias_of_ones_own():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+def shared_pages():
+    """Two sequences whose first page is the same."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, H, K, generator=g)
+    k, v = (torch.randn(1, 12, H, K, generator=g) for _ in "kv")
+    bias = biases.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
+        q_seqlen=[2, 2],
+        kv_seqlen=[7, 6],
+        block_tables=torch.tensor([[0, 1], [0, 2]], dtype=torch.int32),
+        page_size=4,
+        device=torch.device("cpu"),
+    )
+    return q, k, v, bias
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_pages_of_several_sequences_get_the_sum_of_their_gradients(pair):
+    q, k, v, bias = shared_pages()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    if pair:
+        out = xops.memory_efficient_attention(q, k, v, bias, op=(FwOp, BwOp))
+    else:
+        out = memory_efficient_attention(q, k, v, bias)
+    where = [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 8, 9]]
+    expect = torch.cat(
+        [plain(q[:, 2 * i : 2 * i + 2], k[:, w], v[:, w], None) for i, w in enumerate(where)], 1
+    )
+    torch.testing.assert_close(out, expect)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), leaves) for x in (out, expect))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_scale_and_output_dtype(scale):
     q, k, v, _ = tensors(type(None))
@@ -271,6 +304,16 @@ class TestPair:
             if bias is not None:
                 scores = scores + bias.materialize(scores.shape)
             torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+    def test_scale(self):
+        q, k, v, _ = tensors(type(None), dtype=torch.float32)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = xops.memory_efficient_attention(q, k, v, scale=0.3, op=(FwOp, BwOp))
+        expect = plain(q, k, v, None, 0.3)
+        torch.testing.assert_close(out, expect)
+        ours, theirs = (torch.autograd.grad(x.square().sum(), leaves) for x in (out, expect))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
 
     def test_second_order_is_refused_by_xformers(self):
         q, k, v, _ = tensors(type(None), dtype=torch.float32)

@@ -1,0 +1,50 @@
+"""timm's own seam, ``attn_layer=``: its attention module on the twice-differentiable operator.
+
+>>> from diversevit_fast.integrations.timm import Attention
+>>> model = timm.create_model("vit_small_patch16_224", attn_layer=Attention)
+
+``HeadDiversity`` needs none of this: it attaches to the stock module as well. With it, attention is this
+library's everywhere, also outside a ``with`` block, for penalties of your own.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import require
+from ..ops import attention
+
+_layers: Any = require("timm.layers", extra="train")
+
+
+class Attention(_layers.Attention):
+    """``timm.layers.Attention``, arguments and ``state_dict`` included, differentiable twice.
+
+    ``attn_drop`` above 0 is refused in training; qk norm, scale norm and the gate are as timm's.
+    """
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """``[B, N, D]`` to ``[B, N, D]``.
+
+        Args:
+            attn_mask: bool (True: attend) or added to the scores, broadcastable to ``[B, H, N, N]``.
+
+        Raises:
+            UnsupportedError: attention dropout in training.
+        """
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        heads = attention(
+            *(self.q_norm(q), self.k_norm(k), v),
+            attn_mask=attn_mask,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            is_causal=is_causal,
+        )
+        out = self.norm(heads.transpose(1, 2).reshape(B, N, self.attn_dim))
+        gate = getattr(self, "gate", None)  # of timm from 1.0.25 on
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
