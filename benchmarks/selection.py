@@ -39,6 +39,7 @@ def one_by_one(
 
 def main(given: list[str] | None = None) -> int:
     import timm
+    from timm.data import resolve_model_data_config
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -49,7 +50,7 @@ def main(given: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     torch.manual_seed(0)
     model = timm.create_model(options.model, num_classes=10).eval()
-    size = timm.data.resolve_model_data_config(model)["input_size"]
+    size = resolve_model_data_config(model)["input_size"]
     images, labels = torch.randn(options.batch, *size), torch.randint(10, (options.batch,))
     batches = [(images, labels)]
     scores = cached(model, batches)

@@ -29,7 +29,7 @@ from .inner_scale import InnerScale
 from .multi_head import multi_head_attention
 from .ops import attention, gelu, layer_norm
 from .ops.checks import check_choice
-from .parallel import kept_unsharded, refuse_static_graph, unwrapped
+from .parallel import check_ddp_forward, is_ddp, kept_unsharded, unwrapped
 from .sampling import SampleSplit
 from .self_attention import read_from_input
 from .support import refuse
@@ -102,8 +102,8 @@ class HeadDiversity(Attachment):
         UsageError: unknown words or layers, no attention found, one head with ``"pairs"``, an ``every``
             or ``fraction`` out of range.
         UnsupportedError: the model is compiled at or above a chosen layer; a chosen layer does not
-            allow ``wrt``; FSDP1, DataParallel, DDP with ``static_graph``; with ``fraction`` below 1, a
-            block with BatchNorm, or one called with several tensors.
+            allow ``wrt``; FSDP1, DataParallel, DDP with ``static_graph``, a DDP model whose inside is called
+            past it; with ``fraction`` below 1, a block with BatchNorm, or one called with several tensors.
 
     Source: arXiv 2308.16274, section 3; all heads from one backward pass instead of one each.
     """
@@ -128,6 +128,7 @@ class HeadDiversity(Attachment):
         check_target(target)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise expected("every", "a whole number of at least 1", repr(every), "1 is each step")
+        self._in_ddp = is_ddp(model)
         model = unwrapped(model)
         super().__init__(model, choose_layers(model, layers))
         refuse(self.layers, f"wrt={wrt!r}")
@@ -267,7 +268,7 @@ class HeadDiversity(Attachment):
         if not torch.compiler.is_compiling():
             self._split.check_reached(layer.name, len(x))
             _refuse_checkpointing()
-            refuse_static_graph()
+            check_ddp_forward(self._in_ddp)
         return x if x.requires_grad else x.detach().requires_grad_()
 
     def _differentiate(

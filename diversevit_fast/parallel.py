@@ -21,7 +21,7 @@ def unwrapped(model: Any) -> Any:
     Raises:
         UnsupportedError: DDP with ``static_graph``, FSDP1 or DataParallel.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if is_ddp(model):
         _refuse_static_graph(model)
         model = model.module
     if isinstance(model, nn.DataParallel):
@@ -40,11 +40,28 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def refuse_static_graph() -> None:
-    """Raise if a forward of DDP with ``static_graph`` is running."""
+def is_ddp(model: Any) -> bool:
+    """Whether ``model`` is wrapped in DistributedDataParallel."""
+    return isinstance(model, nn.parallel.DistributedDataParallel)
+
+
+def check_ddp_forward(wrapped: bool) -> None:
+    """Raise in a forward after which ranks would diverge.
+
+    Args:
+        wrapped: the model was given inside DDP, so DDP's forward has to be the one running.
+
+    Raises:
+        UnsupportedError: DDP runs with ``static_graph``, or the module inside was called past it.
+    """
     running = nn.parallel.DistributedDataParallel._get_active_ddp_module()
     if running is not None:
         _refuse_static_graph(running)
+    elif wrapped:
+        raise UnsupportedError(
+            "model: the module inside DDP was called past it, so gradients would not be averaged over "
+            "ranks; call the DDP model, or give HeadDiversity its .module"
+        )
 
 
 def _refuse_static_graph(model: Any) -> None:

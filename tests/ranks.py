@@ -137,6 +137,20 @@ def ddp_static_graph() -> None:
         loss_of(whole, dvf.HeadDiversity(whole.module), images, labels)
 
 
+def ddp_called_past() -> None:
+    """Evaluation past DDP is nobody's harm; a training forward is."""
+    model = average_vit()
+    images, labels = batch(model)
+    whole = nn.parallel.DistributedDataParallel(model)
+    diversity = dvf.HeadDiversity(whole)
+    with pytest.raises(UnsupportedError, match="called past it"):
+        loss_of(whole.module, diversity, images, labels)
+    with torch.no_grad(), diversity:
+        whole.module(images)
+    loss_of(whole, diversity, images, labels).backward()
+    loss_of(whole.module, dvf.HeadDiversity(whole.module), images, labels).backward()
+
+
 def fsdp2() -> None:
     from torch.distributed.fsdp import fully_shard
 

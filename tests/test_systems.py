@@ -385,6 +385,11 @@ def test_ddp():
     ranks.run("ddp", "ddp_accumulation")
 
 
+@system("a forward of the module inside DDP, where the DDP model was given", "refused")
+def test_ddp_called_past():
+    ranks.run("ddp_called_past")
+
+
 @system("FSDP2 (fully_shard), with and without resharding after forward", "right")
 def test_fsdp2():
     ranks.run("fsdp2")
