@@ -3,6 +3,7 @@
 torchrun --standalone --nproc-per-node 2 examples/torchrun_fsdp2.py
 """
 
+import gc
 import os
 
 import tiny
@@ -59,6 +60,8 @@ def main() -> None:
     model = tiny.vit().to(device)
     shard(model, device)
     train(model, loader, device)
+    del model
+    gc.collect()  # what is sharded keeps gloo's threads, which may abort the process at its end
     dist.destroy_process_group()
 
 

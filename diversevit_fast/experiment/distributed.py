@@ -7,6 +7,7 @@ preparing) is agreed on by all ranks before any of them acts, so none waits for 
 """
 
 import atexit
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -231,6 +232,7 @@ def open_ranks(device: str, *, fsdp: bool = False) -> Iterator[OneProcess]:
 def close_ranks() -> None:
     """At a regular end of every rank."""
     if launched() and dist.is_initialized():
+        gc.collect()  # what FSDP2 sharded keeps gloo's threads, which abort the process at its end
         dist.destroy_process_group()
 
 
@@ -240,6 +242,7 @@ def _leave() -> None:
     NCCL's group is left to its own destructor, which aborts; closing it would wait for other ranks.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
+        gc.collect()
         dist.destroy_process_group()
 
 
