@@ -25,7 +25,7 @@ def run() -> Tables:
     """What every test said: models {name: {use: outcome}}, systems {row: outcome}."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", *TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", *TESTS]
         subprocess.run([*command, f"--junitxml={report}"], cwd=HERE.parent, check=False)
         cases = ElementTree.parse(report).iter("testcase")
         return tables([(properties_of(case), failed(case)) for case in cases])
