@@ -96,8 +96,9 @@ def test_to_second_order(bias_type, axes):
     q, k, v, bias = tensors(bias_type, axes)
     leaves = leaves_of(q, k, v, bias)
     ours = second_order(memory_efficient_attention(q, k, v, bias), leaves)
-    for a, b in zip(ours, second_order(plain(q, k, v, bias), leaves), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        ours, second_order(plain(q, k, v, bias), leaves), rtol=1e-9, atol=1e-11
+    )
 
 
 def test_every_bias_of_xformers_is_known():
@@ -127,8 +128,9 @@ def test_a_bias_of_ones_own():
     q, k, v, _ = tensors(type(None))
     leaves = leaves_of(q, k, v, None)
     ours = second_order(memory_efficient_attention(q, k, v, Distance()), leaves)
-    for a, b in zip(ours, second_order(plain(q, k, v, Distance()), leaves), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        ours, second_order(plain(q, k, v, Distance()), leaves), rtol=1e-9, atol=1e-11
+    )
 
 
 def shared_pages():
@@ -160,8 +162,7 @@ def test_pages_of_several_sequences_get_the_sum_of_their_gradients(pair):
     )
     torch.testing.assert_close(out, expect)
     ours, theirs = (torch.autograd.grad(x.square().sum(), leaves) for x in (out, expect))
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
@@ -178,8 +179,9 @@ def test_expanded_keys_get_their_whole_gradient():
     k, v = (torch.randn(2, 5, 2, 1, 8, dtype=torch.float64, requires_grad=True) for _ in "kv")
     wide = [x.expand(-1, -1, -1, 3, -1) for x in (k, v)]
     ours = second_order(memory_efficient_attention(q, *wide), [q, k, v])
-    for a, b in zip(ours, second_order(plain(q, *wide, None), [q, k, v]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        ours, second_order(plain(q, *wide, None), [q, k, v]), rtol=1e-9, atol=1e-11
+    )
 
 
 def test_keys_outside_every_sequence_are_not_read():
@@ -199,8 +201,7 @@ def test_compiled():
     compiled = torch.compile(memory_efficient_attention, fullgraph=True, backend="aot_eager")
     first = torch.autograd.grad(compiled(q, k, v, bias).square().sum(), leaves)
     expect = torch.autograd.grad(plain(q, k, v, bias).square().sum(), leaves)
-    for a, b in zip(first, expect, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(first, expect, rtol=1e-9, atol=1e-11)
 
 
 class TestBadInput:
@@ -278,8 +279,7 @@ class TestPair:
             memory_efficient_attention(q, k, v, bias),
         ):
             results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(*results)
 
     def test_bfloat16_on_a_cpu_is_refused_by_xformers(self):
         """There its tolerance is finer than scores rounded to bfloat16, as eager PyTorch's are."""
@@ -312,8 +312,7 @@ class TestPair:
         expect = plain(q, k, v, None, 0.3)
         torch.testing.assert_close(out, expect)
         ours, theirs = (torch.autograd.grad(x.square().sum(), leaves) for x in (out, expect))
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(ours, theirs)
 
     def test_second_order_is_refused_by_xformers(self):
         q, k, v, _ = tensors(type(None), dtype=torch.float32)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import UnsupportedError, require
 from ..ops import attention
 from ..ops.attention import attention_backward_operator, attention_operator
-from .xformers_blocks import TYPES, WITH_TENSOR, Block, blocks
+from .xformers_blocks import TYPES, WITH_TENSOR, Block, blocks, is_empty
 
 _common: Any = require("xformers.ops.fmha.common", extra="xformers")
 
@@ -77,8 +77,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block, p: float, scale: float | None) -> Tensor:
-    q, k, v = q[:, :, block.queries], k[:, :, block.keys], v[:, :, block.keys]
-    if q.shape[2] == 0 or k.shape[2] == 0:
+    q, k, v = block.cut(q, k, v)
+    if is_empty(q, k):
         return (q @ k.mT) @ v  # nothing, or zeros, still joined to the inputs
     return attention(q, k, v, block.mask, p, block.is_causal, scale)
 
@@ -157,17 +157,16 @@ class BwOp(_Both, _common.AttentionBwOpBase):
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         db = torch.zeros_like(bias) if wanted else None
         for block in blocks(bias, q, k):
-            rows, keys = block.queries, block.keys
-            k_here, v_here = k[:, :, keys], v[:, :, keys]
-            if rows.start == rows.stop or k_here.shape[2] == 0:
+            rows, qkv = block.queries, block.cut(q, k, v)
+            if is_empty(*qkv[:2]):
                 continue
             dq[:, :, rows], *key_grads, dmask = attention_backward_operator(
-                *(q[:, :, rows], k_here, v_here, block.mask),
+                *(*qkv, block.mask),
                 *(o[:, :, rows], lse[:, :, rows], do[:, :, rows]),
                 *(block.is_causal, inp.scale_float, wanted),
             )
             for total, part in zip((dk, dv), key_grads, strict=True):
-                _add(total, keys, part)
+                _add(total, block.keys, part)
             db = dmask.view_as(bias) if wanted else None
         return _common.Gradients(*(x.transpose(1, 2) for x in (dq, dk, dv)), db=db)
 
@@ -181,8 +180,8 @@ def _add(total: Tensor, keys: slice | Tensor, part: Tensor) -> None:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = q[:, :, block.queries], k[:, :, block.keys], v[:, :, block.keys]
-    if q.shape[2] == 0 or k.shape[2] == 0:
+    q, k, v = block.cut(q, k, v)
+    if is_empty(q, k):
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
         return (q @ k.mT) @ v, lse
     return attention_operator(q, k, v, block.mask, block.is_causal, scale)

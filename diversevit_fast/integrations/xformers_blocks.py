@@ -58,6 +58,15 @@ class Block:
     mask: Tensor | None = None
     is_causal: bool = False
 
+    def cut(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Its queries, keys and values out of ``[B, H, M, .]``."""
+        return q[:, :, self.queries], k[:, :, self.keys], v[:, :, self.keys]
+
+
+def is_empty(q: Tensor, k: Tensor) -> bool:
+    """Whether there is nothing to attend with or to; operators do not take that."""
+    return q.shape[2] == 0 or k.shape[2] == 0
+
 
 def blocks(bias: Any, q: Tensor, k: Tensor) -> list[Block]:
     """The calls that make up attention under ``bias``.
