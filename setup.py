@@ -44,7 +44,11 @@ setup(
         *find_packages("kernels", include=["diversevit_kernels", "diversevit_kernels.*"]),
     ],
     package_dir={"diversevit_kernels": "kernels/diversevit_kernels"},
-    package_data={"diversevit_fast": ["py.typed"], "diversevit_fast.experiment": ["*.jinja"]},
+    package_data={
+        "diversevit_fast": ["py.typed"],
+        "diversevit_fast.experiment": ["*.jinja"],
+        "diversevit_kernels.cpu": ["native/*"],
+    },
     install_requires=["torch>=2.10", "numpy", "triton>=3.4; sys_platform == 'linux'"],
     extras_require={
         "train": TRAIN,

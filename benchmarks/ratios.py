@@ -10,8 +10,8 @@ each. ``--record`` writes the file anew. Counts are the same on every machine, h
 * ``calls``: operators that do something.
 
 Calls inside our operators count, but not for themselves. A formula that Inductor compiles (``cpu.inductor``) counts as
-one call that reads its arguments and writes its results, whether or not this machine has a compiler. What a count
-cannot see: the time of a call, threads, caches.
+one call that reads its arguments and writes its results, whether or not this machine has a compiler; of attention the
+path without its C++ kernel (``cpu.native``) is counted. What a count cannot see: the time of a call, threads, caches.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from diversevit_fast import backends
-from diversevit_kernels.cpu import inductor
+from diversevit_kernels.cpu import attention_native, inductor
 
 from . import timing
 from .board import workload_of
@@ -143,6 +143,7 @@ def counting() -> Iterator[Counts]:
     counts, kernel_of = Counts(), backends._kernel
     with (
         mock.patch.object(backends, "_kernel", lambda *key: counts.inside(kernel_of(*key))),
+        mock.patch.object(attention_native, "library", return_value=None),
         mock.patch.object(inductor, "compiled", lambda f, dtype: counts.formula(f.function)),
         counts,
     ):

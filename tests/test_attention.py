@@ -38,10 +38,11 @@ def case(request):
     return request.param
 
 
-@pytest.fixture(params=[None, 72], ids=["one-tile", "small-tiles"])
+@pytest.fixture(params=["native", 1 << 20, 72], ids=["native", "one-tile", "small-tiles"])
 def tile(request, monkeypatch):
-    """Tiles of the size users get, and tiles so small that every loop runs several times."""
-    if request.param:
+    """The C++ kernel; tiles of the size users get without it, and so small that every loop runs several times."""
+    if request.param != "native":
+        monkeypatch.setenv("DIVERSEVIT_COMPILE", "0")
         monkeypatch.setattr(cpu, "TILE_BYTES", request.param)
 
 
@@ -101,12 +102,14 @@ def test_vit_sizes_within_budget(N, dtype):
     any_case(),
     st.sampled_from(DTYPES),
     st.integers(0, 2**31),
-    st.sampled_from([400, 4000, 1 << 20]),
+    st.sampled_from([None, 400, 4000, 1 << 20]),
 )
 def test_any_shape_within_budget(case, dtype, seed, tile):
     case = case._replace(Nq=max(2, case.Nq)) if case.mask == "empty-row" else case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "TILE_BYTES", tile)
+        if tile:
+            patch.setenv("DIVERSEVIT_COMPILE", "0")
+            patch.setattr(cpu, "TILE_BYTES", tile)
         check_rungs(cpu, case, dtype, seed=seed)
 
 
@@ -163,8 +166,9 @@ class _LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-def test_nothing_of_size_n_by_n():
+def test_nothing_of_size_n_by_n(monkeypatch):
     """Forward, backward and double backward at N = 2048 stay far below one N x N matrix."""
+    monkeypatch.setenv("DIVERSEVIT_COMPILE", "0")  # what the C++ kernel allocates is not seen here
     tensors = operands(Case(Nq=2048, Nk=2048, H=1, Hkv=1, d=4, dv=4), torch.float32)
     with _LargestTensor() as seen:
         rungs(cpu, Case(), tensors)

@@ -14,7 +14,7 @@ from torch import Tensor
 import diversevit_fast as dvf
 from diversevit_fast import reference
 from diversevit_fast.errors import UsageError
-from diversevit_kernels.cpu import attention, gelu, inductor
+from diversevit_kernels.cpu import attention, attention_native, gelu, inductor
 
 SHAPES = {"odd": (7, 37), "wide": (2, 5000), "tall": (3001, 2), "three axes": (3, 33, 65)}
 
@@ -38,6 +38,7 @@ def always(monkeypatch: pytest.MonkeyPatch):
         return compiled(formula, dtype)
 
     monkeypatch.setattr(inductor, "LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(attention_native, "library", lambda name: None)
     monkeypatch.setattr(inductor, "compiled", counted)
     return calls
 
@@ -225,6 +226,7 @@ def test_two_processes_compile_at_once(tmp_path) -> None:
 
 def test_warmup_names_what_it_compiled() -> None:
     assert set(dvf.warmup(torch.float32)[torch.float32]) == {
+        "attention",
         *(f"attention_{rung}" for rung in ("forward", "backward", "double_backward")),
         *(f"layer_norm_double_backward_{part}" for part in ("rows", "columns")),
         *("gelu_double_backward", "gelu_tanh_double_backward"),

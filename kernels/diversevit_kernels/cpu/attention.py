@@ -12,6 +12,9 @@ Traffic  each input is read once per row tile, each output written once.
 D        is summed from P o dP, which the tile holds, and not from do o o: where softmax saturates the
          two cancel to the last bit, whatever o was rounded to. ``o`` is not read.
 lse      is +inf for a row that attends to nothing: exp(S - lse) is then 0, and so is its output.
+Native   Where there is a compiler and the mask needs no gradient, a rung is one call of a C++ kernel
+         (``attention_native``): the same tiles, with registers in place of library products. All arithmetic is then
+         in float32, bfloat16's too.
 """
 
 from collections.abc import Iterator
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
+from . import attention_native as native
 from . import attention_rows as rowwise
 from .scratch import Scratch
 
@@ -153,10 +157,13 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(1)-(2): output ``[B, H, Nq, dv]`` and log-sum-exp ``[B, H, Nq]``."""
-    run, dtype = rowwise.fused(rowwise.FORWARD, q, k)
-    load = _Loader(q, dtype)
     o = empty_heads(q, v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    if native.runs(q):
+        native.call("forward", q, k, v, mask, lse, is_causal, scale, o=o)
+        return o, lse
+    run, dtype = rowwise.fused(rowwise.FORWARD, q, k)
+    load = _Loader(q, dtype)
     for t in _tiles(q, k, is_causal, dtype):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         s = _scores(load.scores("s", t), load.queries("q", q, t), kt, mask, is_causal, scale, t)
@@ -180,9 +187,13 @@ def attention_backward(
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``."""
+    dq, dk, dv = (empty_heads(x, x.shape[-1]) for x in (q, k, v))
+    if native.runs(q, mask_gradient=mask_grad):
+        grads = {"gq": dq, "gk": dk, "gv": dv}
+        native.call("backward", q, k, v, mask, lse.contiguous(), is_causal, scale, do=do, **grads)
+        return dq, dk, dv, None
     run, dtype = rowwise.fused(rowwise.BACKWARD, q, k)
     load = _Loader(q, dtype)
-    dq, dk, dv = (empty_heads(x, x.shape[-1]) for x in (q, k, v))
     dmask = mask.new_zeros(mask.shape, dtype=lse.dtype) if mask_grad and mask is not None else None
     for t in _tiles(q, k, is_causal, dtype):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
@@ -226,11 +237,19 @@ def attention_double_backward(
 
     An absent cotangent costs nothing: its products and their buffers are left out. ``dq`` is not read.
     """
+    gq, gk, gv, gdo = (empty_heads(x, x.shape[-1]) for x in (q, k, v, do))
+    if native.runs(q, mask_gradient=mask_grad or ddmask is not None):
+        given = {"do": do, "ddq": ddq, "ddk": ddk, "ddv": ddv}
+        grads = {"gq": gq, "gk": gk, "gv": gv, "gdo": gdo}
+        statistics = lse.contiguous()
+        native.call(
+            "double_backward", q, k, v, mask, statistics, is_causal, scale, **given, **grads
+        )
+        return gq, gk, gv, gdo, None
     run, dtype = None, accumulation_dtype(q.dtype)
     if not (ddq is None and ddk is None and ddmask is None) and ddv is not None:
         run, dtype = rowwise.fused(rowwise.DOUBLE_BACKWARD, q, k)
     load = _Loader(q, dtype)
-    gq, gk, gv, gdo = (empty_heads(x, x.shape[-1]) for x in (q, k, v, do))
     gmask = mask.new_zeros(mask.shape, dtype=lse.dtype) if mask_grad and mask is not None else None
     for t in _tiles(q, k, is_causal, dtype):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)

@@ -80,20 +80,25 @@ def compiled_if_worth(formula: Formula, dtype: torch.dtype, elements: int) -> Fu
 
 def _load(formula: Formula, dtype: torch.dtype) -> Function | None:
     """From disk, or compiled now. In a thread of its own, where no mode of the caller is active."""
-    global _warned
     try:
         with ThreadPoolExecutor(1) as alone:
             return alone.submit(_load_alone, formula, dtype).result()
     except Exception as error:  # a compiler can fail in any way, and there is another path
-        if not _warned:
-            _warned = True
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            warnings.warn(
-                f"diversevit: {formula.name} could not be compiled ({reason[:200]}); "
-                "running the slower path (DIVERSEVIT_COMPILE=0 stops trying)",
-                stacklevel=2,
-            )
+        warn_once(formula.name, error)
         return None
+
+
+def warn_once(name: str, error: Exception) -> None:
+    """Say that ``name`` could not be compiled, if this is the first that could not."""
+    global _warned
+    if not _warned:
+        _warned = True
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"diversevit: {name} could not be compiled ({reason[:200]}); "
+            "running the slower path (DIVERSEVIT_COMPILE=0 stops trying)",
+            stacklevel=3,
+        )
 
 
 def _load_alone(formula: Formula, dtype: torch.dtype) -> Function:
@@ -124,10 +129,15 @@ def _build(formula: Formula, dtype: torch.dtype, path: Path) -> None:
         os.replace(made, path)
 
 
-def library(formula: Formula, dtype: torch.dtype) -> Path:
-    """Where the compiled formula lies, if it is compiled."""
+def folder() -> Path:
+    """Where everything compiled for the CPU lies."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+    return Path(cache_dir()) / "diversevit"
+
+
+def library(formula: Formula, dtype: torch.dtype) -> Path:
+    """Where the compiled formula lies, if it is compiled."""
     described = (
         inspect.getsource(formula.function),
         str(formula.free),
@@ -137,4 +147,4 @@ def library(formula: Formula, dtype: torch.dtype) -> Path:
     )
     digest = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
     kind = str(dtype).removeprefix("torch.")
-    return Path(cache_dir()) / "diversevit" / f"{formula.name}_{kind}_{digest}.pt2"
+    return folder() / f"{formula.name}_{kind}_{digest}.pt2"
