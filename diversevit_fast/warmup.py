@@ -9,7 +9,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def warmup(*dtypes: torch.dtype) -> dict[torch.dtype, list[str]]:
-    """Compile the CPU formulas of attention, layer_norm and gelu, or load them from disk.
+    """Compile the CPU kernels and formulas of attention, layer_norm and gelu, or load them from disk.
 
     Without this call the first large tensor does it: some five to twelve seconds for each formula and
     dtype the first time on a machine, milliseconds from then on (``TORCHINDUCTOR_CACHE_DIR``). GPU kernels are
@@ -19,7 +19,7 @@ def warmup(*dtypes: torch.dtype) -> dict[torch.dtype, list[str]]:
         dtypes: of float32, bfloat16 and float16; none: float32 and bfloat16.
 
     Returns:
-        Names of the compiled formulas by dtype. Where none could be compiled (no C++ compiler), there is one
+        Names of the compiled kernels and formulas by dtype. Where none could be compiled (no C++ compiler), one
         warning, an empty list, and the operators run a slower path.
 
     Raises:
