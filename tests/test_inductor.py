@@ -1,14 +1,12 @@
 """Compiled formulas of the CPU backend: within budget, and never a crash where nothing can compile."""
 
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 from attention_cases import CASES, check_rungs
 from oracles import assert_within_budget
+from processes import in_a_process
 from torch import Tensor
 
 import diversevit_fast as dvf
@@ -185,16 +183,6 @@ print(len(known), inductor.compiled(gelu.DOUBLE_BACKWARD["none"], x.dtype) is no
 """
 
 
-def in_a_process(**environment: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", CALL],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize(
     "environment",
     [{"CXX": "/nowhere/compiler"}, {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/folder"}],
@@ -202,7 +190,7 @@ def in_a_process(**environment: str) -> subprocess.Popen:
 )
 def test_without_a_compiler_there_is_one_warning(environment, tmp_path) -> None:
     here = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment}
-    out, err = in_a_process(**here).communicate()
+    out, err = in_a_process(CALL, **here).communicate()
     count, made, _, *words = out.split()
     assert (count, made) == ("1", "False"), out + err
     assert "could not be compiled" in " ".join(words)
@@ -217,7 +205,7 @@ def test_switched_off(monkeypatch) -> None:
 
 
 def test_two_processes_compile_at_once(tmp_path) -> None:
-    both = [in_a_process(TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    both = [in_a_process(CALL, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     for one in both:
         out, err = one.communicate()
         assert out.split()[:2] == ["0", "True"], out + err

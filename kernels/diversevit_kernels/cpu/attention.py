@@ -190,7 +190,7 @@ def attention_backward(
     dq, dk, dv = (empty_heads(x, x.shape[-1]) for x in (q, k, v))
     if native.runs(q, mask_gradient=mask_grad):
         grads = {"gq": dq, "gk": dk, "gv": dv}
-        native.call("backward", q, k, v, mask, lse.contiguous(), is_causal, scale, do=do, **grads)
+        native.call("backward", q, k, v, mask, lse, is_causal, scale, do=do, **grads)
         return dq, dk, dv, None
     run, dtype = rowwise.fused(rowwise.BACKWARD, q, k)
     load = _Loader(q, dtype)
@@ -241,10 +241,7 @@ def attention_double_backward(
     if native.runs(q, mask_gradient=mask_grad or ddmask is not None):
         given = {"do": do, "ddq": ddq, "ddk": ddk, "ddv": ddv}
         grads = {"gq": gq, "gk": gk, "gv": gv, "gdo": gdo}
-        statistics = lse.contiguous()
-        native.call(
-            "double_backward", q, k, v, mask, statistics, is_causal, scale, **given, **grads
-        )
+        native.call("double_backward", q, k, v, mask, lse, is_causal, scale, **given, **grads)
         return gq, gk, gv, gdo, None
     run, dtype = None, accumulation_dtype(q.dtype)
     if not (ddq is None and ddk is None and ddmask is None) and ddv is not None:

@@ -57,10 +57,11 @@ def call(
 ) -> None:
     """Run a rung; ``tensors`` are its other operands and its results, by the names in ``_TENSORS``.
 
-    ``lse`` is dense and in the accumulation dtype.
+    ``lse`` is in the accumulation dtype, and dense where it is a result.
     """
     given = {"q": q, "k": k, "v": v, **tensors}
     dense = {name: _dense(x) for name, x in given.items() if x is not None}  # alive until the end
+    lse = lse.contiguous()
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(accumulation_dtype(q.dtype))
     (B, H, Nq, d), (_, Hkv, Nk, dv) = q.shape, v.shape

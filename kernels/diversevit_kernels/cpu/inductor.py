@@ -5,16 +5,10 @@ its own and loaded from there: at run time neither Dynamo nor Python takes part,
 ``torch.compile`` and other threads do not matter. Where that cannot be (no C++ compiler, a read-only folder), there is
 one warning and the caller's other path.
 
-Folder       ``diversevit`` in Inductor's own (``TORCHINDUCTOR_CACHE_DIR``); a file's name tells formula, dtype, and a
-             digest of source, PyTorch and processor.
-Environment  ``DIVERSEVIT_COMPILE=0`` compiles nothing.
+Folder and environment: ``compiled_files``.
 """
 
-import hashlib
 import inspect
-import os
-import tempfile
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import compiled_files
 
 LEAST_ELEMENTS = 1 << 16
 """Smaller tensors are not worth the seconds that compiling takes: they go the other path."""
@@ -57,12 +53,11 @@ class _Module(torch.nn.Module):
 
 _loaded: dict[tuple[str, torch.dtype], Function | None] = {}
 _lock = Lock()
-_warned = False
 
 
 def compiled(formula: Formula, dtype: torch.dtype) -> Function | None:
     """``formula`` compiled for arguments of ``dtype``; None where compiling is off or fails."""
-    if os.environ.get("DIVERSEVIT_COMPILE") == "0":
+    if not compiled_files.allowed():
         return None
     key = formula.name, dtype
     if key not in _loaded:
@@ -84,21 +79,8 @@ def _load(formula: Formula, dtype: torch.dtype) -> Function | None:
         with ThreadPoolExecutor(1) as alone:
             return alone.submit(_load_alone, formula, dtype).result()
     except Exception as error:  # a compiler can fail in any way, and there is another path
-        warn_once(formula.name, error)
+        compiled_files.warn_once(formula.name, error)
         return None
-
-
-def warn_once(name: str, error: Exception) -> None:
-    """Say that ``name`` could not be compiled, if this is the first that could not."""
-    global _warned
-    if not _warned:
-        _warned = True
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(
-            f"diversevit: {name} could not be compiled ({reason[:200]}); "
-            "running the slower path (DIVERSEVIT_COMPILE=0 stops trying)",
-            stacklevel=3,
-        )
 
 
 def _load_alone(formula: Formula, dtype: torch.dtype) -> Function:
@@ -110,7 +92,6 @@ def _load_alone(formula: Formula, dtype: torch.dtype) -> Function:
 
 
 def _build(formula: Formula, dtype: torch.dtype, path: Path) -> None:
-    """Write ``path`` in one step, so that processes which compile at once do not meet."""
     sizes: dict[str, Any] = {
         name: torch.export.Dim(name, min=2) for axes in formula.free for name in axes if name
     }
@@ -121,30 +102,14 @@ def _build(formula: Formula, dtype: torch.dtype, path: Path) -> None:
         program = torch.export.export(
             _Module(formula.function), formula.examples(dtype), dynamic_shapes=(free,)
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(Path(folder) / path.name), inductor_configs=dict(_OPTIONS)
+    with compiled_files.written_whole(path) as made:
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(made), inductor_configs=dict(_OPTIONS)
         )
-        os.replace(made, path)
-
-
-def folder() -> Path:
-    """Where everything compiled for the CPU lies."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "diversevit"
 
 
 def library(formula: Formula, dtype: torch.dtype) -> Path:
     """Where the compiled formula lies, if it is compiled."""
-    described = (
-        inspect.getsource(formula.function),
-        str(formula.free),
-        str(_OPTIONS),
-        torch.__version__,
-        str(sorted(torch.cpu.get_capabilities().items())),
-    )
-    digest = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
-    kind = str(dtype).removeprefix("torch.")
-    return folder() / f"{formula.name}_{kind}_{digest}.pt2"
+    made_from = inspect.getsource(formula.function), str(formula.free), str(_OPTIONS)
+    name = f"{formula.name}_{str(dtype).removeprefix('torch.')}"
+    return compiled_files.path_of(name, ".pt2", *made_from, torch.__version__)

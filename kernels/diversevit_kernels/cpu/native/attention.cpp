@@ -30,7 +30,7 @@ struct Call {
 
 constexpr ptrdiff_t TILE_BYTES = 1 << 19;
 
-enum Slot { KEYS, VALUES, DDK, DDV, SUM_K, SUM_V, QUERY, QUERY_T, DOUT, DOUT_T, DDQ, DDQ_T, S, DP, X, Y, ROWS, ROWS2 };
+enum Slot { KEYS, VALUES, DDK, DDV, SUM_K, SUM_V, QUERY, QUERY_T, DOUT, DOUT_T, DDQ, DDQ_T, S, DP, X, Y, STATISTICS, RESULT };
 
 template <class S> using T = Arithmetic<S>;
 
@@ -76,11 +76,11 @@ struct Block {
 template <class S> struct Side {
     T<S>*rows, *columns;
 
-    Side(int slot, const Tensor& x, const Block& t, ptrdiff_t width, T<S> factor, bool transposed = true) {
+    Side(int slot, const Tensor& x, const Block& t, ptrdiff_t width, T<S> factor) {
         rows = scratch<T<S>>(slot, t.lanes * padded<T<S>>(width));
         columns = scratch<T<S>>(slot + 1, t.lanes * width);
         gather(at<S>(x, t.b, t.h, t.row), x.row, t.rows, width, factor, rows);
-        if (transposed) transpose(rows, t.rows, width, t.lanes, columns);
+        transpose(rows, t.rows, width, t.lanes, columns);
     }
 };
 
@@ -161,7 +161,7 @@ template <class T> void softmax(const Block& t, T* s, T* total, T* lse) {
 
 // The block's log-sum-exp, plus infinity in lanes without a row: their probabilities are 0.
 template <class T> const T* statistics(const Call& call, const Block& t) {
-    T* lse = scratch<T>(ROWS, t.lanes);
+    T* lse = scratch<T>(STATISTICS, t.lanes);
     std::copy_n(static_cast<const T*>(call.lse) + (t.b * call.H + t.h) * call.Nq + t.row, t.rows, lse);
     std::fill(lse + t.rows, lse + t.lanes, std::numeric_limits<T>::infinity());
     return lse;
@@ -216,9 +216,9 @@ template <class S> void forward(const Call& c) {
         [&](const Pair<T>& pair, const Block& t) {
             const Side<S> q(QUERY, c.q, t, c.d, T(c.scale));
             T* p = masked_scores(c, t, pair.k, q.columns);
-            T *total = scratch<T>(ROWS, 2 * t.lanes), *lse = total + t.lanes;
+            T *total = scratch<T>(STATISTICS, 2 * t.lanes), *lse = total + t.lanes;
             softmax(t, p, total, lse);
-            T* o = scratch<T>(DOUT, t.rows * padded<T>(c.dv));
+            T* o = scratch<T>(RESULT, t.rows * padded<T>(c.dv));
             to_rows(t, p, pair.v, c.dv, o, false);
             for (ptrdiff_t i = 0; i < t.rows; i++) {
                 const T share = total[i] == 0 ? T(0) : T(1) / total[i];
@@ -251,7 +251,7 @@ template <class S> void backward(const Call& c) {
             }
             to_keys(t, p, dout.rows, c.dv, pair.sum_v);
             to_keys(t, ds, q.rows, c.d, pair.sum_k);
-            T* dq = scratch<T>(X, t.rows * padded<T>(c.d));
+            T* dq = scratch<T>(RESULT, t.rows * padded<T>(c.d));
             to_rows(t, ds, pair.k, c.d, dq, false);
             scatter(dq, t.rows, c.d, T(c.scale), at<S>(c.gq, t.b, t.h, t.row), c.gq.row);
         },
@@ -310,7 +310,7 @@ template <class S> void double_backward(const Call& c) {
             to_keys(t, y, q.rows, c.d, pair.sum_k);
             if (a) to_keys(t, dp, a, c.d, pair.sum_k);
             if (by_x) to_keys(t, x, dout.rows, c.dv, pair.sum_v);
-            T* g = scratch<T>(ROWS2, t.rows * padded<T>(std::max(c.d, c.dv)));
+            T* g = scratch<T>(RESULT, t.rows * padded<T>(std::max(c.d, c.dv)));
             to_rows(t, y, pair.k, c.d, g, false);
             if (pair.ddk) to_rows(t, dp, pair.ddk, c.d, g, true);
             scatter(g, t.rows, c.d, T(c.scale), at<S>(c.gq, t.b, t.h, t.row), c.gq.row);

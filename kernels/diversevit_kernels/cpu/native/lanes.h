@@ -31,11 +31,6 @@ template <class T> inline Vector<T> load(const T* p) {
     return x;
 }
 template <class T> inline void store(T* p, Vector<T> x) { std::memcpy(p, &x, sizeof x); }
-template <class T> inline T sum(Vector<T> x) {
-    T total = 0;
-    for (int i = 0; i < LANES<T>; i++) total += x[i];
-    return total;
-}
 
 struct bfloat16 { uint16_t bits; };
 
