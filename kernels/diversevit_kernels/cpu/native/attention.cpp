@@ -1,11 +1,13 @@
 // Attention on a CPU: forward, backward and double backward, equations (1)-(9) of kernels/README.md.
 //
 // A thread owns a (sample, key head) pair. It holds the pair's keys and values, goes through the query rows of the
-// pair's heads a block at a time, and adds up key-side results in order: same bits on any number of threads. A block
-// has as many rows as a few vectors have lanes, and its tiles of scores are kept transposed, [keys, rows]: softmax
-// then runs down the columns, a row per lane, and of all operands of a product only the block's own need transposing.
+// pair's heads a block at a time, and adds up key-side results in order: same bits on any number of threads. A block's
+// tiles of scores are kept transposed, [keys, rows]: softmax then runs down the columns, a row per lane, and a tile
+// serves as it is as the left operand of products over the rows and as the right one of those over the keys.
 //
-// Scores are s Q K^T with s in a scaled copy of the queries, so dK = dS^T (s Q) needs no s of its own.
+// bfloat16 is multiplied as such and summed in float; scores and statistics are float, and what is made of them is
+// rounded to bfloat16 where it becomes an operand.
+#include "layout.h"
 #include "product.h"
 
 namespace {
@@ -28,42 +30,17 @@ struct Call {
     Tensor gq, gk, gv, gdout;                  // results of the backward passes
 };
 
-constexpr ptrdiff_t TILE_BYTES = 1 << 19;
-
-enum Slot { KEYS, VALUES, DDK, DDV, SUM_K, SUM_V, QUERY, QUERY_T, DOUT, DOUT_T, DDQ, DDQ_T, S, DP, X, Y, STATISTICS, RESULT };
-
 template <class S> using T = Arithmetic<S>;
+template <class S> using E = Operand<S>;
+
+template <class S> constexpr ptrdiff_t TILE_BYTES = DEPTH<S> == 1 ? 1 << 19 : 1 << 20;  // of a block's tiles
+
+enum Slot { KEYS, VALUES = KEYS + 3, DDK = VALUES + 3, DDV = DDK + 3, SUM_K = DDV + 3, SUM_V,
+            QUERIES, DOUT = QUERIES + 3, DDQ = DOUT + 3, STATISTICS = DDQ + 3, RESULT,
+            SCORES, DP = SCORES + 3, X = DP + 3, Y = X + 3 };
 
 template <class S> inline S* at(const Tensor& x, int64_t b, int64_t h, int64_t n = 0) {
     return static_cast<S*>(x.data) + b * x.sample + h * x.head + n * x.row;
-}
-
-// rows [rows, width] -> out [rows, padded width], zeros in the padding.
-template <class S> void gather(const S* in, int64_t stride, ptrdiff_t rows, ptrdiff_t width, T<S> factor, T<S>* out) {
-    const ptrdiff_t wide = padded<T<S>>(width);
-    for (ptrdiff_t i = 0; i < rows; i++) {
-        const S* from = in + i * stride;
-        T<S>* to = out + i * wide;
-        for (ptrdiff_t c = 0; c < width; c++) to[c] = widen(from[c]) * factor;
-        for (ptrdiff_t c = width; c < wide; c++) to[c] = 0;
-    }
-}
-
-template <class S> void scatter(const T<S>* in, ptrdiff_t rows, ptrdiff_t width, T<S> factor, S* out, int64_t stride) {
-    const ptrdiff_t wide = padded<T<S>>(width);
-    for (ptrdiff_t i = 0; i < rows; i++)
-        for (ptrdiff_t c = 0; c < width; c++) out[i * stride + c] = narrow<S>(in[i * wide + c] * factor);
-}
-
-// [rows, padded width] -> [width, lanes], zeros beyond the rows.
-template <class T> void transpose(const T* in, ptrdiff_t rows, ptrdiff_t width, ptrdiff_t lanes, T* out) {
-    const ptrdiff_t wide = padded<T>(width);
-    for (ptrdiff_t i = 0; i < lanes; i += LANES<T>)
-        for (ptrdiff_t c = 0; c < width; c++) {
-            Vector<T> x{};
-            for (ptrdiff_t j = 0; j < std::min(LANES<T>, rows - i); j++) x[j] = in[(i + j) * wide + c];
-            store(out + c * lanes + i, x);
-        }
 }
 
 // One block of query rows of one head.
@@ -72,85 +49,158 @@ struct Block {
     ptrdiff_t rows, lanes, keys;  // lanes: rows, padded; keys: those the block may look at
 };
 
-// A block's rows of one operand, and the same transposed.
-template <class S> struct Side {
-    T<S>*rows, *columns;
+// Some rows of an operand, [n, width].
+template <class S> struct Rows {
+    E<S>*as_it_is, *paired;
+    ptrdiff_t high, wide;
 
-    Side(int slot, const Tensor& x, const Block& t, ptrdiff_t width, T<S> factor) {
-        rows = scratch<T<S>>(slot, t.lanes * padded<T<S>>(width));
-        columns = scratch<T<S>>(slot + 1, t.lanes * width);
-        gather(at<S>(x, t.b, t.h, t.row), x.row, t.rows, width, factor, rows);
-        transpose(rows, t.rows, width, t.lanes, columns);
+    Rows(int slot, const S* x, int64_t stride, ptrdiff_t n, ptrdiff_t width)
+        : high(padded<S>(n)), wide(padded<S>(width)) {
+        as_it_is = scratch<E<S>>(slot, high * wide / DEPTH<S>);
+        ::as_it_is(x, stride, n, width, as_it_is);
+        paired = as_it_is;
+        if constexpr (DEPTH<S> > 1) {
+            paired = scratch<Pair>(slot + 1, high * wide / 2);
+            ::paired(as_it_is, high, wide / 2, paired);
+        }
     }
 };
 
-template <class S> T<S>* keys(int slot, const Tensor& x, int64_t b, int64_t h, ptrdiff_t Nk, ptrdiff_t width) {
-    if (!x.data) return nullptr;
-    T<S>* out = scratch<T<S>>(slot, Nk * padded<T<S>>(width));
-    gather(at<S>(x, b, h), x.row, Nk, width, T<S>(1), out);
-    return out;
-}
+// Keys, or what is laid out like them, as left operands.
+template <class S> struct Keys {
+    Left<E<S>> over_width{}, over_keys{};  // [keys, width], [width, keys]
+    explicit operator bool() const { return over_width.data; }
 
-template <class T> T* sums(int slot, ptrdiff_t Nk, ptrdiff_t width) {
-    T* total = scratch<T>(slot, Nk * padded<T>(width));
-    std::fill_n(total, Nk * padded<T>(width), T(0));
+    Keys(int slot, const Tensor& x, int64_t b, int64_t h, ptrdiff_t Nk, ptrdiff_t width) {
+        if (!x.data) return;
+        const Rows<S> rows(slot, at<S>(x, b, h), x.row, Nk, width);
+        over_width = {rows.as_it_is, rows.wide / DEPTH<S>, 1};
+        over_keys = {rows.as_it_is, 1, rows.wide};
+        if constexpr (DEPTH<S> > 1) {  // products of pairs read rows
+            Pair* turned = scratch<Pair>(slot + 2, rows.high * rows.wide / 2);
+            transposed(rows.paired, rows.high / 2, rows.wide, turned);
+            over_keys = {turned, rows.high / 2, 1};
+        }
+    }
+};
+
+// A block's rows of queries, or of what is laid out like them, as right operands.
+template <class S> struct Queries {
+    const E<S>*over_width = nullptr, *over_rows = nullptr;  // [width, lanes], [lanes, width]
+    explicit operator bool() const { return over_width; }
+
+    Queries(int slot, const Tensor& x, const Block& t, ptrdiff_t width) {
+        if (!x.data) return;
+        const Rows<S> rows(slot, at<S>(x, t.b, t.h, t.row), x.row, t.rows, width);
+        E<S>* turned = scratch<E<S>>(slot + 2, rows.high * rows.wide / DEPTH<S>);
+        transposed(rows.as_it_is, rows.high, rows.wide / DEPTH<S>, turned);
+        over_width = turned;
+        over_rows = rows.paired;
+    }
+};
+
+// A block's tile [keys, lanes]: numbers, and the same as operands. Where an operand's elements are the numbers
+// themselves, the three are one memory.
+template <class S> struct Tile {
+    T<S>* values;
+    E<S>*left, *right;  // of products over the rows, over the keys
+    ptrdiff_t lanes;
+
+    Tile(int slot, const Block& t) : lanes(t.lanes) {
+        const ptrdiff_t elements = run<S>(t.keys) * t.lanes;
+        values = scratch<T<S>>(slot, elements);
+        if constexpr (DEPTH<S> == 1) {
+            left = right = values;
+        } else {
+            left = scratch<Pair>(slot + 1, elements / 2);
+            right = scratch<Pair>(slot + 2, elements / 2);
+        }
+    }
+    // DEPTH keys' vectors become operands; n is where the first lies.
+    void put(ptrdiff_t n, const Vector<T<S>>* x) const {
+        if constexpr (DEPTH<S> == 1) {
+            store(values + n, x[0]);
+        } else {
+            bfloat16* row = reinterpret_cast<bfloat16*>(left) + n;
+            store_pairs(x[0], x[1], row, row + lanes, right + (n / lanes / 2) * lanes + n % lanes);
+        }
+    }
+};
+
+template <class S> T<S>* sums(int slot, ptrdiff_t Nk, ptrdiff_t width) {
+    const ptrdiff_t elements = padded<S>(Nk) * padded<S>(width);
+    T<S>* total = scratch<T<S>>(slot, elements);
+    std::fill_n(total, elements, T<S>(0));
     return total;
 }
 
 // tile [keys, lanes] (+)= K [keys, width] Q^T [width, lanes]
-template <class T> void scores(const Block& t, const T* k, const T* q, ptrdiff_t width, T* tile, bool add = false) {
-    product<T>(t.keys, t.lanes, width, {k, padded<T>(width), 1}, q, t.lanes, tile, t.lanes, add);
+template <class S>
+void scores(const Block& t, const Keys<S>& k, const Queries<S>& q, ptrdiff_t width, const Tile<S>& tile,
+            bool add = false) {
+    product(run<S>(t.keys), t.lanes, run<S>(width) / DEPTH<S>, k.over_width, q.over_width, t.lanes, tile.values,
+            t.lanes, add);
 }
-// out [rows, width] (+)= tile^T K
-template <class T> void to_rows(const Block& t, const T* tile, const T* k, ptrdiff_t width, T* out, bool add) {
-    const ptrdiff_t wide = padded<T>(width);
-    product<T>(t.rows, wide, t.keys, {tile, 1, t.lanes}, k, wide, out, wide, add);
+// out [width, lanes] (+)= K^T [width, keys] tile
+template <class S>
+void to_rows(const Block& t, const Tile<S>& tile, const Keys<S>& k, ptrdiff_t width, T<S>* out, bool add) {
+    product(run<S>(width), t.lanes, run<S>(t.keys) / DEPTH<S>, k.over_keys, tile.right, t.lanes, out, t.lanes, add);
 }
 // total [keys, width] += tile Q
-template <class T> void to_keys(const Block& t, const T* tile, const T* q, ptrdiff_t width, T* total) {
-    const ptrdiff_t wide = padded<T>(width);
-    product<T>(t.keys, wide, t.rows, {tile, t.lanes, 1}, q, wide, total, wide, true);
+template <class S>
+void to_keys(const Block& t, const Tile<S>& tile, const Queries<S>& q, ptrdiff_t width, T<S>* total) {
+    const ptrdiff_t wide = padded<S>(width);
+    const Left<E<S>> left{tile.left, t.lanes / DEPTH<S>, 1};
+    product(run<S>(t.keys), wide, run<S>(t.rows) / DEPTH<S>, left, q.over_rows, wide, total, wide, true);
 }
 
-template <class T> void apply_mask(const Call& call, const Block& t, T* tile) {
-    constexpr T never = -std::numeric_limits<T>::infinity();
-    const Mask& m = call.mask;
+// The block's scores (1), masked, but for a factor, which is returned.
+template <class S> T<S> masked_scores(const Call& c, const Block& t, const Keys<S>& k, const Queries<S>& q, Tile<S>& s) {
+    using T = Arithmetic<S>;
+    scores(t, k, q, c.d, s);
+    const Mask& m = c.mask;
+    const bool scaled = m.kind == 2;
+    // A factor of 0 would make NaN of minus infinity; to what softmax makes of finite scores the smallest is the same.
+    const T scale = T(c.scale), factor = scaled ? T(1) : scale == 0 ? std::numeric_limits<T>::min() : scale;
+    const T never = -std::copysign(std::numeric_limits<T>::infinity(), factor);
     const int64_t first = t.b * m.sample + t.h * m.head + t.row * m.row;
     for (ptrdiff_t j = 0; m.kind && j < t.keys; j++)
         for (ptrdiff_t i = 0; i < t.rows; i++) {
             const int64_t where = first + i * m.row + j * m.key;
-            T& s = tile[j * t.lanes + i];
-            if (m.kind == 1)
-                s = static_cast<const bool*>(m.data)[where] ? s : never;
+            T& x = s.values[j * t.lanes + i];
+            if (scaled)
+                x = x * scale + static_cast<const T*>(m.data)[where];
             else
-                s += static_cast<const T*>(m.data)[where];
+                x = static_cast<const bool*>(m.data)[where] ? x : never;
         }
-    for (ptrdiff_t j = t.row + 1; call.causal && j < t.keys; j++)
-        for (ptrdiff_t i = 0; i < std::min<ptrdiff_t>(t.rows, j - t.row); i++) tile[j * t.lanes + i] = never;
+    for (ptrdiff_t j = t.row + 1; c.causal && j < t.keys; j++)
+        std::fill_n(s.values + j * t.lanes, std::min<ptrdiff_t>(t.rows, j - t.row), never);
+    if constexpr (DEPTH<S> > 1) {  // products run into the padding
+        for (ptrdiff_t j = 0; j < t.keys; j++) std::fill(s.values + j * t.lanes + t.rows, s.values + (j + 1) * t.lanes, never);
+        std::fill(s.values + t.keys * t.lanes, s.values + run<S>(t.keys) * t.lanes, never);
+    }
+    return factor;
 }
 
-// (1): the block's scores, masked.
-template <class T> T* masked_scores(const Call& call, const Block& t, const T* k, const T* q) {
-    T* s = scratch<T>(S, t.keys * t.lanes);
-    scores(t, k, q, call.d, s);
-    apply_mask(call, t, s);
-    return s;
-}
-
-// (1)-(2) in a column of lanes: s becomes exp(s - top); returns its sum, and the log-sum-exp.
-template <class T> void softmax(const Block& t, T* s, T* total, T* lse) {
+// (1)-(2) in a column of lanes: s becomes exp(factor s - top); returns its sum, and the log-sum-exp.
+template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* total, T<S>* lse) {
+    using T = Arithmetic<S>;
     constexpr T infinity = std::numeric_limits<T>::infinity();
+    const ptrdiff_t end = run<S>(t.keys) * t.lanes;
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
         Vector<T> top = Vector<T>{} - infinity, all{};
-        for (ptrdiff_t j = 0; j < t.keys; j++) {
-            const Vector<T> x = load(s + j * t.lanes + i);
+        for (ptrdiff_t n = i; n < end; n += t.lanes) {
+            const Vector<T> x = load(s.values + n) * factor;
             top = x > top ? x : top;
         }
         top = top == -infinity ? Vector<T>{} : top;
-        for (ptrdiff_t j = 0; j < t.keys; j++) {
-            const Vector<T> p = exponential(load(s + j * t.lanes + i) - top);
-            store(s + j * t.lanes + i, p);
-            all += p;
+        for (ptrdiff_t n = i; n < end; n += DEPTH<S> * t.lanes) {
+            Vector<T> p[DEPTH<S>];
+            for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
+                p[u] = exponential(load(s.values + n + u * t.lanes) * factor - top);
+                all += p[u];
+            }
+            s.put(n, p);
         }
         for (ptrdiff_t l = 0; l < LANES<T>; l++) {
             total[i + l] = all[l];
@@ -168,19 +218,21 @@ template <class T> const T* statistics(const Call& call, const Block& t) {
 }
 
 // Every block of every pair of heads: begin(b, hk), block(t), end(b, hk).
-template <class T, class Begin, class Each, class End>
+template <class S, class Begin, class Each, class End>
 void blocks(const Call& c, int tiles, Begin begin, Each each, End end) {
-    const ptrdiff_t vectors = padded<T>(c.Nq) / LANES<T>;
-    const ptrdiff_t fit = TILE_BYTES / (tiles * c.Nk * ptrdiff_t(VECTOR_BYTES));
-    const ptrdiff_t most = std::clamp<ptrdiff_t>(fit, 1, WIDEST), count = (vectors + most - 1) / most;
+    const ptrdiff_t steps = padded<S>(c.Nq) / STEP<S>;
+    const ptrdiff_t bytes = sizeof(T<S>) + (DEPTH<S> > 1 ? 2 * sizeof(S) : 0);
+    const ptrdiff_t fit = TILE_BYTES<S> / (tiles * run<S>(c.Nk) * STEP<S> * bytes);
+    const ptrdiff_t most = std::clamp<ptrdiff_t>(fit, 1, WIDEST), count = (steps + most - 1) / most;
     const int64_t pairs = c.B * c.Hkv, group = c.H / c.Hkv;
 #pragma omp parallel for schedule(dynamic) num_threads(c.threads)
     for (int64_t pair = 0; pair < pairs; pair++) {
+        const matrix_unit::Configured configured;
         const int64_t b = pair / c.Hkv, hk = pair % c.Hkv;
         auto state = begin(b, hk);
         for (int64_t h = hk * group; h < (hk + 1) * group; h++)
             for (ptrdiff_t n = 0; n < count; n++) {
-                const ptrdiff_t row = vectors * n / count * LANES<T>, stop = vectors * (n + 1) / count * LANES<T>;
+                const ptrdiff_t row = steps * n / count * STEP<S>, stop = steps * (n + 1) / count * STEP<S>;
                 const ptrdiff_t rows = std::min<ptrdiff_t>(stop, c.Nq) - row;
                 const ptrdiff_t seen = c.causal ? std::min<ptrdiff_t>(c.Nk, row + rows) : c.Nk;
                 each(state, Block{b, h, row, rows, stop - row, seen});
@@ -189,136 +241,173 @@ void blocks(const Call& c, int tiles, Begin begin, Each each, End end) {
     }
 }
 
-template <class T> struct Pair {
-    const T *k, *v, *ddk, *ddv;
-    T *sum_k, *sum_v;
+template <class S> struct KeySide {
+    Keys<S> k, v, ddk, ddv;
+    T<S>*sum_k, *sum_v;
+
+    KeySide(const Call& c, int64_t b, int64_t hk, bool sum)
+        : k(KEYS, c.k, b, hk, c.Nk, c.d),
+          v(VALUES, c.v, b, hk, c.Nk, c.dv),
+          ddk(DDK, c.ddk, b, hk, c.Nk, c.d),
+          ddv(DDV, c.ddv, b, hk, c.Nk, c.dv),
+          sum_k(sum ? sums<S>(SUM_K, c.Nk, c.d) : nullptr),
+          sum_v(sum ? sums<S>(SUM_V, c.Nk, c.dv) : nullptr) {}
 };
 
-template <class S> Pair<T<S>> pair_of(const Call& c, int64_t b, int64_t hk, bool sum) {
-    using T = Arithmetic<S>;
-    return {keys<S>(KEYS, c.k, b, hk, c.Nk, c.d),
-            keys<S>(VALUES, c.v, b, hk, c.Nk, c.dv),
-            keys<S>(DDK, c.ddk, b, hk, c.Nk, c.d),
-            keys<S>(DDV, c.ddv, b, hk, c.Nk, c.dv),
-            sum ? sums<T>(SUM_K, c.Nk, c.d) : nullptr,
-            sum ? sums<T>(SUM_V, c.Nk, c.dv) : nullptr};
+template <class S> void write_sums(const Call& c, const KeySide<S>& p, int64_t b, int64_t hk) {
+    scatter(p.sum_k, c.Nk, c.d, T<S>(c.scale), at<S>(c.gk, b, hk), c.gk.row);
+    scatter(p.sum_v, c.Nk, c.dv, T<S>(1), at<S>(c.gv, b, hk), c.gv.row);
 }
 
-template <class S> void write_sums(const Call& c, const Pair<T<S>>& p, int64_t b, int64_t hk) {
-    scatter(p.sum_k, c.Nk, c.d, T<S>(1), at<S>(c.gk, b, hk), c.gk.row);
-    scatter(p.sum_v, c.Nk, c.dv, T<S>(1), at<S>(c.gv, b, hk), c.gv.row);
+// A block's result [width, lanes], times a factor, to its rows of x.
+template <class S> void write_rows(const Block& t, const T<S>* result, ptrdiff_t width, T<S> factor, const Tensor& x) {
+    T<S>* factors = scratch<T<S>>(STATISTICS, t.lanes);
+    std::fill_n(factors, t.lanes, factor);
+    scatter_transposed(result, t.lanes, t.rows, width, factors, at<S>(x, t.b, t.h, t.row), x.row);
+}
+
+template <class S> T<S>* result_of(const Block& t, ptrdiff_t width) {
+    return scratch<T<S>>(RESULT, padded<S>(width) * t.lanes);
 }
 
 template <class S> void forward(const Call& c) {
     using T = Arithmetic<S>;
-    blocks<T>(
-        c, 1, [&](int64_t b, int64_t hk) { return pair_of<S>(c, b, hk, false); },
-        [&](const Pair<T>& pair, const Block& t) {
-            const Side<S> q(QUERY, c.q, t, c.d, T(c.scale));
-            T* p = masked_scores(c, t, pair.k, q.columns);
+    blocks<S>(
+        c, 1, [&](int64_t b, int64_t hk) { return KeySide<S>(c, b, hk, false); },
+        [&](const KeySide<S>& pair, const Block& t) {
+            const Queries<S> q(QUERIES, c.q, t, c.d);
+            Tile<S> p(SCORES, t);
+            const T factor = masked_scores(c, t, pair.k, q, p);
             T *total = scratch<T>(STATISTICS, 2 * t.lanes), *lse = total + t.lanes;
-            softmax(t, p, total, lse);
-            T* o = scratch<T>(RESULT, t.rows * padded<T>(c.dv));
+            softmax(t, p, factor, total, lse);
+            T* o = result_of<S>(t, c.dv);
             to_rows(t, p, pair.v, c.dv, o, false);
-            for (ptrdiff_t i = 0; i < t.rows; i++) {
-                const T share = total[i] == 0 ? T(0) : T(1) / total[i];
-                scatter(o + i * padded<T>(c.dv), 1, c.dv, share, at<S>(c.o, t.b, t.h, t.row + i), c.o.row);
-            }
+            for (ptrdiff_t i = 0; i < t.lanes; i++) total[i] = total[i] == 0 ? T(0) : T(1) / total[i];
+            scatter_transposed(o, t.lanes, t.rows, c.dv, total, at<S>(c.o, t.b, t.h, t.row), c.o.row);
             std::copy_n(lse, t.rows, static_cast<T*>(c.lse) + (t.b * c.H + t.h) * c.Nq + t.row);
         },
-        [](const Pair<T>&, int64_t, int64_t) {});
+        [](const KeySide<S>&, int64_t, int64_t) {});
+}
+
+// (3)-(4) down the lanes: s and dp become P and dS.
+template <class S> void slope(const Block& t, const T<S>* lse, T<S> factor, Tile<S>& s, Tile<S>& dp) {
+    using T = Arithmetic<S>;
+    const ptrdiff_t end = run<S>(t.keys) * t.lanes;
+    for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
+        const Vector<T> l = load(lse + i);
+        Vector<T> delta{}, x[DEPTH<S>];
+        for (ptrdiff_t n = i; n < end; n += DEPTH<S> * t.lanes) {
+            for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
+                const ptrdiff_t m = n + u * t.lanes;
+                x[u] = exponential(load(s.values + m) * factor - l);
+                store(s.values + m, x[u]);
+                delta += x[u] * load(dp.values + m);
+            }
+            s.put(n, x);
+        }
+        for (ptrdiff_t n = i; n < end; n += DEPTH<S> * t.lanes) {
+            for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
+                const ptrdiff_t m = n + u * t.lanes;
+                x[u] = load(s.values + m) * (load(dp.values + m) - delta);
+            }
+            dp.put(n, x);
+        }
+    }
 }
 
 template <class S> void backward(const Call& c) {
     using T = Arithmetic<S>;
-    blocks<T>(
-        c, 2, [&](int64_t b, int64_t hk) { return pair_of<S>(c, b, hk, true); },
-        [&](const Pair<T>& pair, const Block& t) {
-            const Side<S> q(QUERY, c.q, t, c.d, T(c.scale)), dout(DOUT, c.dout, t, c.dv, T(1));
-            T *p = masked_scores(c, t, pair.k, q.columns), *ds = scratch<T>(DP, t.keys * t.lanes);
-            scores(t, pair.v, dout.columns, c.dv, ds);
-            const T* lse = statistics<T>(c, t);
-            for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {  // (3)-(4)
-                const Vector<T> l = load(lse + i);
-                Vector<T> delta{};
-                for (ptrdiff_t n = i; n < t.keys * t.lanes; n += t.lanes) {
-                    const Vector<T> pn = exponential(load(p + n) - l);
-                    store(p + n, pn);
-                    delta += pn * load(ds + n);
-                }
-                for (ptrdiff_t n = i; n < t.keys * t.lanes; n += t.lanes)
-                    store(ds + n, load(p + n) * (load(ds + n) - delta));
-            }
-            to_keys(t, p, dout.rows, c.dv, pair.sum_v);
-            to_keys(t, ds, q.rows, c.d, pair.sum_k);
-            T* dq = scratch<T>(RESULT, t.rows * padded<T>(c.d));
+    blocks<S>(
+        c, 2, [&](int64_t b, int64_t hk) { return KeySide<S>(c, b, hk, true); },
+        [&](const KeySide<S>& pair, const Block& t) {
+            const Queries<S> q(QUERIES, c.q, t, c.d), dout(DOUT, c.dout, t, c.dv);
+            Tile<S> p(SCORES, t), ds(DP, t);
+            const T factor = masked_scores(c, t, pair.k, q, p);
+            scores(t, pair.v, dout, c.dv, ds);
+            slope(t, statistics<T>(c, t), factor, p, ds);
+            to_keys(t, p, dout, c.dv, pair.sum_v);
+            to_keys(t, ds, q, c.d, pair.sum_k);
+            T* dq = result_of<S>(t, c.d);
             to_rows(t, ds, pair.k, c.d, dq, false);
-            scatter(dq, t.rows, c.d, T(c.scale), at<S>(c.gq, t.b, t.h, t.row), c.gq.row);
+            write_rows<S>(t, dq, c.d, T(c.scale), c.gq);
         },
-        [&](const Pair<T>& pair, int64_t b, int64_t hk) { write_sums<S>(c, pair, b, hk); });
+        [&](const KeySide<S>& pair, int64_t b, int64_t hk) { write_sums<S>(c, pair, b, hk); });
 }
 
-// (6)-(8) down the lanes: s, dp, x, y become P, dS, E and R. Without a cotangent x or y is zero.
-template <class T> void curvature(const Block& t, const T* lse, T* s, T* dp, T* x, T* y) {
-    const ptrdiff_t end = t.keys * t.lanes;
+// (6)-(8) down the lanes: s, dp, x, y become P, dS, E and R; x is still to be multiplied by the scale.
+template <class S>
+void curvature(const Block& t, const T<S>* lse, T<S> factor, T<S> scale, Tile<S>& s, Tile<S>& dp, Tile<S>& x,
+               Tile<S>& y) {
+    using T = Arithmetic<S>;
+    const ptrdiff_t end = run<S>(t.keys) * t.lanes;
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
         const Vector<T> l = load(lse + i);
-        Vector<T> delta{}, mean{}, total{};
-        for (ptrdiff_t n = i; n < end; n += t.lanes) {
-            const Vector<T> p = exponential(load(s + n) - l);
-            store(s + n, p);
-            delta += p * load(dp + n);
-            mean += p * load(x + n);
+        Vector<T> delta{}, mean{}, total{}, p[DEPTH<S>], ds[DEPTH<S>], e[DEPTH<S>], r[DEPTH<S>];
+        for (ptrdiff_t n = i; n < end; n += DEPTH<S> * t.lanes) {
+            for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
+                const ptrdiff_t m = n + u * t.lanes;
+                p[u] = exponential(load(s.values + m) * factor - l);
+                store(s.values + m, p[u]);
+                delta += p[u] * load(dp.values + m);
+                mean += p[u] * load(x.values + m);
+            }
+            s.put(n, p);
         }
-        for (ptrdiff_t n = i; n < end; n += t.lanes) {
-            const Vector<T> p = load(s + n), ds = p * (load(dp + n) - delta), centred = load(x + n) - mean;
-            const Vector<T> r = p * load(y + n) + ds * centred;
-            store(dp + n, ds);
-            store(x + n, p * centred);
-            store(y + n, r);
-            total += r;
+        for (ptrdiff_t n = i; n < end; n += DEPTH<S> * t.lanes) {
+            for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
+                const ptrdiff_t m = n + u * t.lanes;
+                p[u] = load(s.values + m);
+                ds[u] = p[u] * (load(dp.values + m) - delta);
+                const Vector<T> centred = (load(x.values + m) - mean) * scale;
+                e[u] = p[u] * centred;
+                r[u] = p[u] * load(y.values + m) + ds[u] * centred;
+                total += r[u];
+                store(y.values + m, r[u]);
+            }
+            dp.put(n, ds);
+            x.put(n, e);
         }
-        for (ptrdiff_t n = i; n < end; n += t.lanes) store(y + n, load(y + n) - load(s + n) * total);
+        for (ptrdiff_t n = i; n < end; n += DEPTH<S> * t.lanes) {
+            for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
+                const ptrdiff_t m = n + u * t.lanes;
+                r[u] = load(y.values + m) - load(s.values + m) * total;
+            }
+            y.put(n, r);
+        }
     }
 }
 
 template <class S> void double_backward(const Call& c) {
     using T = Arithmetic<S>;
-    blocks<T>(
-        c, 4, [&](int64_t b, int64_t hk) { return pair_of<S>(c, b, hk, true); },
-        [&](const Pair<T>& pair, const Block& t) {
-            const bool by_q = c.ddq.data, by_x = by_q || pair.ddk;
-            const ptrdiff_t tile = t.keys * t.lanes;
-            const Side<S> q(QUERY, c.q, t, c.d, T(c.scale)), dout(DOUT, c.dout, t, c.dv, T(1));
-            T *s = masked_scores(c, t, pair.k, q.columns), *dp = scratch<T>(DP, tile);
-            T *x = scratch<T>(X, tile), *y = scratch<T>(Y, tile);
-            scores(t, pair.v, dout.columns, c.dv, dp);
-            const T* a = nullptr;
-            if (by_q) {
-                const Side<S> ddq(DDQ, c.ddq, t, c.d, T(c.scale));
-                a = ddq.rows;
-                scores(t, pair.k, ddq.columns, c.d, x);
-            }
-            if (pair.ddk) scores(t, pair.ddk, q.columns, c.d, x, by_q);
-            if (!by_x) std::fill_n(x, tile, T(0));
+    blocks<S>(
+        c, 4, [&](int64_t b, int64_t hk) { return KeySide<S>(c, b, hk, true); },
+        [&](const KeySide<S>& pair, const Block& t) {
+            const Queries<S> q(QUERIES, c.q, t, c.d), dout(DOUT, c.dout, t, c.dv), ddq(DDQ, c.ddq, t, c.d);
+            const bool by_x = ddq || pair.ddk;
+            Tile<S> s(SCORES, t), dp(DP, t), x(X, t), y(Y, t);
+            const T factor = masked_scores(c, t, pair.k, q, s);
+            scores(t, pair.v, dout, c.dv, dp);
+            if (ddq) scores(t, pair.k, ddq, c.d, x);
+            if (pair.ddk) scores(t, pair.ddk, q, c.d, x, bool(ddq));
+            if (!by_x) std::fill_n(x.values, run<S>(t.keys) * t.lanes, T(0));
             if (pair.ddv)
-                scores(t, pair.ddv, dout.columns, c.dv, y);
+                scores(t, pair.ddv, dout, c.dv, y);
             else
-                std::fill_n(y, tile, T(0));
-            curvature(t, statistics<T>(c, t), s, dp, x, y);
+                std::fill_n(y.values, run<S>(t.keys) * t.lanes, T(0));
+            curvature(t, statistics<T>(c, t), factor, T(c.scale), s, dp, x, y);
 
-            to_keys(t, y, q.rows, c.d, pair.sum_k);
-            if (a) to_keys(t, dp, a, c.d, pair.sum_k);
-            if (by_x) to_keys(t, x, dout.rows, c.dv, pair.sum_v);
-            T* g = scratch<T>(RESULT, t.rows * padded<T>(std::max(c.d, c.dv)));
+            to_keys(t, y, q, c.d, pair.sum_k);
+            if (ddq) to_keys(t, dp, ddq, c.d, pair.sum_k);
+            if (by_x) to_keys(t, x, dout, c.dv, pair.sum_v);
+            T* g = result_of<S>(t, std::max(c.d, c.dv));
             to_rows(t, y, pair.k, c.d, g, false);
             if (pair.ddk) to_rows(t, dp, pair.ddk, c.d, g, true);
-            scatter(g, t.rows, c.d, T(c.scale), at<S>(c.gq, t.b, t.h, t.row), c.gq.row);
+            write_rows<S>(t, g, c.d, T(c.scale), c.gq);
             to_rows(t, x, pair.v, c.dv, g, false);
             if (pair.ddv) to_rows(t, s, pair.ddv, c.dv, g, true);
-            scatter(g, t.rows, c.dv, T(1), at<S>(c.gdout, t.b, t.h, t.row), c.gdout.row);
+            write_rows<S>(t, g, c.dv, T(1), c.gdout);
         },
-        [&](const Pair<T>& pair, int64_t b, int64_t hk) { write_sums<S>(c, pair, b, hk); });
+        [&](const KeySide<S>& pair, int64_t b, int64_t hk) { write_sums<S>(c, pair, b, hk); });
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Vectors of the processor at hand, written once: the compiler picks the instructions (-march=native).
 //
-// T is the type of the arithmetic, float or double. S is a type of tensors: T itself, or bfloat16 with T = float.
+// S is a type of tensors: float, double or bfloat16. T is that of the arithmetic, S or float. E is that of operands of
+// products: T, or a Pair of bfloat16 that a product multiplies and sums together.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int VECTOR_BYTES = 64;
@@ -23,8 +30,6 @@ template <class T> struct VectorOf { typedef T type __attribute__((vector_size(V
 template <class T> using Vector = typename VectorOf<T>::type;
 template <class T> constexpr ptrdiff_t LANES = VECTOR_BYTES / sizeof(T);
 
-template <class T> constexpr ptrdiff_t padded(ptrdiff_t n) { return (n + LANES<T> - 1) / LANES<T> * LANES<T>; }
-
 template <class T> inline Vector<T> load(const T* p) {
     Vector<T> x;
     std::memcpy(&x, p, sizeof x);
@@ -33,24 +38,64 @@ template <class T> inline Vector<T> load(const T* p) {
 template <class T> inline void store(T* p, Vector<T> x) { std::memcpy(p, &x, sizeof x); }
 
 struct bfloat16 { uint16_t bits; };
+typedef uint32_t Pair;  // the first in the low half
 
-template <class T> inline T widen(T x) { return x; }
-inline float widen(bfloat16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
+template <class S> struct TypesOf { using Arithmetic = S; using Operand = S; };
+template <> struct TypesOf<bfloat16> { using Arithmetic = float; using Operand = Pair; };
+template <class S> using Arithmetic = typename TypesOf<S>::Arithmetic;
+template <class S> using Operand = typename TypesOf<S>::Operand;
+template <class S> constexpr ptrdiff_t DEPTH = sizeof(Operand<S>) / sizeof(S);
+
+template <class To, class From> inline To bits_of(From x) {
+    static_assert(sizeof(To) == sizeof(From));
+    To y;
+    std::memcpy(&y, &x, sizeof y);
+    return y;
 }
-template <class S> struct ArithmeticOf { using type = S; };
-template <> struct ArithmeticOf<bfloat16> { using type = float; };
-template <class S> using Arithmetic = typename ArithmeticOf<S>::type;
 
-template <class S> inline S narrow(Arithmetic<S> x) { return x; }
-template <> inline bfloat16 narrow<bfloat16>(float x) {  // to nearest, ties to even; NaN stays one
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return {uint16_t(x != x ? 0x7fc0 : rounded)};
+// Rounded to bfloat16, to nearest and ties to even, in the high half; NaN stays one.
+inline Vector<Pair> rounded(Vector<float> x) {
+    const Vector<Pair> bits = bits_of<Vector<Pair>>(x);
+    return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : Vector<Pair>{} + 0x7fc00000;
+}
+
+// The first n lanes, as S.
+template <class S> inline void store_some(S* p, Vector<S> x, ptrdiff_t n) { std::memcpy(p, &x, n * sizeof(S)); }
+inline void store_some(bfloat16* p, Vector<float> x, ptrdiff_t n) {
+    typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+    const Halves y = __builtin_convertvector(rounded(x) >> 16, Halves);
+    std::memcpy(p, &y, n * sizeof(bfloat16));
+}
+
+// Two rows of bfloat16, and the same as pairs.
+inline void store_pairs(Vector<float> first, Vector<float> second, bfloat16* row, bfloat16* next, Pair* both) {
+#if defined(__AVX512BF16__)
+    const __m512i rows = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    if (row) {
+        _mm256_storeu_si256((__m256i*)row, _mm512_castsi512_si256(rows));
+        _mm256_storeu_si256((__m256i*)next, _mm512_extracti64x4_epi64(rows, 1));
+    }
+    if (both) _mm512_storeu_si512(both, _mm512_permutexvar_epi16(order, rows));
+#else
+    if (row) {
+        store_some(row, first, LANES<float>);
+        store_some(next, second, LANES<float>);
+    }
+    if (both) store(both, rounded(first) >> 16 | (rounded(second) & 0xffff0000));
+#endif
+}
+
+// a0 b0 a1 b1 ..., the first half of the lanes or the second.
+template <bool SECOND, class E, size_t... I>
+inline Vector<E> zip(Vector<E> a, Vector<E> b, std::index_sequence<I...>) {
+    typedef std::conditional_t<sizeof(E) == 8, int64_t, int32_t> Index;
+    constexpr Index lanes = LANES<E>, from = SECOND ? lanes / 2 : 0;
+    return __builtin_shuffle(a, b, Vector<Index>{(Index(I / 2) + from + (I % 2 ? lanes : 0))...});
+}
+template <bool SECOND, class E> inline Vector<E> zip(Vector<E> a, Vector<E> b) {
+    return zip<SECOND, E>(a, b, std::make_index_sequence<LANES<E>>{});
 }
 
 // exp(x) for x <= 88, to about an ulp; below -87.3 it is 0. NaN stays NaN.
@@ -84,7 +129,7 @@ template <class T> inline T* scratch(int slot, ptrdiff_t elements) {
         size_t bytes = 0;
         ~Slot() { std::free(memory); }
     };
-    static thread_local Slot slots[32];
+    static thread_local Slot slots[64];
     Slot& s = slots[slot];
     const size_t bytes = (elements * sizeof(T) + 4095) / 4096 * 4096;
     if (s.bytes < bytes) {

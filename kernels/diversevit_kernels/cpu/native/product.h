@@ -1,13 +1,25 @@
 // C (+)= A B for matrices that lie in the caches, a block of C at a time held in registers.
 #pragma once
 
-#include "lanes.h"
+#include "matrix_unit.h"
 
 // A matrix read element by element: element (i, k) lies at data[i * row + k * column].
-template <class T> struct Scalars {
-    const T* data;
+template <class E> struct Left {
+    const E* data;
     ptrdiff_t row, column;
 };
+
+// total += x times b, an element of the left operand times a row of the right one.
+template <class T> inline void multiply_add(Vector<T>& total, T x, Vector<T> b) { total += x * b; }
+inline void multiply_add(Vector<float>& total, Pair x, Vector<Pair> b) {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // processors with AMX are slow at these
+    total = (Vector<float>)_mm512_dpbf16_ps((__m512)total, (__m512bh)(Vector<Pair>{} + x), (__m512bh)b);
+#else
+    total += bits_of<float>(x << 16) * bits_of<Vector<float>>(b << 16);
+    total += bits_of<float>(x & 0xffff0000) * bits_of<Vector<float>>(b & 0xffff0000);
+#endif
+}
+template <class E> using Total = std::conditional_t<std::is_same_v<E, Pair>, float, E>;
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int WIDEST = 4;  // vectors of a row of a block: 32 registers hold 24 of C
@@ -17,8 +29,8 @@ constexpr int WIDEST = 2;  // 16 registers hold 12
 constexpr int TALLEST = 6;
 constexpr ptrdiff_t DEEPEST = 128;  // rows of B at a time: they stay in the L1 cache
 
-template <class T, int ROWS, int VECTORS>
-inline void block(ptrdiff_t depth, Scalars<T> a, const T* b, ptrdiff_t b_row, T* c, ptrdiff_t c_row, bool add) {
+template <class E, int ROWS, int VECTORS, class T = Total<E>>
+inline void block(ptrdiff_t depth, Left<E> a, const E* b, ptrdiff_t b_row, T* c, ptrdiff_t c_row, bool add) {
     Vector<T> total[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++)
@@ -26,14 +38,14 @@ inline void block(ptrdiff_t depth, Scalars<T> a, const T* b, ptrdiff_t b_row, T*
         for (int j = 0; j < VECTORS; j++)
             total[i][j] = add ? load(c + i * c_row + j * LANES<T>) : Vector<T>{};
     for (ptrdiff_t k = 0; k < depth; k++) {
-        Vector<T> row[VECTORS];
+        Vector<E> row[VECTORS];
 #pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; j++) row[j] = load(b + k * b_row + j * LANES<T>);
+        for (int j = 0; j < VECTORS; j++) row[j] = load(b + k * b_row + j * LANES<E>);
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++) {
-            const T x = a.data[i * a.row + k * a.column];
+            const E x = a.data[i * a.row + k * a.column];
 #pragma GCC unroll 4
-            for (int j = 0; j < VECTORS; j++) total[i][j] += x * row[j];
+            for (int j = 0; j < VECTORS; j++) multiply_add(total[i][j], x, row[j]);
         }
     }
 #pragma GCC unroll 16
@@ -42,35 +54,39 @@ inline void block(ptrdiff_t depth, Scalars<T> a, const T* b, ptrdiff_t b_row, T*
         for (int j = 0; j < VECTORS; j++) store(c + i * c_row + j * LANES<T>, total[i][j]);
 }
 
-template <class T, int VECTORS>
-inline void panel(ptrdiff_t rows, ptrdiff_t depth, Scalars<T> a, const T* b, ptrdiff_t b_row, T* c, ptrdiff_t c_row,
+template <class E, int VECTORS, class T = Total<E>>
+inline void panel(ptrdiff_t rows, ptrdiff_t depth, Left<E> a, const E* b, ptrdiff_t b_row, T* c, ptrdiff_t c_row,
                   bool add) {
     constexpr int HIGH = TALLEST * WIDEST / VECTORS;  // as many registers whatever the width
     ptrdiff_t i = 0;
-    auto at = [&](ptrdiff_t i) { return Scalars<T>{a.data + i * a.row, a.row, a.column}; };
-    for (; i + HIGH <= rows; i += HIGH) block<T, HIGH, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
-    for (; i + 4 <= rows; i += 4) block<T, 4, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
-    for (; i < rows; i++) block<T, 1, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
+    auto at = [&](ptrdiff_t i) { return Left<E>{a.data + i * a.row, a.row, a.column}; };
+    for (; i + HIGH <= rows; i += HIGH) block<E, HIGH, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
+    for (; i + 4 <= rows; i += 4) block<E, 4, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
+    for (; i < rows; i++) block<E, 1, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
 }
 
 // C [rows, columns] (+)= A [rows, depth] B [depth, columns]; columns a multiple of the lanes, B and C dense along them.
-template <class T>
-void product(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t depth, Scalars<T> a, const T* b, ptrdiff_t b_row, T* c,
+// For pairs, every size is a multiple of the lanes, and A is dense along its rows.
+template <class E, class T = Total<E>>
+void product(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t depth, Left<E> a, const E* b, ptrdiff_t b_row, T* c,
              ptrdiff_t c_row, bool add) {
+    if constexpr (std::is_same_v<E, Pair>)
+        if (matrix_unit::allowed())
+            return matrix_unit::product(rows, columns, depth, a.data, a.row, b, b_row, c, c_row, add);
     for (ptrdiff_t k = 0; k < depth; k += DEEPEST) {
         const ptrdiff_t deep = std::min(DEEPEST, depth - k);
-        const Scalars<T> part{a.data + k * a.column, a.row, a.column};
-        const ptrdiff_t vectors = columns / LANES<T>, panels = (vectors + WIDEST - 1) / WIDEST;
+        const Left<E> part{a.data + k * a.column, a.row, a.column};
+        const ptrdiff_t vectors = columns / LANES<E>, panels = (vectors + WIDEST - 1) / WIDEST;
         for (ptrdiff_t p = 0; p < panels; p++) {
             const ptrdiff_t begin = vectors * p / panels, wide = vectors * (p + 1) / panels - begin;
-            const T* bp = b + k * b_row + begin * LANES<T>;
-            T* cp = c + begin * LANES<T>;
+            const E* bp = b + k * b_row + begin * LANES<E>;
+            T* cp = c + begin * LANES<E>;
             const bool more = add || k > 0;
-            if (wide == 1) panel<T, 1>(rows, deep, part, bp, b_row, cp, c_row, more);
-            if (wide == 2) panel<T, 2>(rows, deep, part, bp, b_row, cp, c_row, more);
+            if (wide == 1) panel<E, 1>(rows, deep, part, bp, b_row, cp, c_row, more);
+            if (wide == 2) panel<E, 2>(rows, deep, part, bp, b_row, cp, c_row, more);
 #if defined(__AVX512F__) || defined(__aarch64__)
-            if (wide == 3) panel<T, 3>(rows, deep, part, bp, b_row, cp, c_row, more);
-            if (wide == 4) panel<T, 4>(rows, deep, part, bp, b_row, cp, c_row, more);
+            if (wide == 3) panel<E, 3>(rows, deep, part, bp, b_row, cp, c_row, more);
+            if (wide == 4) panel<E, 4>(rows, deep, part, bp, b_row, cp, c_row, more);
 #endif
         }
     }

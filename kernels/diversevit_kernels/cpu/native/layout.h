@@ -1,0 +1,96 @@
+// How operands of products lie in memory, and the ways there.
+//
+// A product's left operand is dense along the depth, its right one along the columns. Their elements E hold DEPTH
+// neighbours along the depth. So a matrix x [n, width] of a tensor is, by what a product sums over,
+//
+//   the width:  left   [n, width / DEPTH]   rows as they are          right  its transpose
+//   the rows:   right  [n / DEPTH, width]   rows paired               left   its transpose
+//
+// with both sizes padded by zeros to a multiple of STEP.
+#pragma once
+
+#include "lanes.h"
+
+template <class S> constexpr ptrdiff_t STEP = LANES<Operand<S>> * DEPTH<S>;
+
+template <class S> constexpr ptrdiff_t padded(ptrdiff_t n) { return (n + STEP<S> - 1) / STEP<S> * STEP<S>; }
+
+// How far a product runs over an axis of n: into the padding, where elements are pairs.
+template <class S> constexpr ptrdiff_t run(ptrdiff_t n) { return DEPTH<S> == 1 ? n : padded<S>(n); }
+
+// x [n, width], the rows stride apart -> [padded n, padded width].
+template <class S> void as_it_is(const S* x, int64_t stride, ptrdiff_t n, ptrdiff_t width, Operand<S>* out) {
+    const ptrdiff_t wide = padded<S>(width), high = padded<S>(n);
+    S* to = reinterpret_cast<S*>(out);
+    for (ptrdiff_t i = 0; i < high; i++, to += wide) {
+        const ptrdiff_t filled = i < n ? width : 0;
+        if (filled) std::memcpy(to, x + i * stride, filled * sizeof(S));
+        std::memset(to + filled, 0, (wide - filled) * sizeof(S));
+    }
+}
+
+// Rows of pairs along the width, [n, columns] -> pairs of rows, [n / 2, 2 columns].
+inline void paired(const Pair* x, ptrdiff_t n, ptrdiff_t columns, Pair* out) {
+    for (ptrdiff_t i = 0; i < n; i += 2)
+        for (ptrdiff_t c = 0; c < columns; c += LANES<Pair>, out += 2 * LANES<Pair>) {
+            const Vector<Pair> a = load(x + i * columns + c), b = load(x + (i + 1) * columns + c);
+            const Vector<Pair> first = (a & 0xffff) | b << 16, second = a >> 16 | (b & 0xffff0000);
+            store(out, zip<false, Pair>(first, second));
+            store(out + LANES<Pair>, zip<true, Pair>(first, second));
+        }
+}
+
+// LANES vectors of LANES: row i of the result is column i.
+template <class E> inline void transpose(Vector<E>* x) {
+    constexpr int lanes = LANES<E>;
+#pragma GCC unroll 4
+    for (int stride = 1; stride < lanes; stride *= 2) {
+        Vector<E> y[lanes];
+#pragma GCC unroll 8
+        for (int i = 0; i < lanes / 2; i++) {
+            y[2 * i] = zip<false, E>(x[i], x[i + lanes / 2]);
+            y[2 * i + 1] = zip<true, E>(x[i], x[i + lanes / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; i++) x[i] = y[i];
+    }
+}
+
+// x [rows, columns] -> [columns, rows]; both a multiple of the lanes.
+template <class E> void transposed(const E* x, ptrdiff_t rows, ptrdiff_t columns, E* out) {
+    for (ptrdiff_t i = 0; i < rows; i += LANES<E>)
+        for (ptrdiff_t c = 0; c < columns; c += LANES<E>) {
+            Vector<E> block[LANES<E>];
+            for (ptrdiff_t j = 0; j < LANES<E>; j++) block[j] = load(x + (i + j) * columns + c);
+            transpose<E>(block);
+            for (ptrdiff_t j = 0; j < LANES<E>; j++) store(out + (c + j) * rows + i, block[j]);
+        }
+}
+
+// x [width, lanes] -> out [n, width], the rows stride apart, times a factor for each lane.
+template <class S>
+void scatter_transposed(const Arithmetic<S>* x, ptrdiff_t lanes, ptrdiff_t n, ptrdiff_t width,
+                        const Arithmetic<S>* factors, S* out, int64_t stride) {
+    using T = Arithmetic<S>;
+    for (ptrdiff_t i = 0; i < n; i += LANES<T>) {
+        const Vector<T> factor = load(factors + i);
+        for (ptrdiff_t c = 0; c < width; c += LANES<T>) {
+            Vector<T> block[LANES<T>];
+            for (ptrdiff_t j = 0; j < LANES<T>; j++)
+                block[j] = c + j < width ? load(x + (c + j) * lanes + i) * factor : Vector<T>{};
+            transpose<T>(block);
+            const ptrdiff_t some = std::min(LANES<T>, width - c);
+            for (ptrdiff_t j = 0; j < std::min(LANES<T>, n - i); j++)
+                store_some(out + (i + j) * stride + c, block[j], some);
+        }
+    }
+}
+
+// x [n, padded width] -> out [n, width], the rows stride apart, times a factor.
+template <class S>
+void scatter(const Arithmetic<S>* x, ptrdiff_t n, ptrdiff_t width, Arithmetic<S> factor, S* out, int64_t stride) {
+    using T = Arithmetic<S>;
+    for (ptrdiff_t i = 0; i < n; i++, x += padded<S>(width))
+        for (ptrdiff_t c = 0; c < width; c += LANES<T>)
+            store_some(out + i * stride + c, load(x + c) * factor, std::min(LANES<T>, width - c));
+}
