@@ -59,12 +59,20 @@ inline Vector<Pair> rounded(Vector<float> x) {
     return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : Vector<Pair>{} + 0x7fc00000;
 }
 
-// The first n lanes, as S.
-template <class S> inline void store_some(S* p, Vector<S> x, ptrdiff_t n) { std::memcpy(p, &x, n * sizeof(S)); }
+// The first n lanes, as S. (A copy of a size that is known is an instruction, any other a call.)
+template <class S> inline void store_some(S* p, Vector<S> x, ptrdiff_t n) {
+    if (n == LANES<S>)
+        store(p, x);
+    else
+        std::memcpy(p, &x, n * sizeof(S));
+}
 inline void store_some(bfloat16* p, Vector<float> x, ptrdiff_t n) {
     typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
     const Halves y = __builtin_convertvector(rounded(x) >> 16, Halves);
-    std::memcpy(p, &y, n * sizeof(bfloat16));
+    if (n == LANES<float>)
+        std::memcpy(p, &y, sizeof y);
+    else
+        std::memcpy(p, &y, n * sizeof(bfloat16));
 }
 
 // Two rows of bfloat16, and the same as pairs.

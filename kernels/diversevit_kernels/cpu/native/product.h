@@ -32,7 +32,7 @@ constexpr ptrdiff_t DEEPEST = 128;  // rows of B at a time: they stay in the L1 
 template <class E, int ROWS, int VECTORS, class T = Total<E>>
 inline void block(ptrdiff_t depth, Left<E> a, const E* b, ptrdiff_t b_row, T* c, ptrdiff_t c_row, bool add) {
     Vector<T> total[ROWS][VECTORS];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++)
@@ -41,14 +41,14 @@ inline void block(ptrdiff_t depth, Left<E> a, const E* b, ptrdiff_t b_row, T* c,
         Vector<E> row[VECTORS];
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) row[j] = load(b + k * b_row + j * LANES<E>);
-#pragma GCC unroll 16
+#pragma GCC unroll 24
         for (int i = 0; i < ROWS; i++) {
             const E x = a.data[i * a.row + k * a.column];
 #pragma GCC unroll 4
             for (int j = 0; j < VECTORS; j++) multiply_add(total[i][j], x, row[j]);
         }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) store(c + i * c_row + j * LANES<T>, total[i][j]);
