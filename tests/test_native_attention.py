@@ -1,5 +1,6 @@
 """The C++ kernels of attention: within budget at every shape, same bits on any threads, no crash without a compiler."""
 
+import platform
 import shutil
 
 import pytest
@@ -44,6 +45,27 @@ def test_within_budget(calls, name, dtype):
     assert calls == ["forward"] if masked else ["forward", "backward", "double_backward"]
 
 
+PROCESSORS = {
+    "128-bit vectors": ("-march=x86-64-v2",),
+    "256-bit vectors": ("-march=x86-64-v3",),
+    "no matrix unit": ("-march=native", "-mno-amx-bf16"),
+    "no instruction for bfloat16": ("-march=native", "-mno-amx-bf16", "-mno-avx512bf16"),
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 alone has these flags")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("flags", PROCESSORS.values(), ids=PROCESSORS)
+def test_within_budget_on_lesser_processors(monkeypatch, flags, dtype):
+    if "v3" in flags[0] and not torch.cpu._is_avx2_supported():
+        pytest.skip("256-bit vectors")
+    monkeypatch.setattr(native, "_PROCESSORS", (flags,))
+    monkeypatch.setattr(native, "_loaded", {})
+    assert native.library("attention") is not None
+    for case in (*BLOCKS.values(), CASES["empty-row"], CASES["grouped-causal"]):
+        check_rungs(attention, case, dtype)
+
+
 @pytest.mark.parametrize("mask", ["additive", "broadcast", "shared"])
 def test_an_additive_mask_without_gradient(calls, mask):
     q, k, v, m, _ = operands(Case(B=2, Nq=40, Nk=23, mask=mask), torch.float32)
@@ -53,6 +75,24 @@ def test_an_additive_mask_without_gradient(calls, mask):
     expect = attention.attention_backward(q, k, v, m, o, lse, o, False, 0.4, True)
     assert calls == ["forward", "backward"]
     torch.testing.assert_close(found[:3], expect[:3])
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("mask", ["causal", "bool", "additive", None])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_scale(mask, scale, dtype):
+    q, k, v, m, is_causal = operands(Case(Nq=40, Nk=40, mask=mask), dtype)
+    m = None if m is None else m[(None,) * (4 - m.ndim)]
+    o, lse = attention.attention_forward(q, k, v, m, is_causal, scale)
+    grads = attention.attention_backward(q, k, v, m, o, lse, o, is_causal, scale, False)[:3]
+    seen = torch.ones(40, 40, dtype=torch.bool).tril() if is_causal else m
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    seen = seen.double() if seen is not None and seen.is_floating_point() else seen
+    expect = torch.nn.functional.scaled_dot_product_attention(*leaves, seen, scale=scale)
+    bound = {"atol": 0.05, "rtol": 0.05} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(o.double(), expect.detach(), **bound)
+    exact = torch.autograd.grad(expect, leaves, o.double())
+    torch.testing.assert_close([g.double() for g in grads], list(exact), **bound)
 
 
 GIVEN = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]

@@ -33,7 +33,7 @@ struct Call {
 template <class S> using T = Arithmetic<S>;
 template <class S> using E = Operand<S>;
 
-template <class S> constexpr ptrdiff_t TILE_BYTES = DEPTH<S> == 1 ? 1 << 19 : 1 << 20;  // of a block's tiles
+constexpr ptrdiff_t TILE_BYTES = 1 << 19;  // of a block's tiles
 
 enum Slot { KEYS, VALUES = KEYS + 3, DDK = VALUES + 3, DDV = DDK + 3, SUM_K = DDV + 3, SUM_V,
             QUERIES, DOUT = QUERIES + 3, DDQ = DOUT + 3, STATISTICS = DDQ + 3, RESULT,
@@ -47,7 +47,11 @@ template <class S> inline S* at(const Tensor& x, int64_t b, int64_t h, int64_t n
 struct Block {
     int64_t b, h, row;
     ptrdiff_t rows, lanes, keys;  // lanes: rows, padded; keys: those the block may look at
+    ptrdiff_t stride;             // between the keys of a tile
 };
+
+// At least n, and an odd number of vectors: a column of numbers so far apart meets every set of a cache.
+template <class E> constexpr ptrdiff_t odd_vectors(ptrdiff_t n) { return ((n + LANES<E> - 1) / LANES<E> | 1) * LANES<E>; }
 
 // Some rows of an operand, [n, width].
 template <class S> struct Rows {
@@ -99,30 +103,34 @@ template <class S> struct Queries {
     }
 };
 
+enum Sides { LEFT = 1, RIGHT = 2, BOTH = 3 };  // operands of products over the rows, over the keys
+
 // A block's tile [keys, lanes]: numbers, and the same as operands. Where an operand's elements are the numbers
 // themselves, the three are one memory.
 template <class S> struct Tile {
     T<S>* values;
-    E<S>*left, *right;  // of products over the rows, over the keys
-    ptrdiff_t lanes;
+    E<S>*left = nullptr, *right = nullptr;
+    ptrdiff_t stride, left_stride;
 
-    Tile(int slot, const Block& t) : lanes(t.lanes) {
-        const ptrdiff_t elements = run<S>(t.keys) * t.lanes;
-        values = scratch<T<S>>(slot, elements);
+    Tile(int slot, const Block& t, Sides sides) : stride(t.stride), left_stride(t.stride) {
+        const ptrdiff_t keys = run<S>(t.keys);
+        values = scratch<T<S>>(slot, keys * stride);
         if constexpr (DEPTH<S> == 1) {
             left = right = values;
         } else {
-            left = scratch<Pair>(slot + 1, elements / 2);
-            right = scratch<Pair>(slot + 2, elements / 2);
+            left_stride = odd_vectors<Pair>(t.lanes / 2);
+            if (sides & LEFT) left = scratch<Pair>(slot + 1, keys * left_stride);
+            if (sides & RIGHT) right = scratch<Pair>(slot + 2, keys / 2 * stride);
         }
     }
-    // DEPTH keys' vectors become operands; n is where the first lies.
-    void put(ptrdiff_t n, const Vector<T<S>>* x) const {
+    T<S>* at(ptrdiff_t j, ptrdiff_t i) const { return values + j * stride + i; }
+    // Vectors of DEPTH keys from the j-th on become operands.
+    void put(ptrdiff_t j, ptrdiff_t i, const Vector<T<S>>* x) const {
         if constexpr (DEPTH<S> == 1) {
-            store(values + n, x[0]);
+            store(at(j, i), x[0]);
         } else {
-            bfloat16* row = reinterpret_cast<bfloat16*>(left) + n;
-            store_pairs(x[0], x[1], row, row + lanes, right + (n / lanes / 2) * lanes + n % lanes);
+            if (left) store_rows(x[0], x[1], left + j * left_stride + i / 2, left + (j + 1) * left_stride + i / 2);
+            if (right) store_pairs(x[0], x[1], right + j / 2 * stride + i);
         }
     }
 };
@@ -139,18 +147,18 @@ template <class S>
 void scores(const Block& t, const Keys<S>& k, const Queries<S>& q, ptrdiff_t width, const Tile<S>& tile,
             bool add = false) {
     product(run<S>(t.keys), t.lanes, run<S>(width) / DEPTH<S>, k.over_width, q.over_width, t.lanes, tile.values,
-            t.lanes, add);
+            t.stride, add);
 }
 // out [width, lanes] (+)= K^T [width, keys] tile
 template <class S>
 void to_rows(const Block& t, const Tile<S>& tile, const Keys<S>& k, ptrdiff_t width, T<S>* out, bool add) {
-    product(run<S>(width), t.lanes, run<S>(t.keys) / DEPTH<S>, k.over_keys, tile.right, t.lanes, out, t.lanes, add);
+    product(run<S>(width), t.lanes, run<S>(t.keys) / DEPTH<S>, k.over_keys, tile.right, t.stride, out, t.lanes, add);
 }
 // total [keys, width] += tile Q
 template <class S>
 void to_keys(const Block& t, const Tile<S>& tile, const Queries<S>& q, ptrdiff_t width, T<S>* total) {
     const ptrdiff_t wide = padded<S>(width);
-    const Left<E<S>> left{tile.left, t.lanes / DEPTH<S>, 1};
+    const Left<E<S>> left{tile.left, tile.left_stride, 1};
     product(run<S>(t.keys), wide, run<S>(t.rows) / DEPTH<S>, left, q.over_rows, wide, total, wide, true);
 }
 
@@ -167,17 +175,17 @@ template <class S> T<S> masked_scores(const Call& c, const Block& t, const Keys<
     for (ptrdiff_t j = 0; m.kind && j < t.keys; j++)
         for (ptrdiff_t i = 0; i < t.rows; i++) {
             const int64_t where = first + i * m.row + j * m.key;
-            T& x = s.values[j * t.lanes + i];
+            T& x = *s.at(j, i);
             if (scaled)
                 x = x * scale + static_cast<const T*>(m.data)[where];
             else
                 x = static_cast<const bool*>(m.data)[where] ? x : never;
         }
     for (ptrdiff_t j = t.row + 1; c.causal && j < t.keys; j++)
-        std::fill_n(s.values + j * t.lanes, std::min<ptrdiff_t>(t.rows, j - t.row), never);
+        std::fill_n(s.at(j, 0), std::min<ptrdiff_t>(t.rows, j - t.row), never);
     if constexpr (DEPTH<S> > 1) {  // products run into the padding
-        for (ptrdiff_t j = 0; j < t.keys; j++) std::fill(s.values + j * t.lanes + t.rows, s.values + (j + 1) * t.lanes, never);
-        std::fill(s.values + t.keys * t.lanes, s.values + run<S>(t.keys) * t.lanes, never);
+        for (ptrdiff_t j = 0; j < t.keys; j++) std::fill(s.at(j, t.rows), s.at(j, t.lanes), never);
+        std::fill(s.at(t.keys, 0), s.at(run<S>(t.keys), 0), never);
     }
     return factor;
 }
@@ -186,21 +194,21 @@ template <class S> T<S> masked_scores(const Call& c, const Block& t, const Keys<
 template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* total, T<S>* lse) {
     using T = Arithmetic<S>;
     constexpr T infinity = std::numeric_limits<T>::infinity();
-    const ptrdiff_t end = run<S>(t.keys) * t.lanes;
+    const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
         Vector<T> top = Vector<T>{} - infinity, all{};
-        for (ptrdiff_t n = i; n < end; n += t.lanes) {
-            const Vector<T> x = load(s.values + n) * factor;
+        for (ptrdiff_t j = 0; j < keys; j++) {
+            const Vector<T> x = load(s.at(j, i)) * factor;
             top = x > top ? x : top;
         }
         top = top == -infinity ? Vector<T>{} : top;
-        for (ptrdiff_t n = i; n < end; n += DEPTH<S> * t.lanes) {
+        for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             Vector<T> p[DEPTH<S>];
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                p[u] = exponential(load(s.values + n + u * t.lanes) * factor - top);
+                p[u] = exponential(load(s.at(j + u, i)) * factor - top);
                 all += p[u];
             }
-            s.put(n, p);
+            s.put(j, i, p);
         }
         for (ptrdiff_t l = 0; l < LANES<T>; l++) {
             total[i + l] = all[l];
@@ -222,7 +230,7 @@ template <class S, class Begin, class Each, class End>
 void blocks(const Call& c, int tiles, Begin begin, Each each, End end) {
     const ptrdiff_t steps = padded<S>(c.Nq) / STEP<S>;
     const ptrdiff_t bytes = sizeof(T<S>) + (DEPTH<S> > 1 ? 2 * sizeof(S) : 0);
-    const ptrdiff_t fit = TILE_BYTES<S> / (tiles * run<S>(c.Nk) * STEP<S> * bytes);
+    const ptrdiff_t fit = TILE_BYTES / (tiles * run<S>(c.Nk) * STEP<S> * bytes);
     const ptrdiff_t most = std::clamp<ptrdiff_t>(fit, 1, WIDEST), count = (steps + most - 1) / most;
     const int64_t pairs = c.B * c.Hkv, group = c.H / c.Hkv;
 #pragma omp parallel for schedule(dynamic) num_threads(c.threads)
@@ -235,7 +243,7 @@ void blocks(const Call& c, int tiles, Begin begin, Each each, End end) {
                 const ptrdiff_t row = steps * n / count * STEP<S>, stop = steps * (n + 1) / count * STEP<S>;
                 const ptrdiff_t rows = std::min<ptrdiff_t>(stop, c.Nq) - row;
                 const ptrdiff_t seen = c.causal ? std::min<ptrdiff_t>(c.Nk, row + rows) : c.Nk;
-                each(state, Block{b, h, row, rows, stop - row, seen});
+                each(state, Block{b, h, row, rows, stop - row, seen, odd_vectors<T<S>>(stop - row)});
             }
         end(state, b, hk);
     }
@@ -276,7 +284,7 @@ template <class S> void forward(const Call& c) {
         c, 1, [&](int64_t b, int64_t hk) { return KeySide<S>(c, b, hk, false); },
         [&](const KeySide<S>& pair, const Block& t) {
             const Queries<S> q(QUERIES, c.q, t, c.d);
-            Tile<S> p(SCORES, t);
+            Tile<S> p(SCORES, t, RIGHT);
             const T factor = masked_scores(c, t, pair.k, q, p);
             T *total = scratch<T>(STATISTICS, 2 * t.lanes), *lse = total + t.lanes;
             softmax(t, p, factor, total, lse);
@@ -292,25 +300,23 @@ template <class S> void forward(const Call& c) {
 // (3)-(4) down the lanes: s and dp become P and dS.
 template <class S> void slope(const Block& t, const T<S>* lse, T<S> factor, Tile<S>& s, Tile<S>& dp) {
     using T = Arithmetic<S>;
-    const ptrdiff_t end = run<S>(t.keys) * t.lanes;
+    const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
         const Vector<T> l = load(lse + i);
         Vector<T> delta{}, x[DEPTH<S>];
-        for (ptrdiff_t n = i; n < end; n += DEPTH<S> * t.lanes) {
+        for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                const ptrdiff_t m = n + u * t.lanes;
-                x[u] = exponential(load(s.values + m) * factor - l);
-                store(s.values + m, x[u]);
-                delta += x[u] * load(dp.values + m);
+                x[u] = exponential(load(s.at(j + u, i)) * factor - l);
+                store(s.at(j + u, i), x[u]);
+                delta += x[u] * load(dp.at(j + u, i));
             }
-            s.put(n, x);
+            s.put(j, i, x);
         }
-        for (ptrdiff_t n = i; n < end; n += DEPTH<S> * t.lanes) {
+        for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                const ptrdiff_t m = n + u * t.lanes;
-                x[u] = load(s.values + m) * (load(dp.values + m) - delta);
+                x[u] = load(s.at(j + u, i)) * (load(dp.at(j + u, i)) - delta);
             }
-            dp.put(n, x);
+            dp.put(j, i, x);
         }
     }
 }
@@ -321,7 +327,7 @@ template <class S> void backward(const Call& c) {
         c, 2, [&](int64_t b, int64_t hk) { return KeySide<S>(c, b, hk, true); },
         [&](const KeySide<S>& pair, const Block& t) {
             const Queries<S> q(QUERIES, c.q, t, c.d), dout(DOUT, c.dout, t, c.dv);
-            Tile<S> p(SCORES, t), ds(DP, t);
+            Tile<S> p(SCORES, t, LEFT), ds(DP, t, BOTH);
             const T factor = masked_scores(c, t, pair.k, q, p);
             scores(t, pair.v, dout, c.dv, ds);
             slope(t, statistics<T>(c, t), factor, p, ds);
@@ -339,40 +345,37 @@ template <class S>
 void curvature(const Block& t, const T<S>* lse, T<S> factor, T<S> scale, Tile<S>& s, Tile<S>& dp, Tile<S>& x,
                Tile<S>& y) {
     using T = Arithmetic<S>;
-    const ptrdiff_t end = run<S>(t.keys) * t.lanes;
+    const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
         const Vector<T> l = load(lse + i);
         Vector<T> delta{}, mean{}, total{}, p[DEPTH<S>], ds[DEPTH<S>], e[DEPTH<S>], r[DEPTH<S>];
-        for (ptrdiff_t n = i; n < end; n += DEPTH<S> * t.lanes) {
+        for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                const ptrdiff_t m = n + u * t.lanes;
-                p[u] = exponential(load(s.values + m) * factor - l);
-                store(s.values + m, p[u]);
-                delta += p[u] * load(dp.values + m);
-                mean += p[u] * load(x.values + m);
+                p[u] = exponential(load(s.at(j + u, i)) * factor - l);
+                store(s.at(j + u, i), p[u]);
+                delta += p[u] * load(dp.at(j + u, i));
+                mean += p[u] * load(x.at(j + u, i));
             }
-            s.put(n, p);
+            s.put(j, i, p);
         }
-        for (ptrdiff_t n = i; n < end; n += DEPTH<S> * t.lanes) {
+        for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                const ptrdiff_t m = n + u * t.lanes;
-                p[u] = load(s.values + m);
-                ds[u] = p[u] * (load(dp.values + m) - delta);
-                const Vector<T> centred = (load(x.values + m) - mean) * scale;
+                p[u] = load(s.at(j + u, i));
+                ds[u] = p[u] * (load(dp.at(j + u, i)) - delta);
+                const Vector<T> centred = (load(x.at(j + u, i)) - mean) * scale;
                 e[u] = p[u] * centred;
-                r[u] = p[u] * load(y.values + m) + ds[u] * centred;
+                r[u] = p[u] * load(y.at(j + u, i)) + ds[u] * centred;
                 total += r[u];
-                store(y.values + m, r[u]);
+                store(y.at(j + u, i), r[u]);
             }
-            dp.put(n, ds);
-            x.put(n, e);
+            dp.put(j, i, ds);
+            x.put(j, i, e);
         }
-        for (ptrdiff_t n = i; n < end; n += DEPTH<S> * t.lanes) {
+        for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                const ptrdiff_t m = n + u * t.lanes;
-                r[u] = load(y.values + m) - load(s.values + m) * total;
+                r[u] = load(y.at(j + u, i)) - load(s.at(j + u, i)) * total;
             }
-            y.put(n, r);
+            y.put(j, i, r);
         }
     }
 }
@@ -384,16 +387,16 @@ template <class S> void double_backward(const Call& c) {
         [&](const KeySide<S>& pair, const Block& t) {
             const Queries<S> q(QUERIES, c.q, t, c.d), dout(DOUT, c.dout, t, c.dv), ddq(DDQ, c.ddq, t, c.d);
             const bool by_x = ddq || pair.ddk;
-            Tile<S> s(SCORES, t), dp(DP, t), x(X, t), y(Y, t);
+            Tile<S> s(SCORES, t, RIGHT), dp(DP, t, BOTH), x(X, t, BOTH), y(Y, t, BOTH);
             const T factor = masked_scores(c, t, pair.k, q, s);
             scores(t, pair.v, dout, c.dv, dp);
             if (ddq) scores(t, pair.k, ddq, c.d, x);
             if (pair.ddk) scores(t, pair.ddk, q, c.d, x, bool(ddq));
-            if (!by_x) std::fill_n(x.values, run<S>(t.keys) * t.lanes, T(0));
+            if (!by_x) std::fill_n(x.values, run<S>(t.keys) * t.stride, T(0));
             if (pair.ddv)
                 scores(t, pair.ddv, dout, c.dv, y);
             else
-                std::fill_n(y.values, run<S>(t.keys) * t.lanes, T(0));
+                std::fill_n(y.values, run<S>(t.keys) * t.stride, T(0));
             curvature(t, statistics<T>(c, t), factor, T(c.scale), s, dp, x, y);
 
             to_keys(t, y, q, c.d, pair.sum_k);

@@ -75,32 +75,41 @@ inline void store_some(bfloat16* p, Vector<float> x, ptrdiff_t n) {
         std::memcpy(p, &y, n * sizeof(bfloat16));
 }
 
-// Two rows of bfloat16, and the same as pairs.
-inline void store_pairs(Vector<float> first, Vector<float> second, bfloat16* row, bfloat16* next, Pair* both) {
+// Two vectors rounded to bfloat16: each a row, or both as pairs.
 #if defined(__AVX512BF16__)
-    const __m512i rows = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+inline __m512i rows_of(Vector<float> first, Vector<float> second) {
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+inline void store_rows(Vector<float> first, Vector<float> second, Pair* row, Pair* next) {
+    const __m512i rows = rows_of(first, second);
+    _mm256_storeu_si256((__m256i*)row, _mm512_castsi512_si256(rows));
+    _mm256_storeu_si256((__m256i*)next, _mm512_extracti64x4_epi64(rows, 1));
+}
+inline void store_pairs(Vector<float> first, Vector<float> second, Pair* both) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    if (row) {
-        _mm256_storeu_si256((__m256i*)row, _mm512_castsi512_si256(rows));
-        _mm256_storeu_si256((__m256i*)next, _mm512_extracti64x4_epi64(rows, 1));
-    }
-    if (both) _mm512_storeu_si512(both, _mm512_permutexvar_epi16(order, rows));
-#else
-    if (row) {
-        store_some(row, first, LANES<float>);
-        store_some(next, second, LANES<float>);
-    }
-    if (both) store(both, rounded(first) >> 16 | (rounded(second) & 0xffff0000));
-#endif
+    _mm512_storeu_si512(both, _mm512_permutexvar_epi16(order, rows_of(first, second)));
 }
+#else
+inline void store_rows(Vector<float> first, Vector<float> second, Pair* row, Pair* next) {
+    store_some(reinterpret_cast<bfloat16*>(row), first, LANES<float>);
+    store_some(reinterpret_cast<bfloat16*>(next), second, LANES<float>);
+}
+inline void store_pairs(Vector<float> first, Vector<float> second, Pair* both) {
+    store(both, rounded(first) >> 16 | (rounded(second) & 0xffff0000));
+}
+#endif
 
 // a0 b0 a1 b1 ..., the first half of the lanes or the second.
 template <bool SECOND, class E, size_t... I>
 inline Vector<E> zip(Vector<E> a, Vector<E> b, std::index_sequence<I...>) {
+    constexpr int lanes = LANES<E>, from = SECOND ? lanes / 2 : 0;
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (int(I / 2) + from + (I % 2 ? lanes : 0))...);
+#else
     typedef std::conditional_t<sizeof(E) == 8, int64_t, int32_t> Index;
-    constexpr Index lanes = LANES<E>, from = SECOND ? lanes / 2 : 0;
     return __builtin_shuffle(a, b, Vector<Index>{(Index(I / 2) + from + (I % 2 ? lanes : 0))...});
+#endif
 }
 template <bool SECOND, class E> inline Vector<E> zip(Vector<E> a, Vector<E> b) {
     return zip<SECOND, E>(a, b, std::make_index_sequence<LANES<E>>{});
