@@ -52,10 +52,22 @@ def penalty_forward(
         for i, t in enumerate(block):
             x = heads(t)
             torch.baddbmm(c, x, x.mT, beta=int(i > 0), out=c)
-        n.copy_(c.diagonal(dim1=1, dim2=2)).sqrt_().clamp_(min=g.eps)
-        _over_norms(c, n)
-        penalty += _off_diagonal(c.square()).sum()
+        penalty += _energy(g, c, n)
     return penalty.mul_(g.weight), cosines, norms
+
+
+def penalty_of(g: Grouping, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(30)-(32) of the Gram matrices of all groups, which become the cosines: penalty, cosines, norms."""
+    norms = gram.new_empty(gram.shape[:-1])
+    energy = _energy(g, gram.flatten(0, -3), norms.flatten(0, -2))
+    return energy.mul_(g.weight), gram, norms
+
+
+def _energy(g: Grouping, c: Tensor, n: Tensor) -> Tensor:
+    """(30)-(32) of some groups: Gram matrices ``c`` become cosines, ``n`` their norms; sum of c^2 off the diagonals."""
+    n.copy_(c.diagonal(dim1=1, dim2=2)).sqrt_().clamp_(min=g.eps)
+    _over_norms(c, n)
+    return _off_diagonal(c.square()).sum()
 
 
 def slopes(g: Grouping, given: Statistics, width: int) -> Iterator[tuple[Tile, Tensor]]:
@@ -63,6 +75,12 @@ def slopes(g: Grouping, given: Statistics, width: int) -> Iterator[tuple[Tile, T
     for block in g.blocks(_tokens(g, width)):
         m = _slope(g, given.of(g, block[0])).m
         yield from ((t, m) for t in block)
+
+
+def slope_of(g: Grouping, given: Statistics) -> Tensor:
+    """The ``M`` of all groups, [groups, H, H]."""
+    everything = Tile(slice(0, g.B), slice(0, g.N))
+    return _slope(g, given.of(g, everything)).m
 
 
 def curvatures(

@@ -11,6 +11,8 @@ Dtypes   any floating; statistics, products and sums in float32 (float64 for flo
 Traffic  every rung reads grad_qkv once (the double backward by sample: at most twice) and writes as
          much, the forward excepted. Products of B N x 3d x D per head: forward 1, backward 3,
          double backward 7.
+Native   Where there is a compiler and both operands have one dtype, forward and backward are C++ kernels
+         (``routed_head_penalty_native``) but for the H x H algebra; bfloat16 is then multiplied as such.
 """
 
 import torch
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from ..dtypes import accumulation_dtype
 from ..grouping import Grouping, Statistics, Tile
-from .cosine import curvatures, penalty_forward, slopes
+from . import routed_head_penalty_native as native
+from .cosine import curvatures, penalty_forward, penalty_of, slope_of, slopes
 from .scratch import Scratch
 
 
@@ -28,12 +31,11 @@ class _Router:
     def __init__(
         self, grad_qkv: Tensor, weight: Tensor, granularity: str, reduction: str, eps: float
     ):
-        B, N, _, H, d = grad_qkv.shape
         dtype = accumulation_dtype(torch.promote_types(grad_qkv.dtype, weight.dtype))
-        self.grouping = Grouping(B, H, N, granularity, reduction, eps)
+        self.grouping = _grouping(grad_qkv, granularity, reduction, eps)
         self.like = grad_qkv.new_empty(0, dtype=dtype)
         self.scratch = Scratch(dtype, grad_qkv.device)
-        self.width = max(3 * d, weight.shape[-1])
+        self.width = max(3 * weight.shape[-2], weight.shape[-1])
 
     def weight(self, name: str, x: Tensor) -> Tensor:
         """``[3, H, d, D] -> [H, 3d, D]``."""
@@ -70,10 +72,18 @@ class _Router:
         return x[t.samples, t.tokens].permute(3, 0, 1, 2, 4)
 
 
+def _grouping(grad_qkv: Tensor, granularity: str, reduction: str, eps: float) -> Grouping:
+    B, N, _, H, _ = grad_qkv.shape
+    return Grouping(B, H, N, granularity, reduction, eps)
+
+
 def routed_head_penalty_forward(
     grad_qkv: Tensor, weight: Tensor, granularity: str, reduction: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(40)-(41): penalty, cosines, norms."""
+    if native.runs(grad_qkv, weight):
+        g = _grouping(grad_qkv, granularity, reduction, eps)
+        return penalty_of(g, native.gram(g, grad_qkv, weight))
     router = _Router(grad_qkv, weight, granularity, reduction, eps)
     w = router.weight("w", weight)
 
@@ -95,8 +105,12 @@ def routed_head_penalty_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """(42): ``dgrad_qkv`` and ``dweight``."""
-    router = _Router(grad_qkv, weight, granularity, reduction, eps)
     given = Statistics(cosines, norms, dpenalty, dcosines)
+    if native.runs(grad_qkv, weight):
+        g = _grouping(grad_qkv, granularity, reduction, eps)
+        dr, dw = native.backward(g, grad_qkv, weight, slope_of(g, given))
+        return dr, dw.to(weight.dtype)
+    router = _Router(grad_qkv, weight, granularity, reduction, eps)
     w = router.weight("w", weight)
     dr, dw = grad_qkv.new_empty(grad_qkv.shape), torch.zeros_like(w)
     for t, m in slopes(router.grouping, given, router.width):

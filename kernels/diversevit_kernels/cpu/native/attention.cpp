@@ -50,9 +50,6 @@ struct Block {
     ptrdiff_t stride;             // between the keys of a tile
 };
 
-// At least n, and an odd number of vectors: a column of numbers so far apart meets every set of a cache.
-template <class E> constexpr ptrdiff_t odd_vectors(ptrdiff_t n) { return ((n + LANES<E> - 1) / LANES<E> | 1) * LANES<E>; }
-
 // Some rows of an operand, [n, width].
 template <class S> struct Rows {
     E<S>*as_it_is, *paired;
@@ -65,7 +62,7 @@ template <class S> struct Rows {
         paired = as_it_is;
         if constexpr (DEPTH<S> > 1) {
             paired = scratch<Pair>(slot + 1, high * wide / 2);
-            ::paired(as_it_is, high, wide / 2, paired);
+            ::paired(as_it_is, high, wide / 2, paired, wide);
         }
     }
 };
@@ -82,7 +79,7 @@ template <class S> struct Keys {
         over_keys = {rows.as_it_is, 1, rows.wide};
         if constexpr (DEPTH<S> > 1) {  // products of pairs read rows
             Pair* turned = scratch<Pair>(slot + 2, rows.high * rows.wide / 2);
-            transposed(rows.paired, rows.high / 2, rows.wide, turned);
+            transposed(rows.paired, rows.high / 2, rows.wide, turned, rows.high / 2);
             over_keys = {turned, rows.high / 2, 1};
         }
     }
@@ -97,7 +94,7 @@ template <class S> struct Queries {
         if (!x.data) return;
         const Rows<S> rows(slot, at<S>(x, t.b, t.h, t.row), x.row, t.rows, width);
         E<S>* turned = scratch<E<S>>(slot + 2, rows.high * rows.wide / DEPTH<S>);
-        transposed(rows.as_it_is, rows.high, rows.wide / DEPTH<S>, turned);
+        transposed(rows.as_it_is, rows.high, rows.wide / DEPTH<S>, turned, rows.high);
         over_width = turned;
         over_rows = rows.paired;
     }

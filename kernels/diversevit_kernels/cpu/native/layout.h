@@ -18,6 +18,9 @@ template <class S> constexpr ptrdiff_t padded(ptrdiff_t n) { return (n + STEP<S>
 // How far a product runs over an axis of n: into the padding, where elements are pairs.
 template <class S> constexpr ptrdiff_t run(ptrdiff_t n) { return DEPTH<S> == 1 ? n : padded<S>(n); }
 
+// At least n, and an odd number of vectors: a column of numbers so far apart meets every set of a cache.
+template <class E> constexpr ptrdiff_t odd_vectors(ptrdiff_t n) { return ((n + LANES<E> - 1) / LANES<E> | 1) * LANES<E>; }
+
 // x [n, width], the rows stride apart -> [padded n, padded width].
 template <class S> void as_it_is(const S* x, int64_t stride, ptrdiff_t n, ptrdiff_t width, Operand<S>* out) {
     const ptrdiff_t wide = padded<S>(width), high = padded<S>(n);
@@ -29,14 +32,14 @@ template <class S> void as_it_is(const S* x, int64_t stride, ptrdiff_t n, ptrdif
     }
 }
 
-// Rows of pairs along the width, [n, columns] -> pairs of rows, [n / 2, 2 columns].
-inline void paired(const Pair* x, ptrdiff_t n, ptrdiff_t columns, Pair* out) {
-    for (ptrdiff_t i = 0; i < n; i += 2)
-        for (ptrdiff_t c = 0; c < columns; c += LANES<Pair>, out += 2 * LANES<Pair>) {
+// Rows of pairs along the width, [n, columns] -> pairs of rows, [n / 2, 2 columns], stride apart.
+inline void paired(const Pair* x, ptrdiff_t n, ptrdiff_t columns, Pair* out, ptrdiff_t stride) {
+    for (ptrdiff_t i = 0; i < n; i += 2, out += stride)
+        for (ptrdiff_t c = 0; c < columns; c += LANES<Pair>) {
             const Vector<Pair> a = load(x + i * columns + c), b = load(x + (i + 1) * columns + c);
             const Vector<Pair> first = (a & 0xffff) | b << 16, second = a >> 16 | (b & 0xffff0000);
-            store(out, zip<false, Pair>(first, second));
-            store(out + LANES<Pair>, zip<true, Pair>(first, second));
+            store(out + 2 * c, zip<false, Pair>(first, second));
+            store(out + 2 * c + LANES<Pair>, zip<true, Pair>(first, second));
         }
 }
 
@@ -56,14 +59,14 @@ template <class E> inline void transpose(Vector<E>* x) {
     }
 }
 
-// x [rows, columns] -> [columns, rows]; both a multiple of the lanes.
-template <class E> void transposed(const E* x, ptrdiff_t rows, ptrdiff_t columns, E* out) {
+// x [rows, columns] -> [columns, rows], the latter's rows stride apart; both a multiple of the lanes.
+template <class E> void transposed(const E* x, ptrdiff_t rows, ptrdiff_t columns, E* out, ptrdiff_t stride) {
     for (ptrdiff_t i = 0; i < rows; i += LANES<E>)
         for (ptrdiff_t c = 0; c < columns; c += LANES<E>) {
             Vector<E> block[LANES<E>];
             for (ptrdiff_t j = 0; j < LANES<E>; j++) block[j] = load(x + (i + j) * columns + c);
             transpose<E>(block);
-            for (ptrdiff_t j = 0; j < LANES<E>; j++) store(out + (c + j) * rows + i, block[j]);
+            for (ptrdiff_t j = 0; j < LANES<E>; j++) store(out + (c + j) * stride + i, block[j]);
         }
 }
 

@@ -1,0 +1,337 @@
+// Routed input gradients u_h = r_h W_h on a CPU: their Gram matrices, and products with a matrix M over heads, (40)-(42)
+// of kernels/README.md. What is H x H is left to the caller.
+//
+// Tokens come in chunks of blocks; what is made of a chunk, u [H, tokens, D] above all, stays in the shared cache. A
+// thread owns a head of a block where weights are read (u = r W, dr = du W^T), which so stay in its own cache for block
+// after block; a block where heads meet (Gram matrix, du = M u); and some rows of a head in the sum over tokens,
+// dW = r^T du. Every sum runs in order: same bits on any number of threads.
+//
+// bfloat16 is multiplied as such and summed in float; u is float, du is rounded where it becomes an operand.
+#include "layout.h"
+#include "product.h"
+
+namespace {
+
+struct Routes {  // [B, N, 3, H, d], dense along d
+    void* data;
+    int64_t sample, token, part, head;
+};
+struct Weight {  // [3, H, d, D], dense along D
+    const void* data;
+    int64_t part, head, row;
+};
+struct Call {
+    int64_t B, N, H, d, D, by_token, threads;
+    Routes r, dr;
+    Weight w;
+    void* gram;     // [B, N, H, H] by token, [B, parts, H, H] by sample; dense, in the dtype of the arithmetic
+    const void* m;  // [B, N, H, H] by token, [B, H, H] by sample; likewise
+    void* dw;       // [3, H, d, D]; likewise
+};
+
+constexpr ptrdiff_t CHUNK_BYTES = 4 << 20;  // of a chunk's u
+constexpr ptrdiff_t MOST_TOKENS = 64;       // of a block
+constexpr ptrdiff_t TALL = 48;              // rows of dW that a thread makes at a time
+
+enum Slot { ROWS, PAIRS, RESULT, WEIGHTS, NUMBERS, OPERANDS, SUMS };  // the last four are the calling thread's
+
+template <class S> using T = Arithmetic<S>;
+template <class S> using E = Operand<S>;
+
+// How tokens are cut, and the padded sizes.
+template <class S> struct Plan {
+    ptrdiff_t in, wide, most, high;      // padded: 3d, D, tokens of a block, of a sample
+    ptrdiff_t in_row, wide_row;          // between rows of right operands
+    ptrdiff_t per_sample, count, chunk;  // blocks of a sample, in all, of a chunk
+
+    explicit Plan(const Call& c)
+        : in(padded<S>(3 * c.d)), wide(padded<S>(c.D)), most(padded<S>(MOST_TOKENS)), high(padded<S>(c.N)) {
+        in_row = odd_vectors<E<S>>(in);
+        wide_row = odd_vectors<E<S>>(wide);
+        per_sample = (high + most - 1) / most;
+        count = c.B * per_sample;
+        chunk = std::clamp<ptrdiff_t>(CHUNK_BYTES / (c.H * wide * most * ptrdiff_t(sizeof(T<S>))), 1, count);
+    }
+    // Where a block's tokens begin, counted with the padding of all samples.
+    ptrdiff_t position(ptrdiff_t block) const {
+        const ptrdiff_t steps = high / STEP<S>;
+        return block / per_sample * high + block % per_sample * steps / per_sample * STEP<S>;
+    }
+};
+
+struct Block {
+    int64_t b, token;
+    ptrdiff_t tokens, high, begin;  // high: tokens, padded; begin: of its tokens in its chunk
+};
+
+template <class S> Block block_of(const Call& c, const Plan<S>& plan, ptrdiff_t index) {
+    const ptrdiff_t begin = plan.position(index), b = index / plan.per_sample, token = begin - b * plan.high;
+    const ptrdiff_t high = plan.position(index + 1) - begin, chunk = plan.position(index / plan.chunk * plan.chunk);
+    return {b, token, std::min<ptrdiff_t>(c.N - token, high), high, begin - chunk};
+}
+
+// The weights as right operands, by head: over 3d [3d, D], and over D [D, 3d].
+template <class S> struct Weights {
+    E<S>*over_in, *over_wide = nullptr;
+    ptrdiff_t in_size, wide_size;  // of a head
+
+    Weights(const Call& c, const Plan<S>& plan, bool both)
+        : in_size(plan.in / DEPTH<S> * plan.wide_row), wide_size(plan.wide / DEPTH<S> * plan.in_row) {
+        over_in = scratch<E<S>>(WEIGHTS, c.H * (in_size + (both ? wide_size : 0)));
+        if (both) over_wide = over_in + c.H * in_size;
+    }
+    void fill(const Call& c, const Plan<S>& plan, int64_t h) const {
+        E<S>* rows = scratch<E<S>>(ROWS, plan.in * plan.wide / DEPTH<S>);
+        S* to = reinterpret_cast<S*>(rows);
+        for (ptrdiff_t i = 0; i < plan.in; i++, to += plan.wide) {
+            const S* from = static_cast<const S*>(c.w.data) + i / c.d * c.w.part + h * c.w.head + i % c.d * c.w.row;
+            const ptrdiff_t filled = i < 3 * c.d ? c.D : 0;
+            if (filled) std::memcpy(to, from, filled * sizeof(S));
+            std::memset(to + filled, 0, (plan.wide - filled) * sizeof(S));
+        }
+        E<S>* in = over_in + h * in_size;
+        if constexpr (DEPTH<S> == 1)
+            for (ptrdiff_t i = 0; i < plan.in; i++) std::copy_n(rows + i * plan.wide, plan.wide, in + i * plan.wide_row);
+        else
+            paired(rows, plan.in, plan.wide / 2, in, plan.wide_row);
+        if (over_wide) transposed(rows, plan.in, plan.wide / DEPTH<S>, over_wide + h * wide_size, plan.in_row);
+    }
+};
+
+// A block's r of one head, [tokens, 3d], zeros in the padding.
+template <class S> void routes(const Call& c, const Plan<S>& plan, const Block& t, int64_t h, E<S>* out) {
+    S* to = reinterpret_cast<S*>(out);
+    std::memset(to, 0, t.high * plan.in * sizeof(S));
+    for (ptrdiff_t i = 0; i < t.tokens; i++, to += plan.in)
+        for (int64_t part = 0; part < 3; part++) {
+            const S* from = static_cast<const S*>(c.r.data) + t.b * c.r.sample + (t.token + i) * c.r.token;
+            std::memcpy(to + part * c.d, from + part * c.r.part + h * c.r.head, c.d * sizeof(S));
+        }
+}
+
+template <class T> inline T total(Vector<T> x) {
+    T sum = 0;
+    for (ptrdiff_t l = 0; l < LANES<T>; l++) sum += x[l];
+    return sum;
+}
+
+// Gram matrix [H, H] of the tokens from one on, added up. Head h of a token lies h * head + token * wide on.
+template <class T>
+void gram_of(ptrdiff_t H, const T* u, ptrdiff_t head, ptrdiff_t tokens, ptrdiff_t wide, T* gram) {
+    constexpr ptrdiff_t side = 4;
+    for (ptrdiff_t h = 0; h < H; h += side)
+        for (ptrdiff_t k = 0; k <= h; k += side) {
+            const T *left[side], *right[side];
+            for (ptrdiff_t i = 0; i < side; i++) {
+                left[i] = u + std::min(h + i, H - 1) * head;
+                right[i] = u + std::min(k + i, H - 1) * head;
+            }
+            Vector<T> sum[side][side]{};
+            for (ptrdiff_t c = 0; c < tokens * wide; c += LANES<T>) {
+                Vector<T> y[side];
+#pragma GCC unroll 4
+                for (ptrdiff_t j = 0; j < side; j++) y[j] = load(right[j] + c);
+#pragma GCC unroll 4
+                for (ptrdiff_t i = 0; i < side; i++) {
+                    const Vector<T> x = load(left[i] + c);
+#pragma GCC unroll 4
+                    for (ptrdiff_t j = 0; j < side; j++) sum[i][j] += x * y[j];
+                }
+            }
+            for (ptrdiff_t i = 0; i < std::min(side, H - h); i++)
+                for (ptrdiff_t j = 0; j < std::min(side, H - k); j++)
+                    gram[(h + i) * H + k + j] = gram[(k + j) * H + h + i] = total<T>(sum[i][j]);
+        }
+}
+
+// What a chunk keeps of its tokens, by head. Heads lie apart by not quite a multiple of a page: where rows of all heads
+// are read and written together, they are not in each other's way in the cache.
+template <class S> struct Chunk {
+    ptrdiff_t tokens, in, wide, left_row, du_row;  // tokens: at most
+    ptrdiff_t u_head, r_head, left_head, du_head;
+    T<S>* u;             // [tokens, D]
+    E<S>*r, *left, *du;  // r: as left operand over tokens; du: as one over D, as right one over tokens
+
+    Chunk(const Call& c, const Plan<S>& plan, bool back)
+        : tokens(plan.chunk * plan.most), in(plan.in / DEPTH<S>), wide(plan.wide / DEPTH<S>) {
+        u_head = apart<T<S>>(tokens * plan.wide);
+        r_head = apart<E<S>>(tokens * in);
+        du_row = plan.wide_row;
+        left_row = DEPTH<S> == 1 ? du_row : wide;
+        left_head = apart<E<S>>(tokens * left_row);
+        du_head = apart<E<S>>(tokens / DEPTH<S> * du_row);
+        u = scratch<T<S>>(NUMBERS, c.H * u_head);
+        r = scratch<E<S>>(OPERANDS, back ? c.H * (r_head + left_head + du_head) + 12 * LANES<E<S>> : 0);
+        left = r + c.H * r_head + 5 * LANES<E<S>>;
+        du = DEPTH<S> == 1 ? left : left + c.H * left_head + 7 * LANES<E<S>>;
+    }
+    template <class A> static ptrdiff_t apart(ptrdiff_t elements) {
+        constexpr ptrdiff_t page = 4096 / sizeof(A);
+        return (elements + page - 1) / page * page + 11 * LANES<A>;
+    }
+    T<S>* u_of(int64_t h, ptrdiff_t begin) const { return u + h * u_head + begin * wide * DEPTH<S>; }
+    E<S>* left_of(int64_t h, ptrdiff_t begin) const { return left + h * left_head + begin * left_row; }
+    E<S>* du_of(int64_t h, ptrdiff_t begin) const { return du + h * du_head + begin / DEPTH<S> * du_row; }
+    // Where elements are numbers r lies as it is, [tokens, 3d]; where they are pairs transposed, [3d, tokens].
+    E<S>* r_of(int64_t h, ptrdiff_t begin) const {
+        return r + h * r_head + (DEPTH<S> == 1 ? begin * in : begin / DEPTH<S>);
+    }
+    Left<E<S>> r_left(int64_t h, ptrdiff_t row) const {
+        const ptrdiff_t far = tokens / DEPTH<S>;
+        return DEPTH<S> == 1 ? Left<E<S>>{r_of(h, 0) + row, 1, in} : Left<E<S>>{r_of(h, 0) + row * far, far, 1};
+    }
+};
+
+// (40): u of a block's head; its r is kept for dW if it will be asked for.
+template <class S>
+void route(const Call& c, const Plan<S>& plan, const Weights<S>& w, const Chunk<S>& chunk, const Block& t, int64_t h,
+           bool keep) {
+    const ptrdiff_t size = t.high * chunk.in;
+    E<S>* r = keep && DEPTH<S> == 1 ? chunk.r_of(h, t.begin) : scratch<E<S>>(ROWS, size);
+    routes(c, plan, t, h, r);
+    if constexpr (DEPTH<S> > 1)
+        if (keep) {
+            Pair* pairs = scratch<Pair>(PAIRS, size);
+            paired(r, t.high, chunk.in, pairs, plan.in);
+            transposed(pairs, t.high / 2, plan.in, chunk.r_of(h, t.begin), chunk.tokens / 2);
+        }
+    product(t.high, plan.wide, chunk.in, Left<E<S>>{r, chunk.in, 1}, w.over_in + h * w.in_size, plan.wide_row,
+            chunk.u_of(h, t.begin), plan.wide, false);
+}
+
+template <class S> void gram(const Call& c) {
+    using T = Arithmetic<S>;
+    const Plan<S> plan(c);
+    const Weights<S> w(c, plan, false);
+    const Chunk<S> chunk(c, plan, false);
+    const ptrdiff_t head = chunk.u_head, square = c.H * c.H;
+#pragma omp parallel num_threads(c.threads)
+    {
+        const matrix_unit::Configured configured;
+#pragma omp for schedule(dynamic)
+        for (int64_t h = 0; h < c.H; h++) w.fill(c, plan, h);
+        for (ptrdiff_t first = 0; first < plan.count; first += plan.chunk) {
+            const ptrdiff_t blocks = std::min(plan.chunk, plan.count - first);
+#pragma omp for schedule(dynamic)
+            for (ptrdiff_t task = 0; task < c.H * blocks; task++)
+                route(c, plan, w, chunk, block_of(c, plan, first + task % blocks), task / blocks, false);
+#pragma omp for schedule(dynamic)
+            for (ptrdiff_t index = first; index < first + blocks; index++) {
+                const Block t = block_of(c, plan, index);
+                const T* u = chunk.u_of(0, t.begin);
+                T* out = static_cast<T*>(c.gram) + (c.by_token ? t.b * c.N + t.token : index) * square;
+                if (!c.by_token) gram_of(c.H, u, head, t.tokens, plan.wide, out);
+                for (ptrdiff_t n = 0; c.by_token && n < t.tokens; n++)
+                    gram_of(c.H, u + n * plan.wide, head, 1, plan.wide, out + n * square);
+            }
+        }
+    }
+}
+
+// (42): du = M u of HEADS heads from h on, of a token, and of the next one where operands are pairs. Without M: zeros.
+template <class S, int HEADS>
+void mix(const Call& c, const Chunk<S>& chunk, const T<S>* const* m, ptrdiff_t token, int64_t h) {
+    using T = Arithmetic<S>;
+    const ptrdiff_t wide = chunk.wide * DEPTH<S>;
+    const T* u = chunk.u_of(0, token);
+    for (ptrdiff_t i = 0; i < wide; i += LANES<T>) {
+        Vector<T> du[DEPTH<S>][HEADS]{};
+        for (ptrdiff_t n = 0; n < DEPTH<S>; n++)
+            for (int64_t k = 0; m[n] && k < c.H; k++) {
+                const Vector<T> x = load(u + k * chunk.u_head + n * wide + i);
+#pragma GCC unroll 4
+                for (int j = 0; j < HEADS; j++) du[n][j] += m[n][(h + j) * c.H + k] * x;
+            }
+        for (int j = 0; j < HEADS; j++) {
+            E<S>*left = chunk.left_of(h + j, token), *right = chunk.du_of(h + j, token);
+            if constexpr (DEPTH<S> == 1) {
+                store(right + i, du[0][j]);
+            } else {
+                store_rows(du[0][j], du[1][j], left + i / 2, left + chunk.left_row + i / 2);
+                store_pairs(du[0][j], du[1][j], right + i);
+            }
+        }
+    }
+}
+
+// du of a block, all heads.
+template <class S> void mix_block(const Call& c, const Chunk<S>& chunk, const Block& t) {
+    using T = Arithmetic<S>;
+    for (ptrdiff_t n = 0; n < t.high; n += DEPTH<S>) {
+        const T* m[DEPTH<S>];
+        for (ptrdiff_t i = 0; i < DEPTH<S>; i++) {
+            const int64_t group = c.by_token ? t.b * c.N + t.token + n + i : t.b;
+            m[i] = n + i < t.tokens ? static_cast<const T*>(c.m) + group * c.H * c.H : nullptr;
+        }
+        int64_t h = 0;
+        for (; h + 4 <= c.H; h += 4) mix<S, 4>(c, chunk, m, t.begin + n, h);
+        for (; h < c.H; h++) mix<S, 1>(c, chunk, m, t.begin + n, h);
+    }
+}
+
+// (42): dr of a block's head.
+template <class S>
+void back(const Call& c, const Plan<S>& plan, const Weights<S>& w, const Chunk<S>& chunk, const Block& t, int64_t h) {
+    using T = Arithmetic<S>;
+    T* dr = scratch<T>(RESULT, t.high * plan.in);
+    product(t.high, plan.in, chunk.wide, Left<E<S>>{chunk.left_of(h, t.begin), chunk.left_row, 1},
+            w.over_wide + h * w.wide_size, plan.in_row, dr, plan.in, false);
+    for (ptrdiff_t n = 0; n < t.tokens; n++)
+        for (int64_t part = 0; part < 3; part++) {
+            S* to = static_cast<S*>(c.dr.data) + t.b * c.dr.sample + (t.token + n) * c.dr.token + part * c.dr.part;
+            for (ptrdiff_t i = 0; i < c.d; i += LANES<T>)
+                store_some(to + h * c.dr.head + i, load(dr + n * plan.in + part * c.d + i),
+                           std::min<ptrdiff_t>(LANES<T>, c.d - i));
+        }
+}
+
+template <class S> void backward(const Call& c) {
+    using T = Arithmetic<S>;
+    const Plan<S> plan(c);
+    T* sums = scratch<T>(SUMS, c.H * plan.in * plan.wide);
+    const Weights<S> w(c, plan, true);
+    const Chunk<S> chunk(c, plan, true);
+    const ptrdiff_t panels = (plan.in + TALL - 1) / TALL;
+#pragma omp parallel num_threads(c.threads)
+    {
+        const matrix_unit::Configured configured;
+#pragma omp for schedule(dynamic)
+        for (int64_t h = 0; h < c.H; h++) w.fill(c, plan, h);
+        for (ptrdiff_t first = 0; first < plan.count; first += plan.chunk) {
+            const ptrdiff_t blocks = std::min(plan.chunk, plan.count - first);
+            const ptrdiff_t tokens = plan.position(first + blocks) - plan.position(first);
+#pragma omp for schedule(dynamic)
+            for (ptrdiff_t task = 0; task < c.H * blocks; task++)
+                route(c, plan, w, chunk, block_of(c, plan, first + task % blocks), task / blocks, true);
+#pragma omp for schedule(dynamic)
+            for (ptrdiff_t index = first; index < first + blocks; index++)
+                mix_block(c, chunk, block_of(c, plan, index));
+#pragma omp for schedule(dynamic) nowait
+            for (ptrdiff_t task = 0; task < c.H * blocks; task++)
+                back(c, plan, w, chunk, block_of(c, plan, first + task % blocks), task / blocks);
+#pragma omp for schedule(dynamic)
+            for (ptrdiff_t task = 0; task < c.H * panels; task++) {
+                const ptrdiff_t h = task / panels, row = task % panels * TALL;
+                product(std::min(TALL, plan.in - row), plan.wide, tokens / DEPTH<S>, chunk.r_left(h, row),
+                        chunk.du_of(h, 0), plan.wide_row, sums + (h * plan.in + row) * plan.wide, plan.wide, first > 0);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < 3 * c.H * c.d; i++) {
+            const int64_t part = i / (c.H * c.d), h = i / c.d % c.H, row = part * c.d + i % c.d;
+            std::copy_n(sums + (h * plan.in + row) * plan.wide, c.D, static_cast<T*>(c.dw) + i * c.D);
+        }
+    }
+}
+
+}  // namespace
+
+#define RUNGS(S)                                                                                     \
+    extern "C" int routed_head_penalty_parts_##S(const Call* c) { return int(Plan<S>(*c).per_sample); } \
+    extern "C" void routed_head_penalty_gram_##S(const Call* c) { gram<S>(*c); }                      \
+    extern "C" void routed_head_penalty_backward_##S(const Call* c) { backward<S>(*c); }
+typedef float float32;
+typedef double float64;
+RUNGS(float32)
+RUNGS(float64)
+RUNGS(bfloat16)
