@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diversevit_fast as dvf
 from diversevit_fast import reference
 from diversevit_fast.errors import UnsupportedError, UsageError
-from diversevit_kernels.cpu import cosine
+from diversevit_kernels.cpu import cosine, routed_head_penalty_native
 from diversevit_kernels.cpu import routed_head_penalty as cpu
 
 ops = importlib.import_module("diversevit_fast.ops.routed_head_penalty")
@@ -103,11 +103,19 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture(params=[None, 40], ids=["one-tile", "small-tiles"])
+@pytest.fixture
+def tiles_only(monkeypatch):
+    """Nothing of the routed penalty runs in C++."""
+    monkeypatch.setattr(routed_head_penalty_native, "runs", lambda r, w: False)
+
+
+@pytest.fixture(params=["native", "one-tile", "small-tiles"])
 def tile(request, monkeypatch):
-    """Tiles of the size users get, and of a token or two."""
-    if request.param:
-        monkeypatch.setattr(cosine, "TILE_ELEMENTS", request.param)
+    """C++ where it is compiled; tiles of the size users get, and of a token or two."""
+    if request.param != "native":
+        request.getfixturevalue("tiles_only")
+    if request.param == "small-tiles":
+        monkeypatch.setattr(cosine, "TILE_ELEMENTS", 40)
 
 
 @contextmanager
@@ -399,7 +407,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_oracle_bites(mistake, dtype, monkeypatch):
+def test_the_oracle_bites(mistake, dtype, monkeypatch, tiles_only):
     case, kind = Case(B=2, H=4, N=9, d=4, D=8), ("token", "pairs")
     monkeypatch.setattr(cosine, "TILE_ELEMENTS", 128)
     check_rungs(case, dtype, kind)

@@ -2,7 +2,8 @@
 
 Shapes   grad_qkv [B, N, 3, H, d]; weight [3, H, d, D]; Gram matrices and M [B, N, H, H] by token, [B, H, H] by sample.
 Dtypes   float32, float64, bfloat16, the same for both; Gram matrices, M and the weight's gradient in the accumulation
-         dtype. bfloat16 is multiplied as such and summed in float32.
+         dtype. bfloat16 is multiplied as such and summed in float32; du becomes an operand as a sum of two bfloat16.
+         Where the processor does not multiply bfloat16 it is made float32.
 Bits     the same on any number of threads.
 Memory   a chunk of du (3 MiB) and its share of grad_qkv, the weight twice and its gradient in the accumulation dtype.
 """
@@ -59,6 +60,9 @@ def gram(g: Grouping, grad_qkv: Tensor, weight: Tensor) -> Tensor:
 
 def backward(g: Grouping, grad_qkv: Tensor, weight: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     """(42) for du = M u: ``dgrad_qkv`` dense, ``dweight`` dense and in the accumulation dtype."""
+    if grad_qkv.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        dr, dw = backward(g, grad_qkv.float(), weight.float(), m)
+        return dr.to(grad_qkv.dtype), dw
     functions: Any = library("routed_head_penalty")
     dr, m = grad_qkv.new_empty(grad_qkv.shape), m.contiguous()
     dw = m.new_empty(weight.shape)

@@ -59,6 +59,8 @@ inline Vector<Pair> rounded(Vector<float> x) {
     return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : Vector<Pair>{} + 0x7fc00000;
 }
 
+inline Vector<float> as_bfloat16(Vector<float> x) { return bits_of<Vector<float>>(rounded(x) & 0xffff0000); }
+
 // The first n lanes, as S. (A copy of a size that is known is an instruction, any other a call.)
 template <class S> inline void store_some(S* p, Vector<S> x, ptrdiff_t n) {
     if (n == LANES<S>)

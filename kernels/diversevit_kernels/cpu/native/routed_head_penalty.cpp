@@ -6,7 +6,8 @@
 // after block; a block where heads meet (Gram matrix, du = M u); and some rows of a head in the sum over tokens,
 // dW = r^T du. Every sum runs in order: same bits on any number of threads.
 //
-// bfloat16 is multiplied as such and summed in float; u is float, du is rounded where it becomes an operand.
+// bfloat16 is multiplied as such and summed in float. u is float; du becomes an operand as the sum of two bfloat16, what
+// it rounds to and what that leaves.
 #include "layout.h"
 #include "product.h"
 
@@ -32,6 +33,8 @@ struct Call {
 constexpr ptrdiff_t CHUNK_BYTES = 4 << 20;  // of a chunk's u
 constexpr ptrdiff_t MOST_TOKENS = 64;       // of a block
 constexpr ptrdiff_t TALL = 48;              // rows of dW that a thread makes at a time
+
+template <class S> constexpr ptrdiff_t TERMS = DEPTH<S>;  // of du as an operand
 
 enum Slot { ROWS, PAIRS, RESULT, WEIGHTS, NUMBERS, OPERANDS, SUMS };  // the last four are the calling thread's
 
@@ -150,7 +153,7 @@ template <class S> struct Chunk {
     ptrdiff_t tokens, in, wide, left_row, du_row;  // tokens: at most
     ptrdiff_t u_head, r_head, left_head, du_head;
     T<S>* u;             // [tokens, D]
-    E<S>*r, *left, *du;  // r: as left operand over tokens; du: as one over D, as right one over tokens
+    E<S>*r, *left, *du;  // r: as left operand over tokens; terms of du: as one over D, as right one over tokens
 
     Chunk(const Call& c, const Plan<S>& plan, bool back)
         : tokens(plan.chunk * plan.most), in(plan.in / DEPTH<S>), wide(plan.wide / DEPTH<S>) {
@@ -161,17 +164,21 @@ template <class S> struct Chunk {
         left_head = apart<E<S>>(tokens * left_row);
         du_head = apart<E<S>>(tokens / DEPTH<S> * du_row);
         u = scratch<T<S>>(NUMBERS, c.H * u_head);
-        r = scratch<E<S>>(OPERANDS, back ? c.H * (r_head + left_head + du_head) + 12 * LANES<E<S>> : 0);
+        r = scratch<E<S>>(OPERANDS, back ? c.H * (r_head + TERMS<S> * (left_head + du_head)) + 12 * LANES<E<S>> : 0);
         left = r + c.H * r_head + 5 * LANES<E<S>>;
-        du = DEPTH<S> == 1 ? left : left + c.H * left_head + 7 * LANES<E<S>>;
+        du = DEPTH<S> == 1 ? left : left + c.H * TERMS<S> * left_head + 7 * LANES<E<S>>;
     }
     template <class A> static ptrdiff_t apart(ptrdiff_t elements) {
         constexpr ptrdiff_t page = 4096 / sizeof(A);
         return (elements + page - 1) / page * page + 11 * LANES<A>;
     }
     T<S>* u_of(int64_t h, ptrdiff_t begin) const { return u + h * u_head + begin * wide * DEPTH<S>; }
-    E<S>* left_of(int64_t h, ptrdiff_t begin) const { return left + h * left_head + begin * left_row; }
-    E<S>* du_of(int64_t h, ptrdiff_t begin) const { return du + h * du_head + begin / DEPTH<S> * du_row; }
+    E<S>* left_of(int64_t h, ptrdiff_t term, ptrdiff_t begin) const {
+        return left + (h * TERMS<S> + term) * left_head + begin * left_row;
+    }
+    E<S>* du_of(int64_t h, ptrdiff_t term, ptrdiff_t begin) const {
+        return du + (h * TERMS<S> + term) * du_head + begin / DEPTH<S> * du_row;
+    }
     // Where elements are numbers r lies as it is, [tokens, 3d]; where they are pairs transposed, [3d, tokens].
     E<S>* r_of(int64_t h, ptrdiff_t begin) const {
         return r + h * r_head + (DEPTH<S> == 1 ? begin * in : begin / DEPTH<S>);
@@ -242,15 +249,17 @@ void mix(const Call& c, const Chunk<S>& chunk, const T<S>* const* m, ptrdiff_t t
 #pragma GCC unroll 4
                 for (int j = 0; j < HEADS; j++) du[n][j] += m[n][(h + j) * c.H + k] * x;
             }
-        for (int j = 0; j < HEADS; j++) {
-            E<S>*left = chunk.left_of(h + j, token), *right = chunk.du_of(h + j, token);
-            if constexpr (DEPTH<S> == 1) {
-                store(right + i, du[0][j]);
-            } else {
-                store_rows(du[0][j], du[1][j], left + i / 2, left + chunk.left_row + i / 2);
-                store_pairs(du[0][j], du[1][j], right + i);
+        for (int j = 0; j < HEADS; j++)
+            for (ptrdiff_t term = 0; term < TERMS<S>; term++) {
+                E<S>*left = chunk.left_of(h + j, term, token), *right = chunk.du_of(h + j, term, token);
+                if constexpr (DEPTH<S> == 1) {
+                    store(right + i, du[0][j]);
+                } else {
+                    store_rows(du[0][j], du[1][j], left + i / 2, left + chunk.left_row + i / 2);
+                    store_pairs(du[0][j], du[1][j], right + i);
+                    for (auto& x : du) x[j] -= as_bfloat16(x[j]);
+                }
             }
-        }
     }
 }
 
@@ -274,8 +283,9 @@ template <class S>
 void back(const Call& c, const Plan<S>& plan, const Weights<S>& w, const Chunk<S>& chunk, const Block& t, int64_t h) {
     using T = Arithmetic<S>;
     T* dr = scratch<T>(RESULT, t.high * plan.in);
-    product(t.high, plan.in, chunk.wide, Left<E<S>>{chunk.left_of(h, t.begin), chunk.left_row, 1},
-            w.over_wide + h * w.wide_size, plan.in_row, dr, plan.in, false);
+    for (ptrdiff_t term = 0; term < TERMS<S>; term++)
+        product(t.high, plan.in, chunk.wide, Left<E<S>>{chunk.left_of(h, term, t.begin), chunk.left_row, 1},
+                w.over_wide + h * w.wide_size, plan.in_row, dr, plan.in, term > 0);
     for (ptrdiff_t n = 0; n < t.tokens; n++)
         for (int64_t part = 0; part < 3; part++) {
             S* to = static_cast<S*>(c.dr.data) + t.b * c.dr.sample + (t.token + n) * c.dr.token + part * c.dr.part;
@@ -312,8 +322,10 @@ template <class S> void backward(const Call& c) {
 #pragma omp for schedule(dynamic)
             for (ptrdiff_t task = 0; task < c.H * panels; task++) {
                 const ptrdiff_t h = task / panels, row = task % panels * TALL;
-                product(std::min(TALL, plan.in - row), plan.wide, tokens / DEPTH<S>, chunk.r_left(h, row),
-                        chunk.du_of(h, 0), plan.wide_row, sums + (h * plan.in + row) * plan.wide, plan.wide, first > 0);
+                for (ptrdiff_t term = 0; term < TERMS<S>; term++)
+                    product(std::min(TALL, plan.in - row), plan.wide, tokens / DEPTH<S>, chunk.r_left(h, row),
+                            chunk.du_of(h, term, 0), plan.wide_row, sums + (h * plan.in + row) * plan.wide, plan.wide,
+                            first + term > 0);
             }
         }
 #pragma omp for schedule(static)
