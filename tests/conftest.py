@@ -1,7 +1,19 @@
 """Shared fixtures. Tests run on the CPU with one thread per worker, seeded by their own generators."""
 
+import platform
+import shutil
+
 import pytest
 import torch
+
+from diversevit_kernels.cpu import native
+
+PROCESSORS = {
+    "128-bit vectors": ("-march=x86-64-v2",),
+    "256-bit vectors": ("-march=x86-64-v3",),
+    "no matrix unit": ("-march=native", "-mno-amx-bf16"),
+    "no instruction for bfloat16": ("-march=native", "-mno-amx-bf16", "-mno-avx512bf16"),
+}
 
 
 @pytest.fixture
@@ -12,6 +24,18 @@ def device() -> torch.device:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(params=PROCESSORS.values(), ids=PROCESSORS)
+def lesser_processor(request, monkeypatch):
+    """``native.library`` of a C++ kernel compiled without some of the instructions that this processor has."""
+    if platform.machine() != "x86_64" or shutil.which(native._compiler()) is None:
+        pytest.skip("needs x86 and a C++ compiler")
+    if "v3" in request.param[0] and not torch.cpu._is_avx2_supported():
+        pytest.skip("needs 256-bit vectors")
+    monkeypatch.setattr(native, "_PROCESSORS", (request.param,))
+    monkeypatch.setattr(native, "_loaded", {})
+    return native.library
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ import diversevit_fast as dvf
 from diversevit_fast import reference
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_kernels.cpu import gelu as cpu
+from diversevit_kernels.cpu import gelu_native
 
 ops = importlib.import_module("diversevit_fast.ops.gelu")
 
@@ -40,11 +41,13 @@ def form(request):
     return request.param
 
 
-@pytest.fixture(params=[None, 3], ids=["one-chunk", "small-chunks"])
+@pytest.fixture(params=["native", "one-chunk", "small-chunks"])
 def chunk(request, monkeypatch):
-    """Chunks of the size users get, and chunks so small that the loop runs several times."""
-    if request.param:
-        monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", request.param)
+    """C++ where it is compiled; chunks of the size users get, and so small that the loop runs several times."""
+    if request.param != "native":
+        monkeypatch.setattr(gelu_native, "runs", lambda x: False)
+    if request.param == "small-chunks":
+        monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 3)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -119,6 +122,23 @@ def test_vit_sizes_within_budget(dtype, form):
     check_rungs(*triple((1, 197, 1536), dtype), form)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_within_budget_on_lesser_processors(dtype, form, lesser_processor):
+    assert lesser_processor("gelu")
+    check_rungs(*triple((1, 197, 153), dtype), form)
+
+
+def test_finite_at_the_ends(form):
+    x = torch.tensor([0.0, 12, -12, 41, -41, 3e30, -3e30, float("inf"), -float("inf")])
+    a = torch.full((9,), 2.0)
+    gx, gdy = cpu.gelu_double_backward(x, torch.ones(9), a, form)
+    torch.testing.assert_close(gx[3:], torch.zeros(6))
+    torch.testing.assert_close(gdy[:-2], torch.tensor([1.0, 2, 0, 2, 0, 2, 0]))
+    assert torch.equal(
+        cpu.gelu_backward(torch.tensor([torch.nan]), a[:1], form).isnan(), torch.tensor([True])
+    )
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.lists(st.sampled_from([1, 2, 3, 17, 40]), min_size=2, max_size=4),
@@ -127,11 +147,13 @@ def test_vit_sizes_within_budget(dtype, form):
     st.sampled_from(FORMS),
     st.integers(0, 2**31),
     st.sampled_from([0.01, 1.0, 2.0]),
-    st.sampled_from([5, 64, 1 << 17]),
+    st.sampled_from([None, 5, 1 << 17]),
 )
 def test_any_shape_within_budget(shape, dtype, layout, form, seed, scale, chunk):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "CHUNK_ELEMENTS", chunk)
+        if chunk:
+            patch.setattr(gelu_native, "runs", lambda x: False)
+            patch.setattr(cpu, "CHUNK_ELEMENTS", chunk)
         check_rungs(*triple(tuple(shape), dtype, layout, seed, scale), form)
 
 

@@ -1,6 +1,5 @@
 """The C++ kernels of attention: within budget at every shape, same bits on any threads, no crash without a compiler."""
 
-import platform
 import shutil
 
 import pytest
@@ -45,23 +44,9 @@ def test_within_budget(calls, name, dtype):
     assert calls == ["forward"] if masked else ["forward", "backward", "double_backward"]
 
 
-PROCESSORS = {
-    "128-bit vectors": ("-march=x86-64-v2",),
-    "256-bit vectors": ("-march=x86-64-v3",),
-    "no matrix unit": ("-march=native", "-mno-amx-bf16"),
-    "no instruction for bfloat16": ("-march=native", "-mno-amx-bf16", "-mno-avx512bf16"),
-}
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 alone has these flags")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("flags", PROCESSORS.values(), ids=PROCESSORS)
-def test_within_budget_on_lesser_processors(monkeypatch, flags, dtype):
-    if "v3" in flags[0] and not torch.cpu._is_avx2_supported():
-        pytest.skip("256-bit vectors")
-    monkeypatch.setattr(native, "_PROCESSORS", (flags,))
-    monkeypatch.setattr(native, "_loaded", {})
-    assert native.library("attention") is not None
+def test_within_budget_on_lesser_processors(dtype, lesser_processor):
+    assert lesser_processor("attention")
     for case in (*BLOCKS.values(), CASES["empty-row"], CASES["grouped-causal"]):
         check_rungs(attention, case, dtype)
 
@@ -89,7 +74,9 @@ def test_any_scale(mask, scale, dtype):
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     seen = seen.double() if seen is not None and seen.is_floating_point() else seen
     expect = torch.nn.functional.scaled_dot_product_attention(*leaves, seen, scale=scale)
-    bound = {"atol": 0.05, "rtol": 0.05} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-4}
+    bound = (
+        {"atol": 0.05, "rtol": 0.05} if dtype == torch.bfloat16 else {"atol": 1e-4, "rtol": 1e-4}
+    )
     torch.testing.assert_close(o.double(), expect.detach(), **bound)
     exact = torch.autograd.grad(expect, leaves, o.double())
     torch.testing.assert_close([g.double() for g in grads], list(exact), **bound)

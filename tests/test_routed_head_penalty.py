@@ -251,6 +251,35 @@ def test_vit_sizes_within_budget(N, dtype, kind):
     check_rungs(Case(B=1, H=4, N=N, d=16, D=64), dtype, kind)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_within_budget_on_lesser_processors(dtype, kind, lesser_processor):
+    assert lesser_processor("routed_head_penalty")
+    for case in (
+        Case(B=2, H=5, N=70, d=20, D=40),
+        CASES["twelve-heads"],
+        CASES["wider-than-model"],
+    ):
+        check_rungs(case, dtype, kind)
+
+
+def test_many_chunks_and_blocks(kind):
+    """Tokens that fill blocks of several chunks, none of them wholly."""
+    check_rungs(Case(B=3, H=6, N=601, d=8, D=384), torch.float32, kind)
+
+
+def test_same_bits_on_any_threads(kind):
+    case, before = Case(B=3, H=4, N=65, d=8, D=16), torch.get_num_threads()
+    inputs, found = operands(case, torch.float32), []
+    try:
+        for threads in (1, 2, 64):
+            torch.set_num_threads(threads)
+            found.append(rungs(cpu, case, inputs, kind)[:5])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_rungs_of_the_reference_are_the_derivatives_of_the_definition(case, kind):
     """The explicit formulas (42)-(45) against float64 autograd of (40)-(41)."""
     inputs, values = [x.requires_grad_() for x in operands(case)], options(case, kind)

@@ -1,8 +1,9 @@
 """GELU on a CPU: forward, backward and double backward, equations (20)-(26) of kernels/README.md.
 
-Forward and backward are PyTorch's own fused kernels. The double backward is one formula that Inductor compiles
-(``inductor``). Where it is not compiled, it owns one chunk of elements at a time, whose buffers are reused and stay in
-the cache: one fused pass for ``gdy``, and passes in place for the second derivative.
+In float32 and bfloat16 a rung is one pass of a C++ kernel (``gelu_native``), but for the forward with the error
+function, which is PyTorch's: that one is as fast as memory. In other dtypes, or where there is no compiler, forward and
+backward are PyTorch's own kernels, and the double backward owns one chunk of elements at a time, whose buffers are
+reused and stay in the cache: one fused pass for ``gdy``, and passes in place for the second derivative.
 
 Shapes   any; every tensor of a rung has the shape of x.
 Dtypes   any floating; arithmetic in float32 (float64 for float64).
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
-from .inductor import Formula, compiled_if_worth
+from . import gelu_native as native
 from .scratch import Scratch
 
 CHUNK_ELEMENTS = 1 << 17
@@ -33,11 +34,17 @@ TANH_CUBIC = 0.044715
 
 def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     """(20) or (23): ``y`` like x, contiguous."""
+    if approximate == "tanh" and native.runs(x):
+        (y,) = native.call("forward", approximate, "y", x=x)
+        return y
     return torch.ops.aten.gelu.out(x, approximate=approximate, out=x.new_empty(x.shape))
 
 
 def gelu_backward(x: Tensor, dy: Tensor, approximate: str) -> Tensor:
     """(26): ``dx`` like x, contiguous."""
+    if native.runs(x):
+        (dx,) = native.call("backward", approximate, "dx", x=x, dy=dy)
+        return dx
     return torch.ops.aten.gelu_backward.grad_input(
         dy, x, approximate=approximate, grad_input=x.new_empty(x.shape)
     )
@@ -47,10 +54,10 @@ def gelu_double_backward(
     x: Tensor, dy: Tensor, ddx: Tensor, approximate: str
 ) -> tuple[Tensor, Tensor]:
     """(26): ``gx`` and ``gdy`` like x, contiguous."""
+    if native.runs(x):
+        gx, gdy = native.call("double_backward", approximate, "gx", "gdy", x=x, dy=dy, ddx=ddx)
+        return gx, gdy
     xs, dys, a = (t.reshape(-1) for t in (x, dy, ddx))
-    if run := compiled_if_worth(DOUBLE_BACKWARD[approximate], x.dtype, len(xs)):
-        gx, gdy = run(xs, dys, a)
-        return gx.view(x.shape), gdy.view(x.shape)
     acc = accumulation_dtype(x.dtype)
     scratch = Scratch(acc, x.device)
     second = _second_tanh if approximate == "tanh" else _second_erf
@@ -88,37 +95,3 @@ def _second_tanh(size: Tensor, scratch: Scratch) -> Tensor:
     bend = torch.mul(square, 3 * kc, out=scratch.get("bend", *size.shape)).add_(k).square_()
     bend.mul_(size).addcmul_(bend, s, value=-2)
     return square.mul_(24 * kc).add_(4 * k).sub_(bend, alpha=4).mul_(s.addcmul_(s, s, value=-1))
-
-
-def _formula_erf(x: Tensor, dy: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """(21), (22), (26)."""
-    wide, dy, a = (t.to(accumulation_dtype(x.dtype)) for t in (x, dy, a))
-    near = wide.clamp(-FLAT_BEYOND, FLAT_BEYOND)
-    density = torch.exp(-0.5 * near * near) * (1 / math.sqrt(2 * math.pi))
-    first = 0.5 * (1 + torch.erf(near * math.sqrt(0.5))) + near * density
-    gx, gdy = dy * a * density * (2 - near * near), a * first
-    return gx.to(x.dtype), gdy.to(x.dtype)
-
-
-def _formula_tanh(x: Tensor, dy: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """(24)-(26). s = sigmoid(2 u) = (1 + T) / 2 and its complement do not cancel where |T| is 1."""
-    wide, dy, a = (t.to(accumulation_dtype(x.dtype)) for t in (x, dy, a))
-    near = wide.clamp(-FLAT_BEYOND, FLAT_BEYOND)
-    square = near * near
-    u = TANH_SCALE * near * (1 + TANH_CUBIC * square)
-    slope = TANH_SCALE * (1 + 3 * TANH_CUBIC * square)
-    s, rest = torch.sigmoid(2 * u), torch.sigmoid(-2 * u)
-    bent = 2 * TANH_SCALE * (1 + 6 * TANH_CUBIC * square) - 2 * near * (s - rest) * slope * slope
-    first = s * (1 + 2 * near * rest * slope)
-    gx, gdy = dy * a * (2 * s * rest) * bent, a * first
-    return gx.to(x.dtype), gdy.to(x.dtype)
-
-
-def _examples(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(torch.ones(40, dtype=dtype) for _ in range(3))
-
-
-DOUBLE_BACKWARD = {
-    "none": Formula("gelu_double_backward", _formula_erf, _examples, 3 * (("elements",),)),
-    "tanh": Formula("gelu_tanh_double_backward", _formula_tanh, _examples, 3 * (("elements",),)),
-}

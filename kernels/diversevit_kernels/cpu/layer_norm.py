@@ -1,10 +1,10 @@
 """LayerNorm on a CPU: forward, backward, double backward, equations (10)-(19) of kernels/README.md.
 
-Forward and backward are PyTorch's own fused kernels, made to keep statistics and sums in the
-accumulation dtype (for half types they would not). The backward of half types and the double backward are formulas
-that Inductor compiles (``layer_norm_formulas``). Where these are not compiled, one chunk of rows is owned at a time,
-whose buffers are reused and stay in the cache, and the Jacobian (13) is PyTorch's fused backward; sums over rows run
-chunk by chunk in order. Same bits on every run with the same number of threads.
+In float32 and bfloat16 a rung is one C++ kernel (``layer_norm_native``). In other dtypes, or where there is no
+compiler, forward and backward are PyTorch's own fused kernels, made to keep statistics and sums in the accumulation
+dtype (for half types they would not); the backward of half types and the double backward own one chunk of rows at a
+time, whose buffers are reused and stay in the cache, and the Jacobian (13) is PyTorch's fused backward; sums over rows
+run chunk by chunk in order. Same bits on every run with the same number of threads.
 
 Shapes   x, y, dy [*lead, *normalized], ``axes`` normalized axes; weight, bias [*normalized];
          mean, rstd [*lead]. Inside the double backward [rows, width] and [width].
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
-from . import layer_norm_formulas as formulas
+from . import layer_norm_native as native
 from .scratch import Scratch
 
 CHUNK_ELEMENTS = 1 << 17
@@ -42,11 +42,23 @@ def layer_norm_forward(
     """(10)-(12): ``y`` like x, ``mean`` and ``rstd`` [*lead]."""
     lead, normalized = x.shape[: x.ndim - axes], x.shape[x.ndim - axes :]
     dtype = accumulation_dtype(x.dtype)
+    if native.runs(x):
+        xs = _flat(x, axes)
+        y = xs.new_empty(xs.shape)
+        mean, rstd = (xs.new_empty(len(xs), dtype=dtype) for _ in range(2))
+        w, b = _flat_parameters(dtype, weight, bias)
+        native.call("forward", xs, eps, w=w, b=b, y=y, mean=mean, rstd=rstd)
+        return y.view(x.shape), mean.view(lead), rstd.view(lead)
     if weight is None and x.dtype != dtype:
         weight = x.new_ones(normalized, dtype=dtype)  # without one PyTorch keeps half statistics
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     y, mean, rstd = torch.native_layer_norm(x, normalized, weight, bias, eps)
     return y, mean.view(lead), rstd.view(lead)
+
+
+def _flat_parameters(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Each as [width] in ``dtype``, or None."""
+    return tuple(None if p is None else p.flatten().to(dtype) for p in parameters)
 
 
 def layer_norm_backward(
@@ -62,13 +74,16 @@ def layer_norm_backward(
     """(14): ``dx`` like x, ``dw`` if ``weight_grad``, ``db`` if ``bias_grad``."""
     xs, dys = _flat(x, axes), _flat(dy, axes)
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
-    w = None if weight is None else weight.flatten().to(mean.dtype)
+    (w,) = _flat_parameters(mean.dtype, weight)
     operands = (dys, xs, mean, rstd, w, weight_grad, bias_grad)
-    wide = x.dtype == mean.dtype
-    dx, *sums = _fused_backward(*operands) if wide else _half_backward(*operands)
+    if native.runs(x):
+        dx, *sums = _native_backward(*operands)
+    else:
+        wide = x.dtype == mean.dtype
+        dx, *sums = _fused_backward(*operands) if wide else _half_backward(*operands)
     dtype, shape = x.dtype if weight is None else weight.dtype, x.shape[x.ndim - axes :]
     dw, db = (
-        g.view(shape).to(dtype) if asked else None
+        g.view(shape).to(dtype) if asked and g is not None else None
         for g, asked in zip(sums, (weight_grad, bias_grad), strict=True)
     )
     return dx.view(x.shape), dw, db
@@ -93,12 +108,7 @@ def _fused_backward(
 def _half_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor | None, *asked: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(14) of half x and dy, whose dw and db PyTorch's kernel would sum in half precision.
-
-    Compiled; or given to PyTorch's kernel chunk by chunk in float32.
-    """
-    if rows := formulas.fused(formulas.BACKWARD_ROWS, x):
-        return _compiled_backward(rows, dy, x, mean, rstd, w, any(asked))
+    """(14) of half x and dy chunk by chunk in float32: PyTorch's kernel would sum dw and db in half precision."""
     scratch, dx = Scratch(mean.dtype, x.device), x.new_empty(x.shape)
     dw, db = (mean.new_zeros(x.shape[1]) for _ in asked)
     for rows in _chunks(*x.shape):
@@ -110,22 +120,13 @@ def _half_backward(
     return dx, dw, db
 
 
-def _compiled_backward(
-    rows: formulas.Function,
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    w: Tensor | None,
-    asked: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(14) by the compiled formulas; dw and db are empty unless ``asked`` for."""
-    tiles = tuple(t.contiguous() for t in (x, dy, mean, rstd))
-    (dx,) = rows(*tiles, mean.new_ones(x.shape[1]) if w is None else w.contiguous())
-    if asked:
-        dw, db = formulas.columns(formulas.BACKWARD_COLUMNS, *tiles)
-    else:
-        dw = db = mean.new_empty(x.shape[1])
+def _native_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor | None, *asked: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(14) by the C++ kernel."""
+    dx = x.new_empty(x.shape)
+    dw, db = (mean.new_empty(x.shape[1]) if one else None for one in asked)
+    native.call("backward", x, dy=dy, w=w, mean=mean, rstd=rstd, dx=dx, dw=dw, db=db)
     return dx, dw, db
 
 
@@ -161,21 +162,17 @@ def layer_norm_double_backward(
         return None, None, gdy if ddb is None else gdy.add_(ddb)
     xs, dys, a = _flat(x, axes), _flat(dy, axes), None if ddx is None else _flat(ddx, axes)
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
-    w, ddw, ddb = (None if t is None else t.flatten().to(mean.dtype) for t in (weight, ddw, ddb))
+    w, ddw, ddb = _flat_parameters(mean.dtype, weight, ddw, ddb)
     kept = a is not None and weight is not None and weight_grad
-    if a is not None and (run := formulas.fused(formulas.DOUBLE_BACKWARD_ROWS, xs)):
-        tiles = tuple(t.contiguous() for t in (xs, dys, a, mean, rstd))
-        none = mean.new_zeros(xs.shape[1])
-        parts = (none + 1 if w is None else w, *(none if t is None else t for t in (ddw, ddb)))
-        gx, gdy = run(*tiles, *(t.contiguous() for t in parts))
-        gw = None
-        if kept and weight is not None:
-            (gw,) = formulas.columns(formulas.DOUBLE_BACKWARD_COLUMNS, *tiles)
+    gx, gdy = (x.new_empty(xs.shape) for _ in range(2))
+    gw = mean.new_zeros(xs.shape[1]) if kept else None
+    if native.runs(x):
+        given = {"dy": dys, "ddx": a, "w": w, "ddw": ddw, "ddb": ddb, "mean": mean, "rstd": rstd}
+        native.call("double_backward", xs, **given, gx=gx, gdy=gdy, gw=gw)
+        if gw is not None and weight is not None:
             gw = gw.view(weight.shape).to(weight.dtype)
         return gx.view(x.shape), gw, gdy.view(x.shape)
     scratch = Scratch(accumulation_dtype(x.dtype), x.device)
-    gx, gdy = (x.new_empty(xs.shape) for _ in range(2))
-    gw = mean.new_zeros(xs.shape[1]) if kept else None
     for rows in _chunks(*xs.shape):
         xt, m, r = scratch.load("x", xs[rows]), mean[rows], rstd[rows]
         xh = torch.sub(xt, m, out=scratch.get("xh", *xt.shape)).mul_(r)

@@ -78,7 +78,11 @@ def _call(functions: Any, name: str, g: Grouping, r: Tensor, w: Tensor, **tensor
         **dict(zip(_SIZES, sizes, strict=True)),
         grad_qkv=_Routes(r.data_ptr(), (_Int * 4)(*r.stride()[:4])),
         weight=_Weight(w.data_ptr(), (_Int * 3)(*w.stride()[:3])),
-        **({} if dr is None else {"dgrad_qkv": _Routes(dr.data_ptr(), (_Int * 4)(*dr.stride()[:4]))}),
+        **(
+            {}
+            if dr is None
+            else {"dgrad_qkv": _Routes(dr.data_ptr(), (_Int * 4)(*dr.stride()[:4]))}
+        ),
         **{name: x.data_ptr() for name, x in tensors.items()},
     )
     kind = str(r.dtype).removeprefix("torch.")

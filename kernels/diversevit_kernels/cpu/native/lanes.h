@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -69,12 +69,50 @@ template <class S> inline void store_some(S* p, Vector<S> x, ptrdiff_t n) {
         std::memcpy(p, &x, n * sizeof(S));
 }
 inline void store_some(bfloat16* p, Vector<float> x, ptrdiff_t n) {
+#if defined(__AVX512BF16__)
+    const auto y = _mm512_cvtneps_pbh((__m512)x);
+#else
     typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
     const Halves y = __builtin_convertvector(rounded(x) >> 16, Halves);
+#endif
     if (n == LANES<float>)
         std::memcpy(p, &y, sizeof y);
     else
         std::memcpy(p, &y, n * sizeof(bfloat16));
+}
+
+// n elements, zeros in the other lanes.
+inline Vector<float> load_some(const float* p, ptrdiff_t n) {
+    if (n == LANES<float>) return load(p);
+    Vector<float> x{};
+    std::memcpy(&x, p, n * sizeof(float));
+    return x;
+}
+inline Vector<float> load_some(const bfloat16* p, ptrdiff_t n) {
+    typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+    Halves x{};
+    if (n == LANES<float>)
+        std::memcpy(&x, p, sizeof x);
+    else
+        std::memcpy(&x, p, n * sizeof(bfloat16));
+    return bits_of<Vector<float>>(__builtin_convertvector(x, Vector<Pair>) << 16);
+}
+inline void add_some(float* p, Vector<float> x, ptrdiff_t n) { store_some(p, load_some(p, n) + x, n); }
+
+// x in the first n lanes, zeros in the others.
+inline Vector<float> only(Vector<float> x, ptrdiff_t n) {
+    for (ptrdiff_t l = n; l < LANES<float>; l++) x[l] = 0;
+    return x;
+}
+
+// 1 / x for x in [1, 1e30], to about an ulp.
+inline Vector<float> reciprocal(Vector<float> x) {
+#if defined(__AVX512F__)
+    const Vector<float> y = (Vector<float>)_mm512_rcp14_ps((__m512)x);
+    return y + y * (1.0f - x * y);
+#else
+    return 1.0f / x;
+#endif
 }
 
 // Two vectors rounded to bfloat16: each a row, or both as pairs.
@@ -117,24 +155,19 @@ template <bool SECOND, class E> inline Vector<E> zip(Vector<E> a, Vector<E> b) {
     return zip<SECOND, E>(a, b, std::make_index_sequence<LANES<E>>{});
 }
 
-// exp(x) for x <= 88, to about an ulp; below -87.3 it is 0. NaN stays NaN.
+// exp(x) for x <= 88: 2 to the power of x / log 2, by its integer part and a polynomial in the rest (off by 2e-9).
+// Off by a few ulps of 1 + |x|, as any rounding of x makes it. Below -87.3 it is 0; NaN stays NaN.
 inline Vector<float> exponential(Vector<float> x) {
-    typedef int32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
-    constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const Vector<float> shifted = x * 1.44269504f + magic, n = shifted - magic;
-    const Vector<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    Vector<float> y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.0f;
-    Bits power;
-    std::memcpy(&power, &shifted, sizeof power);
-    power = (power - 0x4b400000 + 127) << 23;
-    Vector<float> scale;
-    std::memcpy(&scale, &power, sizeof scale);
-    return x < -87.3f ? Vector<float>{} : y * scale;
+    constexpr float magic = 12582912.0f, scale = 1.44269504f;  // 1.5 * 2^23: adding it rounds to an integer
+    const Vector<float> shifted = x * scale + magic, n = shifted - magic, f = x * scale - n;
+    Vector<float> y = f * 0.000153458094f + 0.00133999312f;
+    y = y * f + 0.00961848897f;
+    y = y * f + 0.0555032878f;
+    y = y * f + 0.240226469f;
+    y = y * f + 0.693147206f;
+    y = y * f + 1.0f;
+    const Vector<Pair> power = (bits_of<Vector<Pair>>(shifted) << 23) + 0x3f800000;  // 2^n
+    return x < -87.3f ? Vector<float>{} : y * bits_of<Vector<float>>(power);
 }
 inline Vector<double> exponential(Vector<double> x) {
     for (int i = 0; i < LANES<double>; i++) x[i] = std::exp(x[i]);

@@ -32,7 +32,7 @@ struct Call {
 
 constexpr ptrdiff_t CHUNK_BYTES = 4 << 20;  // of a chunk's u
 constexpr ptrdiff_t MOST_TOKENS = 64;       // of a block
-constexpr ptrdiff_t TALL = 48;              // rows of dW that a thread makes at a time
+constexpr ptrdiff_t TALL = 96;              // rows of dW that a thread makes at a time
 
 template <class S> constexpr ptrdiff_t TERMS = DEPTH<S>;  // of du as an operand
 
