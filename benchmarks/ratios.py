@@ -9,9 +9,10 @@ each. ``--record`` writes the file anew. Counts are the same on every machine, h
 * ``memory``: bytes alive at the peak, above inputs and parameters.
 * ``calls``: operators that do something.
 
-Calls inside our operators count, but not for themselves. A formula that Inductor compiles (``cpu.inductor``) counts as
-one call that reads its arguments and writes its results, whether or not this machine has a compiler; of attention the
-path without its C++ kernel (``cpu.native``) is counted. What a count cannot see: the time of a call, threads, caches.
+Calls inside our operators count, but not for themselves. What a compiler makes, the C++ kernels of GELU and LayerNorm
+(``cpu.native``) and Inductor's formulas (``cpu.inductor``), counts as one call that reads its arguments and writes its
+results, whether or not this machine has a compiler; C++ kernels with products inside do not run, the path without them
+is counted. What a count cannot see: the time of a call, threads, caches.
 """
 
 import argparse
@@ -31,7 +32,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from diversevit_fast import backends
-from diversevit_kernels.cpu import attention_native, inductor
+from diversevit_kernels.cpu import (
+    attention_native,
+    gelu_native,
+    inductor,
+    layer_norm_native,
+    routed_head_penalty_native,
+)
 
 from . import timing
 from .board import workload_of
@@ -103,6 +110,23 @@ class Counts(TorchDispatchMode):
 
         return call
 
+    def gelu(self, rung: str, form: str, *results: str, **operands: Tensor) -> tuple[Tensor, ...]:
+        """In place of ``gelu_native.call``: zeros."""
+        x = operands["x"]
+        return self.formula(lambda *_: tuple(torch.zeros_like(x) for _ in results))(
+            *operands.values()
+        )
+
+    def layer_norm(self, rung: str, x: Tensor, eps: float = 0.0, **tensors: Tensor | None) -> None:
+        """In place of ``layer_norm_native.call``: results are set to zero."""
+        given = {name: t for name, t in tensors.items() if t is not None}
+        names = ("y", "dx", "gx", "gdy", "dw", "db", "gw")
+        results = [given[name] for name in names if name in given]
+        with _disable_current_modes():
+            for result in (*results, *((given["mean"], given["rstd"]) if "y" in given else ())):
+                result.zero_()
+        self._add([x], list(given.values()))
+
     def inside(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         """``kernel`` of one of our operators, during which the mode is off unless entered again."""
 
@@ -144,6 +168,11 @@ def counting() -> Iterator[Counts]:
     with (
         mock.patch.object(backends, "_kernel", lambda *key: counts.inside(kernel_of(*key))),
         mock.patch.object(attention_native, "library", return_value=None),
+        mock.patch.object(routed_head_penalty_native, "library", return_value=None),
+        mock.patch.object(gelu_native, "library", return_value="counted"),
+        mock.patch.object(gelu_native, "call", counts.gelu),
+        mock.patch.object(layer_norm_native, "library", return_value="counted"),
+        mock.patch.object(layer_norm_native, "call", counts.layer_norm),
         mock.patch.object(inductor, "compiled", lambda f, dtype: counts.formula(f.function)),
         counts,
     ):

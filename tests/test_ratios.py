@@ -10,7 +10,7 @@ import diversevit_fast as dvf
 from benchmarks import ratios, timing
 from benchmarks.ratios import COUNTS, TOLERANCE, counting, slower
 from diversevit_fast import backends
-from diversevit_kernels.cpu import inductor
+from diversevit_kernels.cpu import attention_rows, inductor, native
 
 RECORDED = Path(__file__).parents[1] / "benchmarks/results/ratios.json"
 
@@ -75,16 +75,44 @@ class TestCounts:
         found = counted(lambda: dvf.attention(q, k, v))
         assert found["products"] == 2 * (2 * 2 * 3 * 16 * 16 * 8)
 
-    def test_a_formula_is_one_call_and_no_compiler_is_asked(self, monkeypatch):
+    @pytest.fixture
+    def refusing(self, monkeypatch):
+        """Nothing may be compiled."""
+
         def refuse(*args):
             raise AssertionError("compiles")
 
-        monkeypatch.setattr(inductor, "_load", refuse)
+        for compiler in (inductor, native):
+            monkeypatch.setattr(compiler, "_load", refuse)
         monkeypatch.setenv("DIVERSEVIT_COMPILE", "0")
-        x, dy, ddx = (torch.randn(inductor.LEAST_ELEMENTS) for _ in range(3))
-        found = counted(lambda: torch.ops.diversevit.gelu_double_backward(x, dy, ddx, "none"))
+
+    def test_a_formula_is_one_call(self, refusing):
+        q = torch.randn(1, 1, 256, 8)
+        run, _ = attention_rows.fused(attention_rows.FORWARD, q, q)
+        assert run is None
+        with counting() as counts:
+            run, _ = attention_rows.fused(attention_rows.FORWARD, q, q)
+            run(torch.randn(256, 256))
+        size = 4 * 256 * 256
+        found = {what: counts.counts[what] for what in ("traffic", "calls")}
+        assert found == {
+            "traffic": size + 2 * size + 4 * 256,
+            "calls": 2,
+        }  # with randn, which writes
+
+    def test_a_kernel_is_one_call(self, refusing):
+        x, dy, ddx = torch.randn(3, 70, 30).unbind()
         size = x.numel() * 4
+        found = counted(lambda: torch.ops.diversevit.gelu_double_backward(x, dy, ddx, "none"))
         assert found == {"products": 0, "traffic": 5 * size, "memory": 2 * size, "calls": 1}
+        found = counted(lambda: dvf.layer_norm(x, 30))
+        rows = 2 * 4 * 70
+        assert found == {
+            "products": 0,
+            "traffic": 2 * size + rows,
+            "memory": size + rows,
+            "calls": 1,
+        }
 
     def test_everything_is_as_before_afterwards(self):
         before = backends._kernel, inductor.compiled

@@ -33,7 +33,7 @@ struct Call {
 template <class S> using T = Arithmetic<S>;
 template <class S> using E = Operand<S>;
 
-constexpr ptrdiff_t TILE_BYTES = 1 << 19;  // of a block's tiles
+constexpr ptrdiff_t TILE_BYTES = 1 << 20;  // of a block's tiles
 
 enum Slot { KEYS, VALUES = KEYS + 3, DDK = VALUES + 3, DDV = DDK + 3, SUM_K = DDV + 3, SUM_V,
             QUERIES, DOUT = QUERIES + 3, DDQ = DOUT + 3, STATISTICS = DDQ + 3, RESULT,
