@@ -60,15 +60,23 @@ def operator_cases(
 
 
 def _compiles(spec: Spec) -> bool:
-    """Compiling takes ten seconds and more: on a CPU for attention in float32 alone."""
-    return spec.device == "cuda" or (spec.stage == "attention" and spec.dtype == torch.float32)
+    """Compiling takes ten seconds and more: on a CPU for attention alone."""
+    return spec.device == "cuda" or spec.stage == "attention"
 
 
 def step_cases(stage: str, tiny: bool = False) -> list[Case]:
     """Every row of one training step; batch 80 is the paper's."""
-    batch = {"paper step": 80, "all-layers step": 64 if DEVICE == "cuda" else 2}[stage]
-    spec = StepSpec(stage, 2 if tiny else batch, tiny, DEVICE)
-    return [Case(spec, provider) for provider in step_providers(stage)]
+    batches = {
+        "paper step": {torch.float32: 80},
+        "all-layers step": {torch.float32: 2, torch.bfloat16: 8}
+        if DEVICE == "cpu"
+        else {torch.float32: 64, torch.bfloat16: 64},
+    }
+    specs = [
+        StepSpec(stage, 2 if tiny else batch, tiny, DEVICE, dtype=dtype)
+        for dtype, batch in batches[stage].items()
+    ]
+    return [Case(spec, provider) for spec in specs for provider in step_providers(stage)]
 
 
 def all_cases(tiny: bool = False) -> list[Case]:

@@ -9,11 +9,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def warmup(*dtypes: torch.dtype) -> dict[torch.dtype, list[str]]:
-    """Compile the CPU kernels and formulas of attention, layer_norm and gelu, or load them from disk.
+    """Compile the CPU kernels of attention, layer_norm, gelu and routed_head_penalty, or load them from disk.
 
-    Without this call the first large tensor does it: some five to twelve seconds for each formula and
-    dtype the first time on a machine, milliseconds from then on (``TORCHINDUCTOR_CACHE_DIR``). GPU kernels are
-    compiled by Triton when they are first launched, with a cache of its own.
+    Without this call the first use of each does it: some seconds the first time on a machine, milliseconds from then
+    on (``TORCHINDUCTOR_CACHE_DIR``). Besides, Inductor compiles three formulas of attention for each dtype, for masks
+    that want a gradient and for float16. GPU kernels are compiled by Triton when they are first launched, with a cache
+    of its own.
 
     Args:
         dtypes: of float32, bfloat16 and float16; none: float32 and bfloat16.
