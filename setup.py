@@ -49,7 +49,7 @@ setup(
         "diversevit_fast.experiment": ["*.jinja"],
         "diversevit_kernels.cpu": ["native/*"],
     },
-    install_requires=["torch>=2.10", "numpy", "triton>=3.4; sys_platform == 'linux'"],
+    install_requires=["torch>=2.10", "numpy", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
         "train": TRAIN,
         "hf": HF,

@@ -6,7 +6,9 @@ by round, in this process; pytest-benchmark replays each row's times. Peak memor
 
 import ctypes
 import gc
+import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -166,13 +168,23 @@ def machine(device: str) -> dict[str, object]:
         from triton import __version__ as triton
     except ImportError:
         triton = None
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
     name = torch.cuda.get_device_name() if device == "cuda" else conditions()["cpu"]
     return {
         **conditions(),
         **{"device": name, "triton": triton, "cuda": torch.version.cuda},
-        "commit": (commit.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else ""),
+        "commit": os.environ.get("DIVERSEVIT_COMMIT") or _commit(),
     }
+
+
+def _commit() -> str:
+    """The checkout's, with ``+`` where files differ from it; a copy without history is ``unknown``.
+
+    Such a copy's rows get their commit from whoever made it: ``DIVERSEVIT_COMMIT``.
+    """
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    git = [git, "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    return (commit.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else "")

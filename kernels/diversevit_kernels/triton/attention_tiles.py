@@ -77,6 +77,7 @@ class Problem(NamedTuple):
     ddk: Operand | None = None  # like k: B
     ddv: Operand | None = None  # like v: C
     ddmask: Operand | None = None  # like mask, additive: A_M
+    end: None = None  # a constant after all operands: else Triton before 3.8 loses their strides of 1 behind a loop
 
 
 class Static(NamedTuple):

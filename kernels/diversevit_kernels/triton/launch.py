@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .autotune import fastest
 from .configurations import (
+    INTERPRETED,
     Configuration,
     autotuning,
     candidates,
@@ -86,12 +87,23 @@ def launch(
 def keywords(constants: dict[str, Any], chosen: Configuration, like: Tensor) -> dict[str, Any]:
     """What a kernel is called with besides its arguments."""
     return {
-        **constants,
+        **{name: _known(x) for name, x in constants.items()},
         **dict(chosen.tiles),
         "num_warps": chosen.warps,
         "num_stages": chosen.stages,
         **options(like),
     }
+
+
+def _known(constant: Any) -> Any:
+    """A kernel's ``Static``, each value marked as a constant: Triton before 3.8 does not see that they are."""
+    if INTERPRETED or not hasattr(constant, "_fields"):
+        return constant
+    return type(constant)(*map(_marked, constant))
+
+
+def _marked(x: Any) -> Any:
+    return triton.language.constexpr(tuple(map(_marked, x)) if isinstance(x, tuple) else x)
 
 
 _measured: dict[tuple[Any, ...], Configuration] = {}
