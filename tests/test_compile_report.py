@@ -72,6 +72,7 @@ def table(monkeypatch):
         row("refused", warps=1, stages=1, BN=32),
     )
     monkeypatch.setattr(configurations, "_TABLE", rows)
+    monkeypatch.setattr(configurations, "_first_row", configurations._first_row.__wrapped__)
 
 
 def product(name="product", dtype=torch.bfloat16, precision="tf32", K=512):

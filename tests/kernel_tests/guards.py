@@ -20,14 +20,14 @@ class Guards:
         self.zones.append((whole, torch.Size(shape)))
         return whole[ZONE : ZONE + size].view(shape)
 
-    def place(self, x: Tensor) -> Tensor:
+    def place(self, x: Tensor, device: torch.device | None = None) -> Tensor:
         """A copy of ``x`` with its strides (its storage extent at least), between zones of NaN.
 
-        Expanded axes are expanded again.
+        Expanded axes are expanded again. ``device``: that of x if None.
         """
         base = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.stride())]
         extent = 1 + sum((n - 1) * s for n, s in zip(base.shape, base.stride(), strict=True))
-        room = self.empty((max(0, extent),), dtype=x.dtype, device=x.device)
+        room = self.empty((max(0, extent),), dtype=x.dtype, device=device or x.device)
         placed = room.as_strided(base.shape, base.stride(), ZONE)
         placed.copy_(base)
         return placed.expand(x.shape).requires_grad_(x.requires_grad)

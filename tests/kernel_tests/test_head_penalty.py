@@ -59,7 +59,7 @@ class On:
 
     def __getattr__(self, name):
         def call(*args):
-            there = [self.guards.place(self._moved(x)) if _is_tensor(x) else x for x in args]
+            there = [self.guards.place(x, self.device) if _is_tensor(x) else x for x in args]
             before = [x.clone() for x in there if _is_tensor(x)]
             results = getattr(self.stage, name)(*there)
             after = [x for x in there if _is_tensor(x)]
@@ -69,9 +69,6 @@ class On:
             return tuple(None if x is None else x.cpu() for x in results)
 
         return call
-
-    def _moved(self, x):
-        return x if self.device.type == "cpu" else x.to(self.device).as_strided(x.shape, x.stride())
 
 
 def _is_tensor(x):

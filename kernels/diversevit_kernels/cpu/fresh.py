@@ -36,6 +36,9 @@ def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor
     made = like.new_empty(shape, dtype=dtype or like.dtype)
     if made.nbytes >= WORTH and _madvise is not None:
         page = mmap.PAGESIZE
-        begin, end = -(-made.data_ptr() // page) * page, (made.data_ptr() + made.nbytes) // page * page
+        begin, end = (
+            -(-made.data_ptr() // page) * page,
+            (made.data_ptr() + made.nbytes) // page * page,
+        )
         _madvise(begin, end - begin, _HUGE_PAGE)
     return made

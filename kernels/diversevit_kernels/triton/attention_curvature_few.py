@@ -21,16 +21,11 @@ from .tiles import add_dot, scale_split, zeros_split
 
 
 @triton.jit
-def _score_tiles(
-    q, do, ddq, lse, factor, P, b, h, rows, start, scale, S: tl.constexpr, N: tl.constexpr
-):
-    """(3)-(8) for one key tile: its operands, and the tiles P, dP, X and P ∘ Y (zeros if absent)."""
-    cols = indices(start, N, S)
+def _score_tiles(q, do, ddq, ddk, ddv, lse, factor, P, b, h, rows, cols, scale, S: tl.constexpr):
+    """(3)-(8) for one key tile: keys and values, and the tiles P, dP, X and P ∘ Y (zeros if absent)."""
     i, j = rows[:, None], cols[None, :]
     k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
     v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    ddk = load_rows(P.ddk, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
-    ddv = load_rows(P.ddv, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     p = probabilities(q, k, lse, P, b, h, i, j, scale, S)
     dp = product(do, v, S.VALUE_WIDTH, S) * factor
     x = tl.zeros_like(p)
@@ -39,7 +34,7 @@ def _score_tiles(
     py = tl.zeros_like(p)
     if ddv is not None:
         py = p * (product(do, ddv, S.VALUE_WIDTH, S) * factor)
-    return cols, k, v, ddk, ddv, p, dp, x, py
+    return k, v, p, dp, x, py
 
 
 @triton.jit
@@ -61,8 +56,11 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
     weighted = tl.zeros([M], S.ACC)
     t = tl.zeros([M], S.ACC)
     for start in range(0, P.Nk, N):
-        _, _, _, _, _, p, dp, x_tile, py = _score_tiles(
-            q, do, ddq, lse, factor, P, b, h, rows, start, scale, S, N
+        cols = indices(start, N, S)
+        ddk = load_rows(P.ddk, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
+        ddv = load_rows(P.ddv, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
+        _, _, p, dp, x_tile, py = _score_tiles(
+            q, do, ddq, ddk, ddv, lse, factor, P, b, h, rows, cols, scale, S
         )
         delta += tl.sum(p * dp, 1)
         x += tl.sum(p * x_tile, 1)
@@ -76,8 +74,11 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
     gq = zeros_split(M, S.WIDTHS, S.ACC)
     gdo = zeros_split(M, S.VALUE_WIDTHS, S.ACC)
     for start in range(0, P.Nk, N):
-        cols, k, v, ddk, ddv, p, dp, x_tile, py = _score_tiles(
-            q, do, ddq, lse, factor, P, b, h, rows, start, scale, S, N
+        cols = indices(start, N, S)
+        ddk = load_rows(P.ddk, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
+        ddv = load_rows(P.ddv, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
+        k, v, p, dp, x_tile, py = _score_tiles(
+            q, do, ddq, ddk, ddv, lse, factor, P, b, h, rows, cols, scale, S
         )
         ds = p * (dp - delta[:, None])
         gk = zeros_split(N, S.WIDTHS, S.ACC)

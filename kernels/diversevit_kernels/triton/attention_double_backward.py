@@ -51,7 +51,7 @@ class Results(NamedTuple):
     delta: Tensor  # [B, H, Nq], dense: D of (3)
     x: Tensor  # [B, H, Nq], dense: x of (7)
     t: Tensor  # [B, H, Nq], dense: rowsum(R') of (8)
-    end: None = None  # as in Problem
+    end: int = 1  # as in Problem
 
 
 @triton.jit

@@ -77,7 +77,7 @@ class Problem(NamedTuple):
     ddk: Operand | None = None  # like k: B
     ddv: Operand | None = None  # like v: C
     ddmask: Operand | None = None  # like mask, additive: A_M
-    end: None = None  # a constant after all operands: else Triton before 3.8 loses their strides of 1 behind a loop
+    end: int = 1  # a constant after all operands: else Triton before 3.8 loses their strides of 1 behind a loop
 
 
 class Static(NamedTuple):
@@ -101,7 +101,7 @@ def operand(x: Tensor | None) -> Operand | None:
     if x is None:
         return None
     data = x.view(torch.uint8) if x.dtype == torch.bool else x
-    return Operand(data, *(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)))
+    return Operand(data, *[0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)])
 
 
 def problem(
@@ -193,7 +193,7 @@ def head_of(x, b, h):
 def load_rows(x, b, h, rows, n, WIDTH: tl.constexpr, WIDTHS: tl.constexpr):
     """Rows of one head, zero from row ``n`` on, as Rows; None of None."""
     if x is None:
-        return None
+        return  # not "return None": Triton before 3.8 makes a tensor of it
     else:
         ptr = head_of(x, b, h)
         tile = load_split(ptr, x.row, x.col, rows, rows < n, WIDTH, WIDTHS)

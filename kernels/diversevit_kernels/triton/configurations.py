@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -241,6 +242,11 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     if device.type != "cuda":
         return device.type
+    return _architecture_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _architecture_of(device: int) -> str:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return properties.gcnArchName.partition(":")[0]
@@ -259,8 +265,12 @@ def pretend(name: str) -> Iterator[None]:
 
 
 def _find(kernel: str, like: Tensor, width: int) -> Configuration | None:
-    name, itemsize = architecture(like.device), like.dtype.itemsize
-    rows = (row for row in _TABLE if row.serves(kernel, name, itemsize, width))
+    return _first_row(kernel, architecture(like.device), like.dtype.itemsize, width)
+
+
+@cache
+def _first_row(kernel: str, architecture: str, itemsize: int, width: int) -> Configuration | None:
+    rows = (row for row in _TABLE if row.serves(kernel, architecture, itemsize, width))
     return next((row.configuration for row in rows), None)
 
 

@@ -8,6 +8,7 @@ results; the roofline counts what each launch loads and stores.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -95,15 +96,21 @@ def keywords(constants: dict[str, Any], chosen: Configuration, like: Tensor) -> 
     }
 
 
+_SEES_CONSTANTS = INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+
+
 def _known(constant: Any) -> Any:
     """A kernel's ``Static``, each value marked as a constant: Triton before 3.8 does not see that they are."""
-    if INTERPRETED or not hasattr(constant, "_fields"):
-        return constant
-    return type(constant)(*map(_marked, constant))
+    return constant if _SEES_CONSTANTS or not hasattr(constant, "_fields") else _marked(constant)
 
 
-def _marked(x: Any) -> Any:
-    return triton.language.constexpr(tuple(map(_marked, x)) if isinstance(x, tuple) else x)
+@cache
+def _marked(static: Any) -> Any:
+    return type(static)(*map(_constant, static))
+
+
+def _constant(x: Any) -> Any:
+    return triton.language.constexpr(tuple(map(_constant, x)) if isinstance(x, tuple) else x)
 
 
 _measured: dict[tuple[Any, ...], Configuration] = {}
@@ -159,8 +166,10 @@ def check_operand(name: str, x: Tensor) -> None:
 
 def reach(x: Tensor, first_axis: int = 0) -> int:
     """The largest offset that the axes from ``first_axis`` on can make."""
-    axes = zip(x.shape[first_axis:], x.stride()[first_axis:], strict=True)
-    return sum((size - 1) * abs(step) for size, step in axes)
+    farthest = 0
+    for size, step in zip(x.shape[first_axis:], x.stride()[first_axis:], strict=True):
+        farthest += (size - 1) * abs(step)
+    return farthest
 
 
 def cdiv(a: int, b: int) -> int:

@@ -25,6 +25,9 @@ class Rows(NamedTuple):
     ptr: Any
     strides: tuple[int, ...]  # of the merged axes that rows run through, innermost first
     col: int
+    end: int = (
+        1  # a constant after the strides: else Triton before 3.8 loses those of 1 behind a loop
+    )
 
 
 @triton.constexpr_function
