@@ -371,7 +371,10 @@ def test_offsets_beyond_two_to_the_31(far, device):
         moved = room.as_strided((3, 12), strides).copy_(getattr(plain, name))
         ours = rungs(kernels, Case(), plain._replace(**{name: moved}))
         for one, two in zip(ours, rungs(kernels, Case(), plain), strict=True):
-            assert torch.equal(one, two)
+            if device.type == "cpu":
+                assert torch.equal(one, two)
+            else:  # a compiler sums rows of another layout in another order
+                torch.testing.assert_close(one, two)
 
 
 class Sabotaged:

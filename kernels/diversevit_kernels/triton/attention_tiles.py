@@ -125,6 +125,9 @@ def problem(
             raise NotImplementedError(
                 f"{name}: Triton attention takes head widths up to {MAX_WIDTH}, not {x.shape[-1]}"
             )
+    if mask is not None and mask.dtype == torch.bool and q.dtype == torch.float64:
+        # Triton 3.6 and 3.8 do not compile products of float64 beside a mask of bytes
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     scale = None
     if head_scale is not None:
         full = head_scale.expand(q.shape[:2])

@@ -62,7 +62,7 @@ def store_tile(ptr, row, col, inside, tile, WIDTH: tl.constexpr):
 def features(ptr, col, WIDTH: tl.constexpr, ACC: tl.constexpr):
     """[1, BLOCK_N] numbers per feature, zero outside; None of None."""
     if ptr is None:
-        return None
+        return  # not "return None": Triton before 3.8 makes a tensor of it
     else:
         return tl.load(ptr + col, mask=col < WIDTH, other=0.0).to(ACC)[None, :]
 
