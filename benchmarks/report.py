@@ -4,7 +4,7 @@
     python -m benchmarks.report benchmarks/results/<device>.json [--readme]
 
 Prints Markdown: a table per stage, times over ours, and the conditions; writes the same, and one picture per stage,
-next to the JSON file. ``--readme`` puts a summary of one line per group between the markers of README.md.
+next to the JSON file. ``--readme`` puts a summary of one line per group between README.md's markers of that device.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 CONDITIONS = ("device", "cores", "threads", "torch", "triton", "cuda", "python", "commit")
 
 
@@ -48,6 +47,11 @@ class Row:
     @property
     def label(self) -> str:
         return self.provider + (" (first order only)" if self.info["first_order_only"] else "")
+
+
+def markers(device: str) -> tuple[str, str]:
+    """The lines around the README's summary of ``benchmarks/results/<device>.json``."""
+    return f"<!-- {device}:begin -->", f"<!-- {device}:end -->"
 
 
 class ReportError(Exception):
@@ -93,7 +97,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row], full: str) -> str:
-    """A line per group with gradients: our time, and everybody else's over it.
+    """A line per group with gradients: our time and everybody else's over it, eager's memory over ours.
 
     Args:
         full: where all rows and their spreads are, for the last line.
@@ -101,8 +105,8 @@ def summary(rows: Sequence[Row], full: str) -> str:
     told = [row for row in rows if row.order != "d0"]
     others = list(dict.fromkeys(row.label for row in told if row.provider != "ours"))
     lines = [
-        f"| forward and gradients | ours | {' | '.join(others)} |",
-        f"|---|---|{'---|' * len(others)}",
+        f"| forward and gradients | ours | {' | '.join(others)} | eager's memory |",
+        f"|---|---|{'---|' * len(others)}---|",
     ]
     for group in dict.fromkeys(row.group for row in told):
         found = {row.label: row for row in told if row.group == group}
@@ -111,10 +115,22 @@ def summary(rows: Sequence[Row], full: str) -> str:
             group.replace("_", " "),
             f"{1e3 * found['ours'].median:.3g} ms" if "ours" in found else "",
             *(f"{ratios[name]:.2f}" if name in ratios else "" for name in others),
+            _memory_ratio(found),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    note = f"Times of others are over ours: above 1, ours is faster. Every row, with spreads and memory: `{full}`."
+    note = (
+        "Times of others, and eager's peak memory, are over ours: above 1, ours is faster, or smaller. "
+        f"Every row, with spreads: `{full}`."
+    )
     return "\n".join([*lines, "", f"{note} {conditions(rows)}"]) + "\n"
+
+
+def _memory_ratio(found: dict[str, Row]) -> str:
+    """Eager's peak over ours in a group of rows by label; empty where one is unknown."""
+    eager, ours = (
+        found[name].info.get("peak_bytes") if name in found else None for name in ("eager", "ours")
+    )
+    return f"{eager / ours:.1f}" if eager and ours else ""
 
 
 def _table(rows: Sequence[Row], stage: str) -> list[str]:
@@ -200,16 +216,17 @@ def plot(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def between_markers(text: str, tables: str, where: str = "README.md") -> str:
-    """``text`` with everything between the markers replaced.
+def between_markers(text: str, tables: str, device: str, where: str = "README.md") -> str:
+    """``text`` with everything between the markers of ``device`` replaced.
 
     Raises:
         ReportError: the markers are not there once each, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ReportError(f"{where}: needs one line {BEGIN} and after it one line {END}")
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n{tables}{END}{rest.partition(END)[2]}"
+    begin, end = markers(device)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ReportError(f"{where}: needs one line {begin} and after it one line {end}")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{tables}{end}{rest.partition(end)[2]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -229,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.readme:
             text = options.readme_path.read_text(encoding="utf-8")
             short = summary(rows, f"benchmarks/results/{page.name}")
-            new = between_markers(text, short, options.readme_path.name)
+            new = between_markers(text, short, page.stem, options.readme_path.name)
             options.readme_path.write_text(new, encoding="utf-8")
     except ReportError as error:
         print(error, file=sys.stderr)

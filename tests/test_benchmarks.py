@@ -191,15 +191,18 @@ def test_what_cannot_be_reported_is_one_line(tmp_path, capsys, content, said):
     assert not out
 
 
+BEGIN, END = report.markers("chip")
+
+
 def test_readme_is_rewritten_between_the_markers(tmp_path, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     arguments = [str(stored(tmp_path, recorded())), "--readme", "--readme-path", str(readme)]
     for _ in range(2):  # and again: the same
         assert report.main(arguments) == 0
         text = readme.read_text()
-        assert text.startswith(f"before\n{report.BEGIN}\n| forward and gradients | ours | ")
-        assert text.endswith(f"{report.END}\nafter\n")
+        assert text.startswith(f"before\n{BEGIN}\n| forward and gradients | ours | ")
+        assert text.endswith(f"{END}\nafter\n")
         assert "old" not in text
     assert (tmp_path / "chip.md").read_text().startswith("### gelu\n")
     picture = tmp_path / "chip_gelu.svg"
@@ -209,7 +212,7 @@ def test_readme_is_rewritten_between_the_markers(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "text",
-    ["", report.BEGIN, f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}{report.END}" * 2],
+    ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}" * 2],
     ids=["none", "one", "wrong order", "twice"],
 )
 def test_missing_markers_change_nothing(tmp_path, capsys, text):

@@ -71,12 +71,14 @@ def test_amortised_table_is_the_recorded_result():
     assert f"\n\n{table(recorded)}\n\n" in README
 
 
-def test_benchmark_summary_is_the_recorded_result():
+@pytest.mark.parametrize("device", ["cpu", "h200"])
+def test_benchmark_summary_is_the_recorded_result(device):
     from benchmarks import report
 
-    rows = report.read(ROOT / "benchmarks/results/cpu.json")
-    told = README.partition(report.BEGIN)[2].partition(report.END)[0]
-    assert told == "\n" + report.summary(rows, "benchmarks/results/cpu.md")
+    rows = report.read(ROOT / f"benchmarks/results/{device}.json")
+    begin, end = report.markers(device)
+    told = README.partition(begin)[2].partition(end)[0]
+    assert told == "\n" + report.summary(rows, f"benchmarks/results/{device}.md")
 
 
 def test_picture_is_drawn_by_its_script():
