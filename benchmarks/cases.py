@@ -66,15 +66,11 @@ def _compiles(spec: Spec) -> bool:
 
 def step_cases(stage: str, tiny: bool = False) -> list[Case]:
     """Every row of one training step; batch 80 is the paper's."""
-    batches = {
-        "paper step": {torch.float32: 80},
-        "all-layers step": {torch.float32: 2, torch.bfloat16: 8}
-        if DEVICE == "cpu"
-        else {torch.float32: 64, torch.bfloat16: 64},
-    }
+    every_layer = {"cpu": (2, 8), "cuda": (64, 64)}[DEVICE]
+    batches = {"paper step": (80,), "all-layers step": every_layer}[stage]  # by DTYPES
     specs = [
         StepSpec(stage, 2 if tiny else batch, tiny, DEVICE, dtype=dtype)
-        for dtype, batch in batches[stage].items()
+        for dtype, batch in zip(DTYPES, batches, strict=False)
     ]
     return [Case(spec, provider) for spec in specs for provider in step_providers(stage)]
 

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 WORTH = 4 << 20
@@ -31,14 +30,11 @@ def _load() -> Callable[..., Any] | None:
 _madvise = _load()
 
 
-def fresh(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Dense memory on the device of ``like``, in its dtype unless another is given; a kernel must write all of it."""
-    made = like.new_empty(shape, dtype=dtype or like.dtype)
+def fresh(like: Tensor, *shape: int) -> Tensor:
+    """Dense memory of the device and dtype of ``like``; a kernel must write all of it."""
+    made = like.new_empty(shape)
     if made.nbytes >= WORTH and _madvise is not None:
-        page = mmap.PAGESIZE
-        begin, end = (
-            -(-made.data_ptr() // page) * page,
-            (made.data_ptr() + made.nbytes) // page * page,
-        )
+        page, first = mmap.PAGESIZE, made.data_ptr()
+        begin, end = -(-first // page) * page, (first + made.nbytes) // page * page
         _madvise(begin, end - begin, _HUGE_PAGE)
     return made

@@ -234,6 +234,14 @@ _TABLE: tuple[_Row, ...] = (
 # fmt: on
 
 
+def _properties(device: torch.device) -> Any:
+    """What torch.cuda says of a device, asked once: launches look it up."""
+    return _properties_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+_properties_of = cache(torch.cuda.get_device_properties)
+
+
 def architecture(device: torch.device) -> str:
     """``sm_90``, ``gfx942``, ``xpu`` or ``interpreter``."""
     if _pretended is not None:
@@ -242,12 +250,7 @@ def architecture(device: torch.device) -> str:
         return "interpreter"
     if device.type != "cuda":
         return device.type
-    return _architecture_of(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@cache
-def _architecture_of(device: int) -> str:
-    properties = torch.cuda.get_device_properties(device)
+    properties = _properties(device)
     if torch.version.hip:
         return properties.gcnArchName.partition(":")[0]
     return f"sm_{properties.major}{properties.minor}"
@@ -322,7 +325,7 @@ def autotune(enabled: bool = True) -> Iterator[None]:
 
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may have on ``device``."""
-    properties = torch.cuda.get_device_properties(device)
+    properties = _properties(device)
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
@@ -347,7 +350,7 @@ _MULTIPROCESSORS = {
 def multiprocessors(like: Tensor) -> int | None:
     """Of the device of ``like``; None if unknown."""
     if _pretended is None and not INTERPRETED and like.device.type == "cuda":
-        return torch.cuda.get_device_properties(like.device).multi_processor_count
+        return _properties(like.device).multi_processor_count
     return _MULTIPROCESSORS.get(architecture(like.device))
 
 
