@@ -68,10 +68,11 @@ def prediction_score(logits: Tensor, target: Target) -> Tensor:
             largest softmax probability. A callable gets the logits and returns ``[B]``.
 
     Raises:
-        UsageError: logits of another shape, without a graph, or not finite; a bad target.
+        UsageError: logits of another shape, without a graph, or not finite (not looked at inside ``torch.compile``
+            or a CUDA graph); a bad target.
     """
     check_logits(logits)
-    if not torch.compiler.is_compiling() and not torch.isfinite(logits).all():
+    if _may_be_read(logits) and not torch.isfinite(logits).all():
         cure = "lower the learning rate or the penalty's weight, or scale the loss"
         raise expected("logits", "finite values", "NaN or infinity", cure)
     if not callable(target):
@@ -81,6 +82,12 @@ def prediction_score(logits: Tensor, target: Target) -> Tensor:
         got = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
         raise expected("target", f"a callable returning [{len(logits)}]", got, "one score a sample")
     return score
+
+
+def _may_be_read(x: Tensor) -> bool:
+    """Whether values may steer Python: not in a graph, Dynamo's or CUDA's."""
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not torch.compiler.is_compiling() and not capturing
 
 
 def check_logits(logits: Tensor) -> None:

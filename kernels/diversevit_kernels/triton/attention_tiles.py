@@ -135,6 +135,7 @@ def problem(
     tensors = [x for x in (q, k, v, mask, *more.values()) if x is not None]
     farthest = max(reach(x, 2) for x in tensors)
     width = max(q.shape[-1], v.shape[-1])
+    products = precision(q, "bf16x6" if width <= UNCHUNKED_WIDTH else "tf32x3")
     static = Static(
         WIDTH=q.shape[-1],
         WIDTHS=split_width(q.shape[-1]),
@@ -143,9 +144,9 @@ def problem(
         GROUP=q.shape[1] // k.shape[1],
         ACC=accumulator(q.dtype),
         INDEX=tl.int32 if farthest < 2**30 else tl.int64,
-        PRECISION=precision(q),
+        PRECISION=products,
         IS_CAUSAL=is_causal,
-        CHUNKED=precision(q) == "tf32x3" or ("dq" in more and width > UNCHUNKED_WIDTH),
+        CHUNKED=products == "tf32x3" or ("dq" in more and width > UNCHUNKED_WIDTH),
         HAS_X=any(more.get(name) is not None for name in ("ddq", "ddk", "ddmask")),
     )
     read = {name: operand(x) for name, x in {"q": q, "k": k, "v": v, "mask": mask, **more}.items()}

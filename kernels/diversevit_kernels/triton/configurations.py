@@ -92,6 +92,8 @@ _TABLE: tuple[_Row, ...] = (
            ROW_TILE=16, ROW_KEYS=keys, BLOCK_M=16, BLOCK_N=16)
       for name, keys in (("head_whole", 32), ("head", 16))),
     _row("attention_delta", warps=1, stages=1),
+    _row("attention_forward", _HOPPER, _HALF, 64, warps=4, stages=3, BLOCK_M=64, BLOCK_N=64),
+    _row("attention_forward", _HOPPER, _HALF, 128, warps=4, stages=3, BLOCK_M=64, BLOCK_N=32),
     _row("attention_forward", _BLACKWELL, _HALF, 64, warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),
     _row("attention_forward", _BLACKWELL, _HALF, 112, warps=8, stages=2, BLOCK_M=128, BLOCK_N=32),
     _row("attention_forward", _AMPERE, _HALF, 112, above=96, warps=8, stages=2, BLOCK_M=64, BLOCK_N=64),
@@ -99,6 +101,7 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_forward", _HOPPER, _HALF, 256, warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),
     _row("attention_forward", _BLACKWELL, _HALF, 256, warps=8, stages=2, BLOCK_M=128, BLOCK_N=32),
     _row("attention_forward", _NVIDIA, _HALF, 256, warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
+    _row("attention_forward", _HOPPER, _SINGLE, 64, warps=4, stages=1, BLOCK_M=64, BLOCK_N=32),
     _row("attention_forward", _NEWER, _SINGLE, 256, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
     _row("attention_forward", _AMPERE, _SINGLE, 96, warps=8, stages=1, BLOCK_M=64, BLOCK_N=16),
     _row("attention_forward", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
@@ -116,16 +119,20 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_backward_few", _NVIDIA, _SINGLE, 112, warps=4, stages=2, BLOCK_M=16, BLOCK_N=32),
     _row("attention_backward_few", (), (), 256, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_backward_rows_whole", _BLACKWELL, _HALF, 64, warps=8, stages=1, BLOCK_M=64, BLOCK_N=256),
-    _row("attention_backward_rows_whole", _NVIDIA, _HALF, 64, above=32, warps=8, stages=1, BLOCK_M=32, BLOCK_N=256),
+    _row("attention_backward_rows_whole", (*_AMPERE, "sm_12"), _HALF, 64, above=32, warps=8, stages=1, BLOCK_M=32, BLOCK_N=256),
+    _row("attention_backward_rows", _HOPPER, _HALF, 64, warps=4, stages=3, BLOCK_M=64, BLOCK_N=32),
+    _row("attention_backward_rows", _HOPPER, _HALF, 128, warps=4, stages=2, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", _NEWER, _HALF, 112, above=96, warps=8, stages=2, BLOCK_M=64, BLOCK_N=64),
     _row("attention_backward_rows", _NEWER, _HALF, 128, warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),
     _row("attention_backward_rows", _NVIDIA, _HALF, 64, warps=8, stages=1, BLOCK_M=128, BLOCK_N=64),
     _row("attention_backward_rows", _AMPERE, _HALF, 112, warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", _NVIDIA, _HALF, 128, warps=8, stages=2, BLOCK_M=64, BLOCK_N=64),
     _row("attention_backward_rows", _NVIDIA, _HALF, 256, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
+    _row("attention_backward_rows", _HOPPER, _SINGLE, 64, warps=4, stages=1, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", _AMPERE, _SINGLE, 96, warps=4, stages=1, BLOCK_M=64, BLOCK_N=16),
     _row("attention_backward_rows", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", (), (), 256, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
+    _row("attention_backward_columns", _HOPPER, _HALF, 128, warps=4, stages=2, BLOCK_M=32, BLOCK_N=64),
     _row("attention_backward_columns", _NVIDIA, _HALF, 64, warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
     _row("attention_backward_columns", _AMPERE, _HALF, 96, warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
     _row("attention_backward_columns", _AMPERE, _HALF, 112, warps=8, stages=2, BLOCK_M=32, BLOCK_N=64),
@@ -134,6 +141,7 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_backward_columns", _BLACKWELL, _HALF, 128, warps=8, stages=1, BLOCK_M=32, BLOCK_N=64),
     _row("attention_backward_columns", _NVIDIA, _HALF, 128, warps=8, stages=2, BLOCK_M=64, BLOCK_N=64),
     _row("attention_backward_columns", _NVIDIA, _HALF, 256, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
+    _row("attention_backward_columns", _HOPPER, _SINGLE, 64, warps=4, stages=1, BLOCK_M=32, BLOCK_N=64),
     _row("attention_backward_columns", _AMPERE, _SINGLE, 96, above=64, warps=4, stages=1, BLOCK_M=32, BLOCK_N=16),
     _row("attention_backward_columns", _HOPPER, _SINGLE, 96, above=64, warps=4, stages=1, BLOCK_M=16, BLOCK_N=64),
     _row("attention_backward_columns", _BLACKWELL, _SINGLE, 96, above=64, warps=8, stages=1, BLOCK_M=32, BLOCK_N=64),
@@ -143,7 +151,8 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_double_backward_few", _NVIDIA, (), 128, warps=8, stages=1, BLOCK_M=16, BLOCK_N=32),
     _row("attention_double_backward_few", (), (), 256, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_double_backward_rows_whole", _BLACKWELL, _HALF, 64, warps=8, stages=1, BLOCK_M=64, BLOCK_N=128),
-    _row("attention_double_backward_rows_whole", _NVIDIA, _HALF, 64, warps=8, stages=1, BLOCK_M=32, BLOCK_N=128),
+    _row("attention_double_backward_rows_whole", (*_AMPERE, "sm_12"), _HALF, 64, warps=8, stages=1, BLOCK_M=32, BLOCK_N=128),
+    _row("attention_double_backward_rows", _HOPPER, _HALF, 64, warps=4, stages=3, BLOCK_M=64, BLOCK_N=16),
     _row("attention_double_backward_rows", _BLACKWELL, _HALF, 64, warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
     _row("attention_double_backward_rows", _AMPERE, _HALF, 64, warps=8, stages=1, BLOCK_M=64, BLOCK_N=16),
     _row("attention_double_backward_rows", _AMPERE, _HALF, 96, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
@@ -163,6 +172,8 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_double_backward_rows", _NEWER, _SINGLE, 96, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_double_backward_rows", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=32, BLOCK_N=16),
     _row("attention_double_backward_rows", (), (), 256, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
+    _row("attention_double_backward_columns", _HOPPER, _HALF, 64, warps=4, stages=2, BLOCK_M=16, BLOCK_N=64),
+    _row("attention_double_backward_columns", _HOPPER, _HALF, 128, warps=4, stages=1, BLOCK_M=16, BLOCK_N=64),
     _row("attention_double_backward_columns", _NVIDIA, _HALF, 64, warps=8, stages=2, BLOCK_M=16, BLOCK_N=128),
     _row("attention_double_backward_columns", (*_AMPERE, *_HOPPER), _HALF, 96, warps=8, stages=2,
          BLOCK_M=16, BLOCK_N=128),
@@ -180,7 +191,7 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_double_backward_columns", (), (), 256, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_double_backward_head", _BLACKWELL, _HALF, 64, warps=8, stages=1,
          ROW_TILE=64, ROW_KEYS=32, BLOCK_M=16, BLOCK_N=128),
-    _row("attention_double_backward_head", _NVIDIA, _HALF, 64, warps=8, stages=2,
+    _row("attention_double_backward_head", (*_AMPERE, "sm_12"), _HALF, 64, warps=8, stages=2,
          ROW_TILE=64, ROW_KEYS=16, BLOCK_M=16, BLOCK_N=64),
     # layer norm: tiles of whole rows, about TILE elements
     _row("layer_norm_forward", _INTERPRETER, warps=4, stages=1, TILE=64),
@@ -225,10 +236,13 @@ _TABLE: tuple[_Row, ...] = (
          BLOCK_T=64, BLOCK_J=64, BLOCK_E=128),
     _row("routed_penalty_route", (), (2,), warps=4, stages=3, BLOCK_T=64, BLOCK_J=64, BLOCK_E=128),
     _row("routed_penalty_route", _AMPERE, (4,), 112, above=80, warps=8, stages=2, BLOCK_T=32, BLOCK_J=32, BLOCK_E=64),
+    _row("routed_penalty_route", _HOPPER, (4,), warps=4, stages=2, BLOCK_T=64, BLOCK_J=32, BLOCK_E=64),
     _row("routed_penalty_route", warps=8, stages=2, BLOCK_T=64, BLOCK_J=32, BLOCK_E=64),
     _row("routed_penalty_route_back", _AMPERE, (4,), 112, above=80, warps=8, stages=1,
          BLOCK_T=64, BLOCK_J=64, BLOCK_E=32),
+    _row("routed_penalty_route_back", _HOPPER, (4,), warps=4, stages=2, BLOCK_T=64, BLOCK_J=64, BLOCK_E=32),
     _row("routed_penalty_route_back", warps=8, stages=2, BLOCK_T=64, BLOCK_J=64, BLOCK_E=32),
+    _row("routed_penalty_weight", _HOPPER, (4,), warps=4, stages=1, BLOCK_T=32, BLOCK_J=64, BLOCK_E=64),
     _row("routed_penalty_weight", warps=8, stages=2, BLOCK_T=32, BLOCK_J=64, BLOCK_E=64),
 )
 # fmt: on
@@ -365,14 +379,22 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def precision(like: Tensor) -> str:
+def precision(like: Tensor, on_hopper: str = "tf32x3") -> str:
     """``input_precision`` of ``tl.dot``: float32 products follow torch's matmul precision on NVIDIA.
 
     "highest" is three TF32 products (float32's accuracy on tensor cores), "high" and "medium" one.
+
+    Args:
+        on_hopper: what "highest" is there. "bf16x6", six bfloat16 products, is as exact (on an H200 attention's
+            error was 4e-7 with it, 6e-7 with three TF32 ones, 8e-7 in eager) and needs fewer registers;
+            "bf16x3" is for products of half tensors with float32 ones, with 16 bits of the latter.
     """
-    if like.dtype != torch.float32 or not architecture(like.device).startswith("sm_"):
+    name = architecture(like.device)
+    if like.dtype != torch.float32 or not name.startswith("sm_"):
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return on_hopper if name.startswith(_HOPPER) else "tf32x3"
 
 
 def options(like: Tensor) -> dict[str, Any]:
