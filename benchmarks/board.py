@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     @property
     def id(self) -> str:
-        return f"{self.spec.group}-{self.provider.name}".replace(" ", "_")
+        return f"{self.spec.group}-{self.provider.name}-{self.spec.device}".replace(" ", "_")
 
 
 @dataclass
@@ -106,6 +106,8 @@ class Board:
         clock = _gpu_seconds if device.type == "cuda" else seconds_of
         for name, seconds in interleaved(jobs, rounds, clock).items():
             outcomes[name].seconds = seconds
+        if isinstance(workload, StepWorkload) and workload.spec.graph:
+            return outcomes  # a replay allocates nothing: its memory is the graph's
         for name, job in jobs.items():
             outcomes[name].peak_bytes = peak_bytes(job, device)
         return outcomes

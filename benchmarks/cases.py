@@ -68,9 +68,11 @@ def step_cases(stage: str, tiny: bool = False) -> list[Case]:
     """Every row of one training step; batch 80 is the paper's."""
     every_layer = {"cpu": (2, 8), "cuda": (64, 64)}[DEVICE]
     batches = {"paper step": (80,), "all-layers step": every_layer}[stage]  # by DTYPES
+    graphs = (False, True) if DEVICE == "cuda" and stage == "all-layers step" else (False,)
     specs = [
-        StepSpec(stage, 2 if tiny else batch, tiny, DEVICE, dtype=dtype)
+        StepSpec(stage, 2 if tiny else batch, tiny, DEVICE, dtype=dtype, graph=graph)
         for dtype, batch in zip(DTYPES, batches, strict=False)
+        for graph in graphs
     ]
     return [Case(spec, provider) for spec in specs for provider in step_providers(stage)]
 

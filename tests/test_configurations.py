@@ -47,15 +47,20 @@ def test_precision_follows_torch(monkeypatch):
     with configurations.pretend("sm_90"):
         assert configurations.precision(HALF) == "ieee"
         assert configurations.precision(SINGLE) == "tf32x3"
+        assert configurations.precision(SINGLE, "bf16x6") == "bf16x6"
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
         assert configurations.precision(SINGLE) == "tf32"
+        assert configurations.precision(SINGLE, "bf16x6") == "tf32"
+    monkeypatch.undo()
+    with configurations.pretend("sm_80"):
+        assert configurations.precision(SINGLE, "bf16x6") == "tf32x3"
     with configurations.pretend("gfx942"):
         assert configurations.precision(SINGLE) == "ieee"
 
 
 def test_a_whole_tile_must_hold_all_keys():
     name = "attention_backward_rows_whole"
-    with configurations.pretend("sm_90"):
+    with configurations.pretend("sm_80"):
         held = configurations.configuration(name, HALF, 64)["BLOCK_N"]
         assert configurations.fits(name, HALF, 64, "BLOCK_N", held)
         assert not configurations.fits(name, HALF, 64, "BLOCK_N", held + 1)

@@ -1,10 +1,10 @@
 """The penalty of routed input gradients ``u_h = r_h W_h`` on a GPU: (40)-(45) of kernels/README.md.
 
 u [B, H, N, D] never exists: it is made, used and forgotten one tile of tokens at a time, in a scratch of at most
-SCRATCH_BYTES: more than an L2 cache holds, since on an H200 launching took longer (with 32 MiB, ViT-B in bfloat16: 69 ms,
-25 of them on the device). A tile is some tokens of one sample, or all tokens of some samples. Its products
-with r and W are matrix products over tokens (``routed_products.py``), its Gram
-matrices those of any head gradients (``head_products.py``). No atomics: same bits on every run.
+SCRATCH_BYTES. That is more than an L2 cache holds: with 32 MiB an H200 spent 69 ms on a ViT-B in bfloat16, 25 of
+them in kernels, the others on launching them. A tile is some tokens of one sample, or all tokens of some samples.
+Its products with r and W are matrix products over tokens (``routed_products.py``), its Gram matrices those of any
+head gradients (``head_products.py``). No atomics: same bits on every run.
 
 Shapes   grad_qkv, ddgrad_qkv [B, N, 3, H, d] and weight, ddweight [3, H, d, D] of any strides; their gradients
          have the same shapes, dense; cosines, norms as in ``cosine.py``; H up to 64.

@@ -240,7 +240,9 @@ def static_of(r: Tensor, w: Tensor, *others: Tensor | None) -> RoutedStatic:
         DTYPE=_DTYPES[common],
         INDEX=tl.int32 if farthest < 2**30 else tl.int64,
         PRECISION=precision(r.new_empty(0, dtype=common), "bf16x6"),
-        WIDE=precision(r.new_empty(0, dtype=accumulation_dtype(common)), "bf16x3" if half else "bf16x6"),
+        WIDE=precision(
+            r.new_empty(0, dtype=accumulation_dtype(common)), "bf16x3" if half else "bf16x6"
+        ),
     )
 
 
