@@ -121,7 +121,8 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_backward_few", _NVIDIA, _SINGLE, 112, warps=4, stages=2, BLOCK_M=16, BLOCK_N=32),
     _row("attention_backward_few", (), (), 256, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_backward_rows_whole", _BLACKWELL, _HALF, 64, warps=8, stages=1, BLOCK_M=64, BLOCK_N=256),
-    _row("attention_backward_rows_whole", (*_AMPERE, "sm_12"), _HALF, 64, above=32, warps=8, stages=1, BLOCK_M=32, BLOCK_N=256),
+    _row("attention_backward_rows_whole", (*_AMPERE, "sm_12"), _HALF, 64, above=32,
+         warps=8, stages=1, BLOCK_M=32, BLOCK_N=256),
     _row("attention_backward_rows", _HOPPER, _HALF, 64, warps=4, stages=3, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", _HOPPER, _HALF, 128, warps=4, stages=2, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", _NEWER, _HALF, 112, above=96, warps=8, stages=2, BLOCK_M=64, BLOCK_N=64),
@@ -153,7 +154,8 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_double_backward_few", _NVIDIA, (), 128, warps=8, stages=1, BLOCK_M=16, BLOCK_N=32),
     _row("attention_double_backward_few", (), (), 256, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_double_backward_rows_whole", _BLACKWELL, _HALF, 64, warps=8, stages=1, BLOCK_M=64, BLOCK_N=128),
-    _row("attention_double_backward_rows_whole", (*_AMPERE, "sm_12"), _HALF, 64, warps=8, stages=1, BLOCK_M=32, BLOCK_N=128),
+    _row("attention_double_backward_rows_whole", (*_AMPERE, "sm_12"), _HALF, 64,
+         warps=8, stages=1, BLOCK_M=32, BLOCK_N=128),
     _row("attention_double_backward_rows", _HOPPER, _HALF, 64, warps=4, stages=3, BLOCK_M=64, BLOCK_N=16),
     _row("attention_double_backward_rows", _BLACKWELL, _HALF, 64, warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
     _row("attention_double_backward_rows", _AMPERE, _HALF, 64, warps=8, stages=1, BLOCK_M=64, BLOCK_N=16),
@@ -396,7 +398,7 @@ def precision(like: Tensor, on_hopper: str = "tf32x3") -> str:
     Args:
         on_hopper: what "highest" is there. "bf16x6", six bfloat16 products, is as exact (on an H200 attention's
             error was 4e-7 with it, 6e-7 with three TF32 ones, 8e-7 in eager) and needs fewer registers;
-            "bf16x3" is for products of half tensors with float32 ones, with 16 bits of the latter.
+            "bf16x3" is for products of bfloat16 tensors with float32 ones: 16 bits of the latter.
     """
     name = architecture(like.device)
     if like.dtype != torch.float32 or not name.startswith("sm_"):

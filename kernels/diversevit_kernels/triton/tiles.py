@@ -17,7 +17,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b. The interpreter's product of bfloat16 tiles is wrong, so it multiplies in acc's dtype."""
     if INTERPRETED:
         a, b = a.to(acc.dtype), b.to(acc.dtype)
-    return tl.dot(a, b, acc=acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        return tl.dot(a, b, acc=acc, input_precision="ieee", out_dtype=acc.dtype)
+    else:
+        return tl.dot(a, b, acc=acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
