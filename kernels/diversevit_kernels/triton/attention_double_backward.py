@@ -25,6 +25,7 @@ from .attention_tiles import (
     FEW_QUERIES,
     Operand,
     as_number,
+    chunked,
     empty_heads,
     empty_statistic,
     operand,
@@ -175,7 +176,7 @@ def attention_double_backward(
     gradients = map(operand, (gq, gk, gv, gdo))
     common = (q, width, reads, Results(*gradients, delta, x, t), scale)  # pyright: ignore[reportArgumentType]
     if name == FEW:
-        launch(name, _few_kernel, lambda _: B * H, *common, S=static)
+        launch(name, _few_kernel, lambda _: B * H, *common, S=chunked(static))
     elif name.startswith(HEAD):
         launch(name, _head_kernel, lambda _: B * H, *common, S=static, WHOLE=whole)
     else:

@@ -12,6 +12,7 @@ from .attention_tiles import (
     Problem,
     Static,
     as_number,
+    chunked,
     head_factor,
     indices,
     load_rows,
@@ -110,6 +111,6 @@ def mask_gradient(
         heads,
         q.shape[0] if samples == 1 else 1,
         q.shape[1] if heads == 1 else 1,
-        S=static,
+        S=chunked(static),
     )
     return parts.sum_to_size(mask.shape).to(mask.dtype)

@@ -96,6 +96,11 @@ class Static(NamedTuple):
     CHUNKED: bool  # products over the head width go piece by piece (see ``add_product``)
 
 
+def chunked(S: Static) -> Static:
+    """For kernels whose tiles fit the registers of no chip in float32, whatever its products are made of."""
+    return S._replace(CHUNKED=S.CHUNKED or S.PRECISION == "bf16x6")
+
+
 def operand(x: Tensor | None) -> Operand | None:
     """A tensor with its strides; axes of size 1 get stride 0, so that masks broadcast."""
     if x is None:

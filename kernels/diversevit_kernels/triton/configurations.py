@@ -124,7 +124,8 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_backward_rows_whole", (*_AMPERE, "sm_12"), _HALF, 64, above=32,
          warps=8, stages=1, BLOCK_M=32, BLOCK_N=256),
     _row("attention_backward_rows", _HOPPER, _HALF, 64, warps=4, stages=3, BLOCK_M=64, BLOCK_N=32),
-    _row("attention_backward_rows", _HOPPER, _HALF, 128, warps=4, stages=2, BLOCK_M=64, BLOCK_N=32),
+    _row("attention_backward_rows", _HOPPER, _HALF, 96, warps=4, stages=2, BLOCK_M=64, BLOCK_N=32),
+    _row("attention_backward_rows", _HOPPER, _HALF, 128, above=112, warps=4, stages=2, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", _NEWER, _HALF, 112, above=96, warps=8, stages=2, BLOCK_M=64, BLOCK_N=64),
     _row("attention_backward_rows", _NEWER, _HALF, 128, warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),
     _row("attention_backward_rows", _NVIDIA, _HALF, 64, warps=8, stages=1, BLOCK_M=128, BLOCK_N=64),
@@ -135,7 +136,7 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_backward_rows", _AMPERE, _SINGLE, 96, warps=4, stages=1, BLOCK_M=64, BLOCK_N=16),
     _row("attention_backward_rows", _NVIDIA, _SINGLE, 128, warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", (), (), 256, warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
-    _row("attention_backward_columns", _HOPPER, _HALF, 128, warps=4, stages=2, BLOCK_M=32, BLOCK_N=64),
+    _row("attention_backward_columns", _HOPPER, _HALF, 64, warps=4, stages=2, BLOCK_M=32, BLOCK_N=64),
     _row("attention_backward_columns", _NVIDIA, _HALF, 64, warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
     _row("attention_backward_columns", _AMPERE, _HALF, 96, warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
     _row("attention_backward_columns", _AMPERE, _HALF, 112, warps=8, stages=2, BLOCK_M=32, BLOCK_N=64),
@@ -254,9 +255,22 @@ _TABLE: tuple[_Row, ...] = (
 # fmt: on
 
 
-SPILLING = {("attention_double_backward_rows", "sm_90", 4): 64}
-"""(kernel, architecture, itemsize) -> widths up to this, where a configuration that spills was measured to be faster
-than all without: on an H200 1.3 ms against 3.9 (64 x 12 heads, 197 tokens, width 64)."""
+SPILLING = {
+    (
+        "attention_backward_columns",
+        "sm_90",
+        4,
+    ): 64,  # 0.5 ms against 1.1 (four query heads to a key head spill)
+    ("attention_double_backward_rows", "sm_90", 4): 64,  # 1.3 ms against 3.9
+    ("attention_double_backward_columns", "sm_90", 4): 64,  # 1.2 ms against 2.9 (as above)
+    (
+        "attention_double_backward_columns",
+        "sm_90",
+        2,
+    ): 128,  # 0.9 ms against 1.4 (Triton 3.8 spills there, 3.6 did not)
+}
+"""(kernel, architecture, itemsize) -> widths up to this, where a configuration that spills was measured to be
+faster than those without: on an H200, 197 tokens, 64 x 12 heads of width 64 or 64 x 6 of 128."""
 
 
 def _properties(device: torch.device) -> Any:
