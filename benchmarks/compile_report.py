@@ -45,12 +45,13 @@ def judge(compilation: Compilation, binary: Binary) -> tuple[list[str], list[str
         failures.append(f"tensor memory {binary.tensor_columns} of {chip.tensor_columns} columns")
     if not failures and not _resident(compilation, binary):
         failures.append("a multiprocessor cannot hold one program")
-    if code.local_in_loops and not _measured(compilation):
+    preferred = _preferred(compilation)
+    if code.local_in_loops and not preferred:
         spills.append(
             f"{code.local_in_loops} local-memory instructions inside loops"
             f" ({code.local_in_innermost} in innermost ones)"
         )
-    if code.stack > STACK_LIMIT and not _measured(compilation):
+    if code.stack > STACK_LIMIT and not preferred:
         spills.append(f"{code.stack} bytes of stack")
     if binary.multiplies and not code.mnemonics("tensor"):
         spills.append("a matrix product without tensor cores")
@@ -58,7 +59,7 @@ def judge(compilation: Compilation, binary: Binary) -> tuple[list[str], list[str
     return (failures + spills, []) if binding else (failures, spills)
 
 
-def _measured(compilation: Compilation) -> bool:
+def _preferred(compilation: Compilation) -> bool:
     """Whether the chip itself preferred a configuration that spills."""
     first = compilation.workloads[0]
     itemsize = workloads.DTYPES[first.dtype].itemsize

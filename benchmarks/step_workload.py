@@ -38,10 +38,9 @@ class StepSpec(NamedTuple):
     @property
     def group(self) -> str:
         model = f" {self.vit}" if self.stage == "all-layers step" else ""
+        kind = str(self.dtype).removeprefix("torch.")
         how = " CUDA graph" if self.graph else ""
-        return (
-            f"{self.stage}{model} batch {self.batch} {str(self.dtype).removeprefix('torch.')}{how}"
-        )
+        return f"{self.stage}{model} batch {self.batch} {kind}{how}"
 
     @property
     def vit(self) -> str:
@@ -117,7 +116,7 @@ class StepWorkload:
 
     def job(self, provider: Provider) -> Job:
         loss = STEPS[self.spec.stage][provider.name][0]
-        return _captured(lambda: self._run(loss)) if self.spec.graph else lambda: self._run(loss)
+        return captured(lambda: self._run(loss)) if self.spec.graph else lambda: self._run(loss)
 
     def _run(self, loss: Loss) -> tuple[Tensor, ...]:
         half = self.spec.dtype == torch.bfloat16
@@ -152,7 +151,7 @@ class StepWorkload:
         return exact, [1e-3 + 2 * own for own in rounding]
 
 
-def _captured(job: Job) -> Job:
+def captured(job: Job) -> Job:
     """``job`` as a CUDA graph: its launches without what Python does between them. Results are overwritten."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

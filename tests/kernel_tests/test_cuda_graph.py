@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import diversevit_fast as dvf
+from benchmarks.step_workload import captured
 from diversevit_fast.models import DiverseViT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures need a GPU")
@@ -22,17 +23,8 @@ def test_a_step_replayed_has_the_same_bits(layers):
         loss = logits.square().mean() + diversity.penalty(logits)
         return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay = captured(step)
     images.copy_(torch.rand_like(images))
-    graph.replay()
-    for replayed, wanted in zip(captured, step(), strict=True):
+    for replayed, wanted in zip(replay(), step(), strict=True):
         assert (replayed is None) == (wanted is None)
         assert wanted is None or torch.equal(replayed, wanted)

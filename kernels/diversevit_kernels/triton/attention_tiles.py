@@ -97,7 +97,7 @@ class Static(NamedTuple):
 
 
 def chunked(S: Static) -> Static:
-    """For kernels whose tiles fit the registers of no chip in float32, whatever its products are made of."""
+    """For kernels whose whole float32 tiles spill even where products are made of bfloat16 ones."""
     return S._replace(CHUNKED=S.CHUNKED or S.PRECISION == "bf16x6")
 
 

@@ -80,6 +80,8 @@ _NVIDIA, _AMPERE, _HOPPER, _BLACKWELL, _NEWER = (
     ("sm_10",),
     ("sm_9", "sm_10"),
 )
+_WITHOUT_WARPGROUPS = (*_AMPERE, "sm_12")
+"""NVIDIA chips whose matrix instructions are of one warp."""
 _HALF, _SINGLE = (2,), (4,)
 # fmt: off
 _TABLE: tuple[_Row, ...] = (
@@ -121,7 +123,7 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_backward_few", _NVIDIA, _SINGLE, 112, warps=4, stages=2, BLOCK_M=16, BLOCK_N=32),
     _row("attention_backward_few", (), (), 256, warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_backward_rows_whole", _BLACKWELL, _HALF, 64, warps=8, stages=1, BLOCK_M=64, BLOCK_N=256),
-    _row("attention_backward_rows_whole", (*_AMPERE, "sm_12"), _HALF, 64, above=32,
+    _row("attention_backward_rows_whole", _WITHOUT_WARPGROUPS, _HALF, 64, above=32,
          warps=8, stages=1, BLOCK_M=32, BLOCK_N=256),
     _row("attention_backward_rows", _HOPPER, _HALF, 64, warps=4, stages=3, BLOCK_M=64, BLOCK_N=32),
     _row("attention_backward_rows", _HOPPER, _HALF, 96, warps=4, stages=2, BLOCK_M=64, BLOCK_N=32),
@@ -155,7 +157,7 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_double_backward_few", _NVIDIA, (), 128, warps=8, stages=1, BLOCK_M=16, BLOCK_N=32),
     _row("attention_double_backward_few", (), (), 256, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_double_backward_rows_whole", _BLACKWELL, _HALF, 64, warps=8, stages=1, BLOCK_M=64, BLOCK_N=128),
-    _row("attention_double_backward_rows_whole", (*_AMPERE, "sm_12"), _HALF, 64,
+    _row("attention_double_backward_rows_whole", _WITHOUT_WARPGROUPS, _HALF, 64,
          warps=8, stages=1, BLOCK_M=32, BLOCK_N=128),
     _row("attention_double_backward_rows", _HOPPER, _HALF, 64, warps=4, stages=3, BLOCK_M=64, BLOCK_N=16),
     _row("attention_double_backward_rows", _BLACKWELL, _HALF, 64, warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
@@ -181,7 +183,7 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_double_backward_columns", _HOPPER, _HALF, 64, warps=4, stages=2, BLOCK_M=16, BLOCK_N=64),
     _row("attention_double_backward_columns", _HOPPER, _HALF, 128, warps=4, stages=1, BLOCK_M=16, BLOCK_N=64),
     _row("attention_double_backward_columns", _NVIDIA, _HALF, 64, warps=8, stages=2, BLOCK_M=16, BLOCK_N=128),
-    _row("attention_double_backward_columns", (*_AMPERE, *_HOPPER), _HALF, 96, warps=8, stages=2,
+    _row("attention_double_backward_columns", _AMPERE, _HALF, 96, warps=8, stages=2,
          BLOCK_M=16, BLOCK_N=128),
     _row("attention_double_backward_columns", _NVIDIA, _HALF, 128, warps=8, stages=2, BLOCK_M=16, BLOCK_N=64),
     _row("attention_double_backward_columns", _AMPERE, _SINGLE, 32, warps=8, stages=1, BLOCK_M=16, BLOCK_N=64),
@@ -198,7 +200,7 @@ _TABLE: tuple[_Row, ...] = (
     _row("attention_double_backward_columns", (), (), 256, warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     _row("attention_double_backward_head", _BLACKWELL, _HALF, 64, warps=8, stages=1,
          ROW_TILE=64, ROW_KEYS=32, BLOCK_M=16, BLOCK_N=128),
-    _row("attention_double_backward_head", (*_AMPERE, "sm_12"), _HALF, 64, warps=8, stages=2,
+    _row("attention_double_backward_head", _WITHOUT_WARPGROUPS, _HALF, 64, warps=8, stages=2,
          ROW_TILE=64, ROW_KEYS=16, BLOCK_M=16, BLOCK_N=64),
     # layer norm: tiles of whole rows, about TILE elements
     _row("layer_norm_forward", _INTERPRETER, warps=4, stages=1, TILE=64),

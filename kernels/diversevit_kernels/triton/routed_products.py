@@ -230,7 +230,7 @@ def static_of(r: Tensor, w: Tensor, *others: Tensor | None) -> RoutedStatic:
     for x in tensors:
         check_operand("grad_qkv" if x.ndim == 5 else "weight_qkv", x)
     common = torch.promote_types(r.dtype, w.dtype)
-    exact = "bf16x3" if common == torch.bfloat16 else "bf16x6"  # of bfloat16 times float32
+    wide = "bf16x3" if common == torch.bfloat16 else "bf16x6"  # u stays float32
     farthest = max(reach(x, 2 if x.ndim == 5 else 0) for x in tensors)
     return RoutedStatic(
         H=r.shape[3],
@@ -240,7 +240,7 @@ def static_of(r: Tensor, w: Tensor, *others: Tensor | None) -> RoutedStatic:
         DTYPE=_DTYPES[common],
         INDEX=tl.int32 if farthest < 2**30 else tl.int64,
         PRECISION=precision(r.new_empty(0, dtype=common), "bf16x6"),
-        WIDE=precision(r.new_empty(0, dtype=accumulation_dtype(common)), exact),
+        WIDE=precision(r.new_empty(0, dtype=accumulation_dtype(common)), wide),
     )
 
 
