@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from diversevit_kernels.cpu import pool
+
 from .providers import Job, Provider
 from .step_workload import StepSpec, StepWorkload
 from .timing import conditions, interleaved, seconds_of
@@ -136,7 +138,8 @@ def peak_bytes(job: Callable[[], Any], device: torch.device) -> int | None:
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if platform.system() != "Linux" or not clear.exists():
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # else freed memory of an earlier job is used again, unseen
+    pool.release()  # else memory freed by an earlier job is used again, unseen
+    ctypes.CDLL(None).malloc_trim(0)
     try:
         clear.write_text("5")
     except OSError:

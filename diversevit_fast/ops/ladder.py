@@ -1,9 +1,14 @@
 """The derivative ladder: each rung's registered derivative is the next rung, and the last one raises.
 
-A rung is one ``torch.library`` operator plus a twin ``autograd.Function`` with the same two methods. The
-operator is what compilers, export and plain autograd want; it raises under ``torch.func`` transforms,
-where the twin is right. Forward-mode derivatives have no rung: public functions use the composite
-formula inside a forward-mode level, and a rung that meets a tangent all the same raises.
+A rung is one ``torch.library`` operator and two ``autograd.Function`` with the same two methods:
+
+* the operator is what compilers, export and tracers want, and what runs without gradients;
+* under ``torch.func`` transforms it raises; there the twin is right;
+* with gradients, outside of all that, the plain function is right too, and records the operator in half
+  the time that ``torch.library`` takes (30 of 60 us a rung).
+
+Forward-mode derivatives have no rung: public functions use the composite formula inside a forward-mode
+level, and a rung that meets a tangent all the same raises.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,16 +61,32 @@ class Rung:
             },
         )
 
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = overload(*args)
+            save(ctx, args, output)
+            return output
+
+        self._plain = type(
+            operator._name,
+            (torch.autograd.Function,),
+            {"forward": staticmethod(forward), "backward": staticmethod(derivative)},
+        )
+
     def __call__(self, *args: Any) -> Any:
+        compiling = torch.compiler.is_compiling()
         if torch._C._are_functorch_transforms_active():
-            if torch.compiler.is_compiling():
+            if compiling:
                 raise UnsupportedError(
                     "torch.func transforms inside torch.compile drop second-order terms; call "
                     "torch.func outside torch.compile, or use torch.autograd.grad inside it"
                 )
             return self._twin.apply(*args)
         refuse_tangents(args)
-        return self._operator(*args)
+        watched = compiling or torch._C._len_torch_dispatch_stack()
+        if watched or not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
+            return self._operator(*args)
+        return self._plain.apply(*args)
 
 
 def in_forward_mode() -> bool:

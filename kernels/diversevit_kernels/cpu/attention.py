@@ -27,7 +27,7 @@ from torch import Tensor
 from ..dtypes import accumulation_dtype
 from . import attention_native as native
 from . import attention_rows as rowwise
-from .fresh import fresh
+from .pool import pooled
 from .scratch import Scratch
 
 TILE_BYTES = 1 << 20
@@ -151,7 +151,7 @@ def _add_to_mask(total: Tensor, ds: Tensor, t: _Tile) -> None:
 def empty_heads(like: Tensor, width: int) -> Tensor:
     """Uninitialised ``[B, H, N, width]`` laid out as ``[B, N, H, width]``, what a projection reads."""
     B, H, N, _ = like.shape
-    return fresh(like, B, N, H, width).transpose(1, 2)
+    return pooled(like, B, N, H, width).transpose(1, 2)
 
 
 def attention_forward(

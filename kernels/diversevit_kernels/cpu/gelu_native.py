@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fresh import fresh
+from .pool import pooled
 from .native import library
 
 _SIZES = ("elements", "threads", "tanh")
@@ -34,7 +34,7 @@ def call(rung: str, approximate: str, *results: str, **operands: Tensor) -> tupl
     """Run a rung; operands and results by the names in ``_TENSORS``."""
     dense = {name: t.contiguous() for name, t in operands.items()}
     x = dense["x"]
-    made = {name: fresh(x, *x.shape) for name in results}
+    made = {name: pooled(x, *x.shape) for name in results}
     request = _Call(
         *(x.numel(), torch.get_num_threads(), approximate == "tanh"),
         **{name: t.data_ptr() for name, t in (*dense.items(), *made.items())},

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..dtypes import accumulation_dtype
 from . import layer_norm_native as native
-from .fresh import fresh
+from .pool import pooled
 from .scratch import Scratch
 
 CHUNK_ELEMENTS = 1 << 17
@@ -45,7 +45,7 @@ def layer_norm_forward(
     dtype = accumulation_dtype(x.dtype)
     if native.runs(x):
         xs = _flat(x, axes)
-        y = fresh(xs, *xs.shape)
+        y = pooled(xs, *xs.shape)
         mean, rstd = (xs.new_empty(len(xs), dtype=dtype) for _ in range(2))
         w, b = _flat_parameters(dtype, weight, bias)
         native.call("forward", xs, eps, w=w, b=b, y=y, mean=mean, rstd=rstd)
@@ -110,7 +110,7 @@ def _half_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor | None, *asked: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(14) of half x and dy chunk by chunk in float32: PyTorch's kernel would sum dw and db in half precision."""
-    scratch, dx = Scratch(mean.dtype, x.device), fresh(x, *x.shape)
+    scratch, dx = Scratch(mean.dtype, x.device), pooled(x, *x.shape)
     dw, db = (mean.new_zeros(x.shape[1]) for _ in asked)
     for rows in _chunks(*x.shape):
         wide = scratch.load("dy", dy[rows]), scratch.load("x", x[rows])
@@ -125,7 +125,7 @@ def _native_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor | None, *asked: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(14) by the C++ kernel."""
-    dx = fresh(x, *x.shape)
+    dx = pooled(x, *x.shape)
     dw, db = (mean.new_empty(x.shape[1]) if one else None for one in asked)
     native.call("backward", x, dy=dy, w=w, mean=mean, rstd=rstd, dx=dx, dw=dw, db=db)
     return dx, dw, db
@@ -165,7 +165,7 @@ def layer_norm_double_backward(
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     w, ddw, ddb = _flat_parameters(mean.dtype, weight, ddw, ddb)
     kept = a is not None and weight is not None and weight_grad
-    gx, gdy = (fresh(x, *xs.shape) for _ in range(2))
+    gx, gdy = (pooled(x, *xs.shape) for _ in range(2))
     gw = mean.new_zeros(xs.shape[1]) if kept else None
     if native.runs(x):
         given = {"dy": dys, "ddx": a, "w": w, "ddw": ddw, "ddb": ddb, "mean": mean, "rstd": rstd}

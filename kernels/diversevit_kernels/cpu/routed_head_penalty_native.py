@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..dtypes import accumulation_dtype
 from ..grouping import Grouping
-from .fresh import fresh
+from .pool import pooled
 from .native import library
 
 _Int = ctypes.c_int64
@@ -65,7 +65,7 @@ def backward(g: Grouping, grad_qkv: Tensor, weight: Tensor, m: Tensor) -> tuple[
         dr, dw = backward(g, grad_qkv.float(), weight.float(), m)
         return dr.to(grad_qkv.dtype), dw
     functions: Any = library("routed_head_penalty")
-    dr, m = fresh(grad_qkv, *grad_qkv.shape), m.contiguous()
+    dr, m = pooled(grad_qkv, *grad_qkv.shape), m.contiguous()
     dw = m.new_empty(weight.shape)
     _call(functions, "backward", g, grad_qkv, weight, dgrad_qkv=dr, m=m, dweight=dw)
     return dr, dw

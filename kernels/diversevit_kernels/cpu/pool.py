@@ -1,0 +1,116 @@
+"""Memory of results: in large pages, and kept when a result dies, for the next one of its size.
+
+A page that is touched for the first time costs the system about a microsecond on a virtual machine, as much as a kernel
+takes to fill it, and PyTorch's allocator on a CPU hands large tensors back to the system. Here a result of ``WORTH``
+bytes or more lies in a mapping of its own. When its storage is freed, on any thread, the mapping waits for the next
+result of the same size, the one freed last first: its pages are there and may still be in the cache. Up to ``KEPT``
+bytes wait; beyond, those that have waited longest go back to the system, and ``release`` gives back all.
+
+A block is private to the process (a fork gets copies of its pages) and cannot be resized by PyTorch. Elsewhere than on
+Linux results are PyTorch's own.
+"""
+
+import ctypes
+import mmap
+import os
+import sys
+import weakref
+from collections import deque
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+WORTH = 1 << 20
+"""Bytes from which a result is pooled. Less comes from the heap, whose pages stay."""
+KEPT = 256 << 20
+"""Bytes that may wait."""
+_GRAIN = 1 << 16
+"""Sizes are multiples of it, so that almost equal ones share."""
+_ENABLED = sys.platform.startswith("linux")
+_HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
+
+_waiting: list[mmap.mmap] = []  # guarded by _lock; the one freed last is last
+_freed: deque[mmap.mmap] = deque()  # on their way to _waiting: a finalizer must not wait for a lock
+_lock = Lock()
+if _ENABLED:  # no child is forked while the lock is held by a thread that it does not get
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
+
+
+def pooled(like: Tensor, *shape: int) -> Tensor:
+    """Uninitialised dense memory of the device and dtype of ``like``; a kernel must write all of it."""
+    made = like.new_empty(0)
+    strides = _dense(shape)
+    size = -(-shape[0] * strides[0] * made.itemsize // _GRAIN) * _GRAIN if shape else 0
+    if not _ENABLED or size < WORTH:
+        return like.new_empty(shape)
+    block = _taken(size) or _mapped(size)
+    if block is None:
+        return like.new_empty(shape)  # and its error, if there is no memory at all
+    lease = (ctypes.c_char * size).from_buffer(block)
+    weakref.finalize(lease, _give_back, block).atexit = False
+    return made.set_(torch.frombuffer(lease, dtype=torch.uint8).untyped_storage(), 0, shape, strides)
+
+
+def release() -> None:
+    """Give all memory that waits back to the system."""
+    with _lock:
+        _freed.clear()
+        _waiting.clear()
+
+
+def waiting() -> int:
+    """Bytes that wait for a result."""
+    with _lock:
+        _tidy()
+        return sum(map(len, _waiting))
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def _taken(size: int) -> mmap.mmap | None:
+    with _lock:
+        _tidy()
+        for i in reversed(range(len(_waiting))):
+            if len(_waiting[i]) == size:
+                return _waiting.pop(i)
+    return None
+
+
+def _mapped(size: int) -> mmap.mmap | None:
+    try:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return None
+    if _HUGE_PAGES is not None:
+        try:
+            block.madvise(_HUGE_PAGES)
+        except OSError:
+            pass  # a hint: a system built without them
+    return block
+
+
+def _give_back(block: mmap.mmap) -> None:
+    """A result's storage is freed. This may interrupt any thread, one inside the lock too: then that one tidies."""
+    _freed.append(block)
+    if _lock.acquire(blocking=False):
+        try:
+            _tidy()
+        finally:
+            _lock.release()
+
+
+def _tidy() -> None:
+    """Under the lock: what was freed waits, and what is too much goes back to the system."""
+    while _freed:
+        _waiting.append(_freed.popleft())
+    while sum(map(len, _waiting)) > KEPT:
+        _waiting.pop(0)
