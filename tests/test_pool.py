@@ -178,5 +178,7 @@ if not child:
 assert os.waitpid(child, 0)[1] == 0
 assert (x == 1).all()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
+    )
     assert done.returncode == 0, done.stderr

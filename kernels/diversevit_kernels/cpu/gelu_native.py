@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pool import pooled
 from .native import library
+from .pool import pooled
 
 _SIZES = ("elements", "threads", "tanh")
 _TENSORS = ("x", "dy", "ddx", "y", "dx", "gx", "gdy")

@@ -16,6 +16,7 @@ import os
 import sys
 import weakref
 from collections import deque
+from contextlib import suppress
 from threading import Lock
 
 import torch
@@ -51,7 +52,9 @@ def pooled(like: Tensor, *shape: int) -> Tensor:
         return like.new_empty(shape)  # and its error, if there is no memory at all
     lease = (ctypes.c_char * size).from_buffer(block)
     weakref.finalize(lease, _give_back, block).atexit = False
-    return made.set_(torch.frombuffer(lease, dtype=torch.uint8).untyped_storage(), 0, shape, strides)
+    return made.set_(
+        torch.frombuffer(lease, dtype=torch.uint8).untyped_storage(), 0, shape, strides
+    )
 
 
 def release() -> None:
@@ -91,10 +94,8 @@ def _mapped(size: int) -> mmap.mmap | None:
     except OSError:
         return None
     if _HUGE_PAGES is not None:
-        try:
+        with suppress(OSError):  # a hint: a system built without them
             block.madvise(_HUGE_PAGES)
-        except OSError:
-            pass  # a hint: a system built without them
     return block
 
 

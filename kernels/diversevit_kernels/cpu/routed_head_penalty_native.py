@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..dtypes import accumulation_dtype
 from ..grouping import Grouping
-from .pool import pooled
 from .native import library
+from .pool import pooled
 
 _Int = ctypes.c_int64
 
