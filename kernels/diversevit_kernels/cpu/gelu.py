@@ -35,7 +35,7 @@ TANH_CUBIC = 0.044715
 
 def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     """(20) or (23): ``y`` like x, contiguous."""
-    if approximate == "tanh" and native.runs(x):
+    if native.runs(x):
         (y,) = native.call("forward", approximate, "y", x=x)
         return y
     return torch.ops.aten.gelu.out(x, approximate=approximate, out=pooled(x, *x.shape))

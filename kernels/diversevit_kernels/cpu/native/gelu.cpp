@@ -13,84 +13,129 @@ struct Call {
 
 typedef Vector<float> V;
 
-constexpr float FLAT_BEYOND = 40;  // |x| from which y'' is 0; clamping there keeps powers of x finite
-constexpr float K = 0.797884561f;  // sqrt(2 / pi), of (23)
-constexpr float C = 0.044715f;     // of (23)
+constexpr double PI = 3.14159265358979324, K = 0.797884560802865356, C = 0.044715;  // K and C of (23)
 
-constexpr int DEGREE = 9;  // of P
-constexpr float COEFFICIENTS[DEGREE + 1] = {0.39999789f,   0.400096918f, 0.334221841f, 0.225241281f,  -0.0517679053f,
-                                            0.260596484f, -0.877757198f, 0.903197945f, -0.415282827f, 0.0747696627f};
-
-struct Derivatives {
-    V share, first, second;  // y / x, y', y''
-};
-
-inline V size_of(V x) { return bits_of<V>(bits_of<Vector<Pair>>(x) & 0x7fffffff); }
 inline V at_most(V x, float most) { return x > most ? V{} + most : x; }
 
-// (20)-(22). The tail of the normal distribution is its density times the Mills ratio, here t P(t) with
-// t = 1 / (1 + 0.4 |x|): its relative deviation is least on [0, 40] for this degree, 4e-8.
-inline Derivatives of_erf(V x) {
-    const V size = at_most(size_of(x), FLAT_BEYOND), square = size * size;
-    const V density = exponential(square * -0.5f) * 0.398942280f;
-    const V t = reciprocal(size * 0.4f + 1.0f);
-    V p = V{} + COEFFICIENTS[DEGREE];
-    for (int i = DEGREE - 1; i >= 0; i--) p = p * t + COEFFICIENTS[i];
-    const V tail = density * (p * t);
-    const V below = tail - size * density;  // y' at -|x|
-    return {x < 0 ? tail : 1.0f - tail, x < 0 ? below : 1.0f - below, density * (2.0f - square)};
-}
+// A function of |x| that is 0 from 7.6 on, as polynomials in u = 4 |x| - j, one around each node j / 4. The coefficients
+// are made when the library is loaded, by interpolation in double. The derivative is that of the polynomial.
+template <int DEGREE> struct Table {
+    static constexpr int NODES = 32;  // what an instruction can look up in two registers
 
-// (23)-(25) from |x|: y'' is even and y' + y'(-x) = 1. s = sigmoid(2 u) = (1 + T) / 2 and its complement do not cancel
-// where T is 1.
-inline Derivatives of_tanh(V x) {
-    const V size = at_most(size_of(x), FLAT_BEYOND), square = size * size;
-    const V u = size * (square * (K * C) + K), slope = square * (3 * K * C) + K;
-    const V e = exponential(u * -2.0f), s = reciprocal(e + 1.0f), rest = e * s, bump = s * rest * 2.0f;
-    const V bent = square * (12 * K * C) + 2 * K - size * (s - rest) * (slope * slope) * 2.0f;
-    const V below = rest - size * slope * bump;  // y' at -|x|
-    return {x < 0 ? rest : s, x < 0 ? below : 1.0f - below, bump * bent};
-}
+    alignas(64) float coefficients[DEGREE + 1][NODES];  // of u^k at a node
+
+    template <class F> explicit Table(F f) {
+        for (int node = 0; node < NODES; node++) {
+            double at[DEGREE + 1], c[DEGREE + 1];  // the roots of a Chebyshev polynomial; Newton's form
+            for (int i = 0; i <= DEGREE; i++) at[i] = 0.5 * std::cos(PI * (i + 0.5) / (DEGREE + 1));
+            for (int i = 0; i <= DEGREE; i++) c[i] = node < NODES - 1 ? f(0.25 * (node + at[i])) : 0;
+            for (int k = 1; k <= DEGREE; k++)
+                for (int i = DEGREE; i >= k; i--) c[i] = (c[i] - c[i - 1]) / (at[i] - at[i - k]);
+            for (int k = DEGREE - 1; k >= 0; k--)  // into powers of u
+                for (int i = k; i < DEGREE; i++) c[i] -= at[k] * c[i + 1];
+            for (int k = 0; k <= DEGREE; k++) coefficients[k][node] = float(c[k]);
+        }
+    }
+
+    struct Place {
+        Vector<Pair> node;  // in the lowest five bits
+        V u;
+    };
+    static Place find(V x) {
+        constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held by the lowest bits
+        const V size = at_most(bits_of<V>(bits_of<Vector<Pair>>(x) & 0x7fffffff), 0.25f * (NODES - 1));
+        const V shifted = size * 4.0f + magic;
+        return {bits_of<Vector<Pair>>(shifted), size * 4.0f - (shifted - magic)};
+    }
+
+    V value(Place p) const {
+        V y = of(DEGREE, p);
+        for (int k = DEGREE - 1; k >= 0; k--) y = y * p.u + of(k, p);
+        return y;
+    }
+    V value(Place p, V& slope) const {  // and its derivative by |x|
+        V y = of(DEGREE, p), d{};
+        for (int k = DEGREE - 1; k >= 0; k--) d = d * p.u + y, y = y * p.u + of(k, p);
+        slope = d * 4.0f;
+        return y;
+    }
+
+  private:
+    V of(int k, Place p) const {
+        const float* row = coefficients[k];
+#if defined(__AVX512F__)
+        return (V)_mm512_permutex2var_ps(_mm512_load_ps(row), (__m512i)p.node, _mm512_load_ps(row + 16));
+#else
+        V c;
+        for (int l = 0; l < LANES<float>; l++) c[l] = row[p.node[l] % NODES];
+        return c;
+#endif
+    }
+};
+
+// (20)-(21) at -|x|: the share y / x and y'. At |x| both are 1 less that, and y'' is even.
+struct Erf {
+    static double share(double size) { return 0.5 * std::erfc(size * std::sqrt(0.5)); }
+    static double first(double size) { return share(size) - size * std::exp(-0.5 * size * size) / std::sqrt(2 * PI); }
+};
+// (23)-(24) at -|x|.
+struct Tanh {
+    static double share(double size) { return 1 / (1 + std::exp(2 * K * (size + C * size * size * size))); }
+    static double first(double size) {
+        const double s = share(size);
+        return s - size * 2 * s * (1 - s) * K * (1 + 3 * C * size * size);
+    }
+};
+
+// Degrees: the interpolation is off by less than the rounding of S.
+template <class S> constexpr int DEGREE = std::is_same_v<S, float> ? 6 : 4;
+template <class S, class Form> const Table<DEGREE<S>> SHARE(Form::share);
+template <class S, class Form> const Table<DEGREE<S>> FIRST(Form::first);
+
+inline V mirrored(V x, V y) { return x < 0 ? y : 1.0f - y; }
 
 // f for the lanes of every vector, the last of which may be partial: f(first element, elements).
 template <class F> inline void each(const Call& c, F f) {
     constexpr int64_t lanes = LANES<float>, worth = 1 << 15;  // elements for which threads are worth it
     const int64_t whole = c.elements / lanes;
-#pragma omp parallel for schedule(static) num_threads(c.elements < worth ? 1 : c.threads)
-    for (int64_t i = 0; i < whole; i++) f(i * lanes, lanes);
+#pragma omp parallel num_threads(c.elements < worth ? 1 : c.threads)
+    {
+        const F mine = f;  // which no store can change: tables stay in registers
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < whole; i++) mine(i * lanes, lanes);
+    }
     if (c.elements > whole * lanes) f(whole * lanes, c.elements - whole * lanes);
 }
 
-template <class S, Derivatives (*at)(V)> void forward(const Call& c) {
-    each(c, [&](int64_t i, int64_t n) {
+template <class S, class Form> void forward(const Call& c) {
+    each(c, [=, table = SHARE<S, Form>](int64_t i, int64_t n) {
         const V x = load_some(static_cast<const S*>(c.x) + i, n);
-        store_some(static_cast<S*>(c.y) + i, x * at(x).share, n);
+        store_some(static_cast<S*>(c.y) + i, x * mirrored(x, table.value(table.find(x))), n);
     });
 }
 
-template <class S, Derivatives (*at)(V)> void backward(const Call& c) {
-    each(c, [&](int64_t i, int64_t n) {
+template <class S, class Form> void backward(const Call& c) {
+    each(c, [=, table = FIRST<S, Form>](int64_t i, int64_t n) {
         const V x = load_some(static_cast<const S*>(c.x) + i, n), dy = load_some(static_cast<const S*>(c.dy) + i, n);
-        store_some(static_cast<S*>(c.dx) + i, dy * at(x).first, n);
+        store_some(static_cast<S*>(c.dx) + i, dy * mirrored(x, table.value(table.find(x))), n);
     });
 }
 
-template <class S, Derivatives (*at)(V)> void double_backward(const Call& c) {
-    each(c, [&](int64_t i, int64_t n) {
+template <class S, class Form> void double_backward(const Call& c) {
+    each(c, [=, table = FIRST<S, Form>](int64_t i, int64_t n) {
         const V x = load_some(static_cast<const S*>(c.x) + i, n), dy = load_some(static_cast<const S*>(c.dy) + i, n);
         const V a = load_some(static_cast<const S*>(c.ddx) + i, n);
-        const Derivatives y = at(x);
-        store_some(static_cast<S*>(c.gx) + i, dy * a * y.second, n);
-        store_some(static_cast<S*>(c.gdy) + i, a * y.first, n);
+        V falling;  // y' at -|x| falls with |x| by y''
+        const V first = mirrored(x, table.value(table.find(x), falling));
+        store_some(static_cast<S*>(c.gx) + i, dy * a * -falling, n);
+        store_some(static_cast<S*>(c.gdy) + i, a * first, n);
     });
 }
 
 }  // namespace
 
-#define RUNG(NAME, S)                                                        \
-    extern "C" void gelu_##NAME##_##S(const Call* c) {                       \
-        c->tanh ? NAME<S, of_tanh>(*c) : NAME<S, of_erf>(*c);                \
-    }
+#define RUNG(NAME, S) \
+    extern "C" void gelu_##NAME##_##S(const Call* c) { c->tanh ? NAME<S, Tanh>(*c) : NAME<S, Erf>(*c); }
 typedef float float32;
 RUNG(forward, float32)
 RUNG(backward, float32)
