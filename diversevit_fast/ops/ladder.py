@@ -2,16 +2,17 @@
 
 A rung is one ``torch.library`` operator and two ``autograd.Function`` with the same two methods:
 
-* the operator is what compilers, export and tracers want, and what runs without gradients;
+* the operator is what compilers, tracers, profilers and tensor subclasses want;
 * under ``torch.func`` transforms it raises; there the twin is right;
-* with gradients, outside of all that, the plain function is right too, and records the operator in half
-  the time that ``torch.library`` takes (30 of 60 us a rung).
+* where nobody watches, the operator's function is called as it stands, and the plain function records it
+  where a gradient is wanted. That spares Python, which between large tensors always runs from cold caches.
 
 Forward-mode derivatives have no rung: public functions use the composite formula inside a forward-mode
 level, and a rung that meets a tangent all the same raises.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -62,8 +63,7 @@ class Rung:
         )
 
         def forward(ctx: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = overload(*args)
+            output = self._run(*args)
             save(ctx, args, output)
             return output
 
@@ -72,6 +72,10 @@ class Rung:
             (torch.autograd.Function,),
             {"forward": staticmethod(forward), "backward": staticmethod(derivative)},
         )
+
+    def _run(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._operator._init_fn(*args)
 
     def __call__(self, *args: Any) -> Any:
         compiling = torch.compiler.is_compiling()
@@ -83,10 +87,31 @@ class Rung:
                 )
             return self._twin.apply(*args)
         refuse_tangents(args)
-        watched = compiling or torch._C._len_torch_dispatch_stack()
-        if watched or not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
+        if compiling or _watched(args):
             return self._operator(*args)
-        return self._plain.apply(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._plain.apply(*args)
+        return self._run(*args)
+
+
+def _watched(args: Sequence[Any]) -> bool:
+    """Whether anybody but autograd wants to see the operator: a dispatch mode, a profiler, a kind of tensor.
+
+    Subclasses, vmapped, lazily negated and functional tensors all have dispatch keys of their own.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
+        return True
+    tensors = (x for x in args if isinstance(x, Tensor))
+    return any(_keys(x) & ~_ordinary_keys(x.device.type) for x in tensors)
+
+
+def _keys(x: Tensor) -> int:
+    return torch._C._dispatch_keys(x).raw_repr()
+
+
+@cache
+def _ordinary_keys(device: str) -> int:
+    return _keys(torch.empty(0, device=device))
 
 
 def in_forward_mode() -> bool:

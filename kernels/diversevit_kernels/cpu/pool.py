@@ -11,12 +11,13 @@ Linux results are PyTorch's own.
 """
 
 import ctypes
+import math
 import mmap
 import os
 import sys
-import weakref
 from collections import deque
 from contextlib import suppress
+from functools import cache
 from threading import Lock
 
 import torch
@@ -42,19 +43,31 @@ if _ENABLED:  # no child is forked while the lock is held by a thread that it do
 
 def pooled(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised dense memory of the device and dtype of ``like``; a kernel must write all of it."""
-    made = like.new_empty(0)
-    strides = _dense(shape)
-    size = -(-shape[0] * strides[0] * made.itemsize // _GRAIN) * _GRAIN if shape else 0
-    if not _ENABLED or size < WORTH:
+    numel = math.prod(shape)
+    size = -(-numel * like.itemsize // _GRAIN) * _GRAIN
+    if size < WORTH or not _ENABLED:
         return like.new_empty(shape)
     block = _taken(size) or _mapped(size)
     if block is None:
         return like.new_empty(shape)  # and its error, if there is no memory at all
-    lease = (ctypes.c_char * size).from_buffer(block)
-    weakref.finalize(lease, _give_back, block).atexit = False
-    return made.set_(
-        torch.frombuffer(lease, dtype=torch.uint8).untyped_storage(), 0, shape, strides
-    )
+    lease = _lease_of(size).from_buffer(block)
+    lease.block = block
+    return torch.frombuffer(lease, dtype=like.dtype, count=numel).resize_(shape)
+
+
+class _Lease(ctypes.Array):
+    """A block while a storage holds it: PyTorch drops it with the storage, on any thread."""
+
+    _type_, _length_ = ctypes.c_char, 0
+    block: mmap.mmap
+
+    def __del__(self):
+        _give_back(self.block)
+
+
+@cache
+def _lease_of(size: int) -> type[_Lease]:
+    return type("_Lease", (_Lease,), {"_type_": ctypes.c_char, "_length_": size})
 
 
 def release() -> None:
@@ -69,14 +82,6 @@ def waiting() -> int:
     with _lock:
         _tidy()
         return sum(map(len, _waiting))
-
-
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
 
 
 def _taken(size: int) -> mmap.mmap | None:
