@@ -84,8 +84,8 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def launch(stage: str, rung: str, *args: Any) -> Any:
-    """Run ``<stage>_<rung>`` of the chosen backend on ``args``; the first is a tensor.
+def launch(stage: str, rung: str, *args: Any, **options: Any) -> Any:
+    """Run ``<stage>_<rung>`` of the chosen backend; the first of ``args`` is a tensor.
 
     Autocast is off inside: a kernel decides its own precision.
     """
@@ -93,9 +93,9 @@ def launch(stage: str, rung: str, *args: Any) -> Any:
     kernel = _kernel(_chosen, device, stage, f"{stage}_{rung}")
     try:
         if not torch.is_autocast_enabled(device):
-            return kernel(*args)
+            return kernel(*args, **options)
         with torch.autocast(device, enabled=False):
-            return kernel(*args)
+            return kernel(*args, **options)
     except NotImplementedError as refusal:
         raise UnsupportedError(f"{refusal}; dvf.use_backend('reference') runs anything") from None
 

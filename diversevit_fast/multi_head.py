@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .errors import UnsupportedError
 from .ops import attention
+from .ops.packed_attention import taken_apart
 
 Project = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 """(which of "qkv" it makes, x, weight, bias) -> the linear layer's output."""
@@ -49,7 +50,7 @@ def multi_head_attention(
             "build it without add_bias_kv and add_zero_attn"
         )
     batched = call.query.ndim == 3
-    q, k, v = (_split(x, call.num_heads) for x in _project(call, batched, project))
+    q, k, v = _project(call, batched, project)
     mask = _mask(call, q, k)
     causal = call.is_causal and call.key_padding_mask is None and not call.need_weights
     dropout = call.dropout_p if call.training else 0.0
@@ -71,7 +72,7 @@ _Call = namedtuple(
 
 
 def _project(call: Any, batched: bool, project: Project) -> tuple[Tensor, ...]:
-    """Queries, keys and values ``[B, N, H d]``."""
+    """Queries, keys and values ``[B, H, N, d]``."""
 
     def samples_first(x: Tensor) -> Tensor:
         return x.transpose(0, 1) if batched else x[None]
@@ -82,15 +83,13 @@ def _project(call: Any, batched: bool, project: Project) -> tuple[Tensor, ...]:
     biases = (None,) * 3 if call.in_proj_bias is None else call.in_proj_bias.chunk(3)
     if call.use_separate_proj_weight:
         weights = (call.q_proj_weight, call.k_proj_weight, call.v_proj_weight)
-        return tuple(map(project, "qkv", (query, key, value), weights, biases))
-    if key is query and value is key:
-        return project("qkv", query, call.in_proj_weight, call.in_proj_bias).chunk(3, -1)
-    weights = call.in_proj_weight.chunk(3)
-    return tuple(map(project, "qkv", (query, key, value), weights, biases))
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    elif key is query and value is key:
+        made = project("qkv", query, call.in_proj_weight, call.in_proj_bias)
+        return taken_apart(made.unflatten(-1, (3, call.num_heads, -1)))
+    else:
+        weights = call.in_proj_weight.chunk(3)
+    each = map(project, "qkv", (query, key, value), weights, biases)
+    return tuple(x.unflatten(-1, (call.num_heads, -1)).transpose(1, 2) for x in each)
 
 
 def _mask(call: Any, q: Tensor, k: Tensor) -> Tensor | None:

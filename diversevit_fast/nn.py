@@ -10,6 +10,7 @@ from .errors import UnsupportedError, expected
 from .head_gradients import Captured, Projected, head_gradients, layer_penalty
 from .ops import attention, gelu, layer_norm
 from .ops.checks import check_choice
+from .ops.packed_attention import taken_apart
 
 
 class LayerNorm(nn.LayerNorm):
@@ -103,8 +104,7 @@ class MultiHeadAttention(nn.Module):
         """
         B, N, _ = x.shape
         qkv = self.qkv(x)
-        q, k, v = qkv.view(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
-        heads = attention(q, k, v)
+        heads = attention(*taken_apart(qkv.view(B, N, 3, self.num_heads, self.head_dim)))
         if head_scale is not None:
             heads = heads * self._per_head(head_scale, B)
         out = self.proj(heads.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim))

@@ -7,6 +7,8 @@ vouches for it and it vouches for the rest. Numbers are the equations of ``kerne
 ``X_double_backward`` are the same stage's three rungs with the arguments that the kernels take.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -68,15 +70,16 @@ def attention_backward(
     is_causal: bool,
     scale: float,
     mask_grad: bool,
+    into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(3)-(5)  Pull the cotangent ``do`` of the output back to q, k, v and an additive mask."""
+    """(3)-(5)  Pull the cotangent ``do`` of the output back to q, k, v (``into``) and an additive mask."""
     group = q.shape[1] // k.shape[1]
     p, _ = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))
     dp = do @ v.repeat_interleave(group, 1).mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    dq = scale * ds @ k.repeat_interleave(group, 1)
     dk, dv = (_sum_groups(x, group) for x in (scale * ds.mT @ q, p.mT @ do))
-    return dq, dk, dv, ds.sum_to_size(mask.shape) if mask is not None and mask_grad else None
+    dmask = ds.sum_to_size(mask.shape) if mask is not None and mask_grad else None
+    return *_written(into, scale * ds @ k.repeat_interleave(group, 1), dk, dv), dmask
 
 
 def attention_double_backward(
@@ -95,12 +98,12 @@ def attention_double_backward(
     is_causal: bool,
     scale: float,
     mask_grad: bool,
+    into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """(6)-(9)  Pull the cotangents of (5) back to q, k, v, do and an additive mask."""
+    """(6)-(9)  Pull the cotangents of (5) back to q, k, v (``into``), do and an additive mask."""
     group = q.shape[1] // k.shape[1]
     p, _ = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))
-    a = torch.zeros_like(q) if ddq is None else ddq
-    b, c = (torch.zeros_like(x) if g is None else g for x, g in ((k, ddk), (v, ddv)))
+    a, b, c = (torch.zeros_like(x) if g is None else g for x, g in ((q, ddq), (k, ddk), (v, ddv)))
     k, v, b, c = (x.repeat_interleave(group, 1) for x in (k, v, b, c))
     dp = do @ v.mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
@@ -111,7 +114,16 @@ def attention_double_backward(
     r = r - p * r.sum(-1, keepdim=True)
     gk, gv = _sum_groups(scale * (r.mT @ q + ds.mT @ a), group), _sum_groups(e.mT @ do, group)
     gmask = r.sum_to_size(mask.shape) if mask is not None and mask_grad else None
-    return scale * (r @ k + ds @ b), gk, gv, e @ v + p @ c, gmask
+    return *_written(into, scale * (r @ k + ds @ b), gk, gv), e @ v + p @ c, gmask
+
+
+def attention_packed(qkv: Tensor) -> Tensor:
+    """Uninitialised, dense, like ``qkv`` [B, N, 3, H, d]: what ``into`` may be views of."""
+    return qkv.new_empty(qkv.shape)
+
+
+def _written(into: tuple[Tensor, ...] | None, *results: Tensor) -> Any:
+    return results if into is None else tuple(map(Tensor.copy_, into, results))
 
 
 def _sum_groups(x: Tensor, group: int) -> Tensor:
@@ -133,11 +145,8 @@ def _by_head(x: Tensor, like: Tensor) -> Tensor:
 def _pair_weights(grads: Tensor, granularity: str, reduction: str) -> Tensor:
     """w (1 - I) of (32): [H, H], zero on the diagonal, what a squared cosine counts in the mean."""
     B, H, N, _ = grads.shape
-    pairs = (
-        (H * H if reduction == "all" else H * (H - 1)) * B * (N if granularity == "token" else 1)
-    )
-    dtype = torch.promote_types(grads.dtype, torch.float32)
-    return (1 - torch.eye(H, dtype=dtype, device=grads.device)) / pairs
+    pairs = B * H * (H if reduction == "all" else H - 1) * (N if granularity == "token" else 1)
+    return (1 - torch.eye(H, dtype=_wide(grads[:0]).dtype, device=grads.device)) / pairs
 
 
 def head_penalty(

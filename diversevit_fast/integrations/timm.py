@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import require
 from ..ops import attention
+from ..ops.packed_attention import taken_apart
 
 _layers: Any = require("timm.layers", extra="train")
 
@@ -35,8 +36,7 @@ class Attention(_layers.Attention):
             UnsupportedError: attention dropout in training.
         """
         B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+        q, k, v = taken_apart(self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim))
         heads = attention(
             *(self.q_norm(q), self.k_norm(k), v),
             attn_mask=attn_mask,

@@ -18,6 +18,7 @@ from ..backends import cast_for_autocast, launch
 from ..errors import UnsupportedError, expected
 from .checks import check_alike, check_tensor, shape_error
 from .ladder import Rung, in_forward_mode, refuse_third_order
+from .packed_attention import packed_attention, whole_of
 
 
 def attention(
@@ -70,9 +71,12 @@ def attention(
     _check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     q, k, v, attn_mask = cast_for_autocast(q, k, v, attn_mask)  # pyright: ignore[reportAssignmentType]
     check_alike(q=q, k=k, v=v)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    whole = whole_of(q, k, v) if attn_mask is None else None
+    if whole is not None:
+        return packed_attention(whole, is_causal, scale)
     q4, k4, v4, lead = _as_samples(q, k, v, enable_gqa)
     mask = None if attn_mask is None else _mask_as_samples(attn_mask, lead, q4, k4)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if in_forward_mode():
         o = reference.attention(q4, k4, v4, mask, is_causal, scale)
     else:

@@ -154,6 +154,11 @@ def empty_heads(like: Tensor, width: int) -> Tensor:
     return pooled(like, B, N, H, width).transpose(1, 2)
 
 
+def attention_packed(qkv: Tensor) -> Tensor:
+    """Uninitialised, dense, like ``qkv`` [B, N, 3, H, d]: what ``into`` may be views of."""
+    return pooled(qkv, *qkv.shape)
+
+
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -186,9 +191,13 @@ def attention_backward(
     is_causal: bool,
     scale: float,
     mask_grad: bool,
+    into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``."""
-    dq, dk, dv = (empty_heads(x, x.shape[-1]) for x in (q, k, v))
+    """(3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``.
+
+    ``into``: where to write the first three.
+    """
+    dq, dk, dv = into or (empty_heads(x, x.shape[-1]) for x in (q, k, v))
     if native.runs(q, mask_gradient=mask_grad):
         grads = {"gq": dq, "gk": dk, "gv": dv}
         native.call("backward", q, k, v, mask, lse, is_causal, scale, do=do, **grads)
@@ -233,12 +242,15 @@ def attention_double_backward(
     is_causal: bool,
     scale: float,
     mask_grad: bool,
+    into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(6)-(9): ``gq``, ``gk``, ``gv``, ``gdo``, and ``gmask`` if ``mask_grad``.
 
     An absent cotangent costs nothing: its products and their buffers are left out. ``dq`` is not read.
+    ``into``: where to write the first three.
     """
-    gq, gk, gv, gdo = (empty_heads(x, x.shape[-1]) for x in (q, k, v, do))
+    gq, gk, gv = into or (empty_heads(x, x.shape[-1]) for x in (q, k, v))
+    gdo = empty_heads(do, do.shape[-1])
     if native.runs(q, mask_gradient=mask_grad or ddmask is not None):
         given = {"do": do, "ddq": ddq, "ddk": ddk, "ddv": ddv}
         grads = {"gq": gq, "gk": gk, "gv": gv, "gdo": gdo}

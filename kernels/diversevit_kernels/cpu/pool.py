@@ -58,7 +58,8 @@ def pooled(like: Tensor, *shape: int) -> Tensor:
 class _Lease(ctypes.Array):
     """A block while a storage holds it: PyTorch drops it with the storage, on any thread."""
 
-    _type_, _length_ = ctypes.c_char, 0
+    _type_ = ctypes.c_char  # pyright: ignore[reportAssignmentType]
+    _length_ = 0  # pyright: ignore[reportAssignmentType]
     block: mmap.mmap
 
     def __del__(self):

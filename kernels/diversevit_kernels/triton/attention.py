@@ -3,8 +3,21 @@
 ``attention_tiles`` holds what the kernels share; equations (1)-(9) of kernels/README.md.
 """
 
+from torch import Tensor
+
 from .attention_backward import attention_backward
 from .attention_double_backward import attention_double_backward
 from .attention_forward import attention_forward
+from .launch import allocate
 
-__all__ = ["attention_backward", "attention_double_backward", "attention_forward"]
+__all__ = [
+    "attention_backward",
+    "attention_double_backward",
+    "attention_forward",
+    "attention_packed",
+]
+
+
+def attention_packed(qkv: Tensor) -> Tensor:
+    """Uninitialised, dense, like ``qkv`` [B, N, 3, H, d]: what ``into`` may be views of."""
+    return allocate(tuple(qkv.shape), qkv.dtype, qkv)

@@ -177,15 +177,16 @@ def attention_backward(
     scale: float,
     mask_grad: bool,
     head_scale: Tensor | None = None,
+    into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``.
 
-    ``o`` includes ``head_scale``, ``do`` is its cotangent.
+    ``o`` includes ``head_scale``, ``do`` is its cotangent. ``into``: where to write the first three.
     """
     (B, H, Nq, _), Nk = q.shape, k.shape[2]
     reads, static = problem(q, k, v, mask, is_causal, head_scale, lse, o=o, do=do)
     width = max(static.WIDTH, static.VALUE_WIDTH)
-    dq, dk, dv = map(empty_heads, (q, k, v))
+    dq, dk, dv = into or map(empty_heads, (q, k, v))
     delta = empty_statistic(q)
     if Nq <= FEW_QUERIES and static.GROUP == 1:
         results = operand(dq), operand(dk), operand(dv), delta

@@ -156,11 +156,13 @@ def attention_double_backward(
     scale: float,
     mask_grad: bool,
     head_scale: Tensor | None = None,
+    into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(6)-(9): ``gq``, ``gk``, ``gv``, ``gdo``, and ``gmask`` if ``mask_grad``.
 
     ``o`` includes ``head_scale``, ``do`` is its cotangent, ``dq`` the result of (5): where it is None and read,
     the backward runs again. An absent cotangent costs nothing: its products are not compiled.
+    ``into``: where to write the first three.
     """
     (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
     more = {"o": o, "do": do, "dq": dq, "ddq": ddq, "ddk": ddk, "ddv": ddv, "ddmask": ddmask}
@@ -171,7 +173,8 @@ def attention_double_backward(
         given = (q, k, v, mask, o, lse, do, is_causal, scale, False, head_scale)
         more["dq"] = attention_backward(*given)[0]
         reads, static = problem(q, k, v, mask, is_causal, head_scale, lse, **more)
-    gq, gk, gv, gdo = map(empty_heads, (q, k, v, do))
+    gq, gk, gv = into or map(empty_heads, (q, k, v))
+    gdo = empty_heads(do)
     delta, x, t = (empty_statistic(q) for _ in range(3))
     gradients = map(operand, (gq, gk, gv, gdo))
     common = (q, width, reads, Results(*gradients, delta, x, t), scale)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,168 @@
+"""Attention of one tensor that holds queries, keys and values: the same kernels, gradients in one piece.
+
+A projection makes q, k and v as one tensor. Taken apart and differentiated, their gradients are three
+tensors, which autograd stacks, permutes and copies back into the shape of the one, to first and to
+second order. Here the kernels write them where they belong. ``taken_apart`` marks the three; ``attention``
+sees the marks, so that what stands between the two (a head filter, a context) need know nothing.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import launch
+from .ladder import Rung, batch_by_loop, in_forward_mode, refuse_third_order
+
+
+class _Part(NamedTuple):
+    """What a tensor is marked with: it is q (0), k (1) or v (2) of ``whole``."""
+
+    whole: Tensor  # [B, N, 3, H, d]
+    place: int
+
+
+def taken_apart(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v ``[B, H, N, d]``, views of ``[B, N, 3, H, d]``.
+
+    For callers that hand them to nobody but ``attention``: it then records a gradient with respect to
+    ``qkv``, and none with respect to one of them.
+    """
+    q, k, v = parts = _apart(qkv)
+    if _wanted(qkv):
+        for place, part in enumerate(parts):
+            part._diversevit_part = _Part(qkv, place)  # pyright: ignore[reportAttributeAccessIssue]
+    return q, k, v
+
+
+def whole_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """``[B, N, 3, H, d]`` if the three are ``taken_apart`` from it, and as they were."""
+    first: _Part | None = getattr(q, "_diversevit_part", None)
+    if first is None or not _wanted(first.whole):
+        return None
+    for place, part in enumerate((q, k, v)):
+        mark: _Part | None = getattr(part, "_diversevit_part", None)
+        if mark is None or mark.place != place or mark.whole is not first.whole:
+            return None
+    return first.whole
+
+
+def packed_attention(qkv: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """``[B, H, N, d]`` of ``[B, N, 3, H, d]``, (1)."""
+    return _d0(qkv, is_causal, scale)[0]
+
+
+def _apart(qkv: Tensor) -> tuple[Tensor, ...]:
+    return qkv.permute(2, 0, 3, 1, 4).unbind()
+
+
+def _wanted(qkv: Tensor) -> bool:
+    """Whether autograd alone is going to differentiate, for which this is made."""
+    transformed = torch._C._are_functorch_transforms_active() or in_forward_mode()
+    plain = not transformed and not torch.compiler.is_compiling()
+    return plain and torch.is_grad_enabled() and qkv.requires_grad
+
+
+@torch.library.custom_op("diversevit::packed_attention", mutates_args=())
+def packed_attention_operator(qkv: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """d0, (1)-(2): ``o`` [B, H, N, d] and ``lse`` [B, H, N]."""
+    return launch("attention", "forward", *_apart(qkv), None, is_causal, scale)
+
+
+@torch.library.custom_op("diversevit::packed_attention_backward", mutates_args=())
+def packed_attention_backward_operator(
+    qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, is_causal: bool, scale: float
+) -> Tensor:
+    """d1, (3)-(5): ``dqkv`` like qkv, dense."""
+    dqkv = launch("attention", "packed", qkv)
+    operands = (*_apart(qkv), None, o, lse, do, is_causal, scale, False)
+    launch("attention", "backward", *operands, into=_apart(dqkv))
+    return dqkv
+
+
+@torch.library.custom_op("diversevit::packed_attention_double_backward", mutates_args=())
+def packed_attention_double_backward_operator(
+    qkv: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dqkv: Tensor | None,
+    ddqkv: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """d2, (6)-(9): ``gqkv`` like qkv, dense, and ``gdo``. ``dqkv`` is d1's, or None."""
+    dq = None if dqkv is None else _apart(dqkv)[0]
+    gqkv = launch("attention", "packed", qkv)
+    given = (*_apart(qkv), None, o, lse, do, dq, *_apart(ddqkv), None, is_causal, scale, False)
+    *_, gdo, _ = launch("attention", "double_backward", *given, into=_apart(gqkv))
+    return gqkv, gdo
+
+
+def _heads(qkv: Tensor) -> Tensor:
+    """``[B, H, N, d]`` stored as ``[B, N, H, d]``, the layout every backend returns."""
+    B, N, _, H, d = qkv.shape
+    return qkv.new_empty(B, N, H, d).transpose(1, 2)
+
+
+@packed_attention_operator.register_fake
+def _(qkv, is_causal, scale):
+    B, N, _, H, _ = qkv.shape
+    statistics = torch.promote_types(qkv.dtype, torch.float32)
+    return _heads(qkv), qkv.new_empty(B, H, N, dtype=statistics)
+
+
+@packed_attention_backward_operator.register_fake
+def _(qkv, o, lse, do, is_causal, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+@packed_attention_double_backward_operator.register_fake
+def _(qkv, o, lse, do, dqkv, ddqkv, is_causal, scale):
+    return qkv.new_empty(qkv.shape), _heads(qkv)
+
+
+def _save_d0(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.is_causal, ctx.scale = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _d0_derivative(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
+    if do is None:
+        return None, None, None
+    return _d1(*ctx.saved_tensors, do, ctx.is_causal, ctx.scale), None, None
+
+
+def _save_d1(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.is_causal, ctx.scale = inputs
+    kept = None if output.device.type == "cpu" else output  # no kernel of a CPU reads it
+    ctx.save_for_backward(*tensors, kept)
+    ctx.set_materialize_grads(False)
+
+
+def _d1_derivative(ctx: Any, ddqkv: Tensor | None) -> tuple[Any, ...]:
+    if ddqkv is None:
+        return (None,) * 6
+    gqkv, gdo = _d2(*ctx.saved_tensors, ddqkv, ctx.is_causal, ctx.scale)
+    return gqkv, None, None, gdo, None, None
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """A last rung keeps nothing: its derivative raises."""
+
+
+_d2 = Rung(
+    packed_attention_double_backward_operator,
+    save=_save_nothing,
+    derivative=refuse_third_order("attention"),
+    batch=batch_by_loop,
+)
+_d1 = Rung(
+    packed_attention_backward_operator,
+    save=_save_d1,
+    derivative=_d1_derivative,
+    batch=batch_by_loop,
+)
+_d0 = Rung(packed_attention_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop)
