@@ -24,6 +24,7 @@ from .errors import UnsupportedError, expected
 from .multi_head import multi_head_attention
 from .ops import attention
 from .ops.attention import attention_operator
+from .ops.packed_attention import recognise
 
 
 def _refuse_compiled(model: nn.Module, first: AttentionLayer) -> None:
@@ -78,6 +79,9 @@ class Attachment:
         self._swapped: list[tuple[nn.Module, type, type]] = []
         self._running: AttentionLayer | None = None
         self._attended = False
+        self._made: Tensor | None = (
+            None  # of the running layer, where one projection made all three
+        )
         self._mode = _Mode(self)
         self._thread: int | None = None  # that entered
         self._active = True  # the last block was not one that does nothing
@@ -129,7 +133,7 @@ class Attachment:
         self._thread = None
         if self._active:
             self._mode.__exit__(*exception)
-        self._running = None
+        self._running = self._made = None
         while self._swapped:
             module, before, after = self._swapped.pop()
             if type(module) is after:
@@ -151,7 +155,10 @@ class Attachment:
             made = layer.projection_of(weight)
             if made is None:
                 return func(*args, **kwargs)
-            return self.projected(layer, made.roles, x, weight, func(*args, **kwargs))
+            out = self.projected(layer, made.roles, x, weight, func(*args, **kwargs))
+            if made.roles == "qkv" and not compiling:
+                self._made = out
+            return out
         if func in (F.scaled_dot_product_attention, attention):
             return self._attend(layer, func, *_split_attention_call(args, kwargs))
         if func is attention_operator._opoverload:  # a compiler sees the operator, not its function
@@ -187,6 +194,9 @@ class Attachment:
                 f"{list(q.shape)}, which is not [B, H, N, d]"
             )
         self._attended = True
+        if self._made is not None:
+            recognise(*qkv, self._made)
+            self._made = None
         return self.attended(layer, attend, qkv, options)
 
     def _swap_classes(self) -> None:
@@ -237,6 +247,8 @@ class Attachment:
 
     def _begin(self, layer: AttentionLayer) -> None:
         self._running, self._attended = layer, False
+        if not torch.compiler.is_compiling():
+            self._made = None
         self.started(layer)
 
     def _finish(self, layer: AttentionLayer) -> None:

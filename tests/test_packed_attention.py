@@ -144,3 +144,81 @@ def test_third_derivative_refuses():
     second = torch.autograd.grad(first.sin().sum(), qkv, create_graph=True)[0]
     with pytest.raises(UnsupportedError, match=r"twice.*reference\.attention"):
         torch.autograd.grad(second.sum(), qkv)
+
+
+class TestRecognised:
+    """A model's own taking apart, as timm writes it, seen from the attention call."""
+
+    def marked(self, apart, made=None):
+        made = torch.nn.Linear(5, 3 * 4 * 8)(torch.randn(2, 9, 5)) if made is None else made
+        q, k, v = apart(made)
+        ops.recognise(q, k, v, made)
+        return whole_of(q, k, v), made
+
+    @staticmethod
+    def as_timm(made):
+        return made.reshape(2, 9, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+
+    @pytest.mark.parametrize(
+        "apart",
+        [
+            lambda x: x.reshape(2, 9, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0),
+            lambda x: tuple(y.view(2, 9, 4, 8).transpose(1, 2) for y in x.chunk(3, -1)),
+            lambda x: tuple(x.view(2, 9, 3, 4, 8)[:, :, i].transpose(1, 2) for i in range(3)),
+        ],
+        ids=["unbind", "chunk", "index"],
+    )
+    def test_views(self, apart):
+        whole, made = self.marked(apart)
+        assert whole is not None
+        assert torch.equal(whole.flatten(2), made)
+
+    @pytest.mark.parametrize(
+        "apart",
+        [
+            lambda x: tuple(y.detach() for y in TestRecognised.as_timm(x)),
+            lambda x: tuple(y * 1 for y in TestRecognised.as_timm(x)),
+            lambda x: tuple(reversed(TestRecognised.as_timm(x))),
+            lambda x: x.reshape(2, 9, 3, 8, 4).permute(2, 0, 4, 1, 3).unbind(0),
+            lambda x: x.reshape(2, 9, 4, 3, 8).permute(3, 0, 2, 1, 4).unbind(0),
+            lambda x: TestRecognised.as_timm(x.view_as(x).clamp_(-9, 9)),
+        ],
+        ids=["detached", "computed with", "vkq", "heads last", "head by head", "in place"],
+    )
+    def test_anything_else(self, apart):
+        assert self.marked(apart)[0] is None
+
+    def test_without_gradients(self):
+        with torch.no_grad():
+            assert self.marked(self.as_timm)[0] is None
+
+    def test_a_stock_timm_model(self):
+        """The penalty's gradient is the kernel's tensor, the same bits as of three, and nothing is kept."""
+        timm = pytest.importorskip("timm")
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=2)
+        images = torch.rand(2, 3, 32, 32)
+        seen: list[str] = []
+
+        def step():
+            diversity = dvf.HeadDiversity(model, layers="all")
+            with diversity:
+                logits = model(images)
+            loss = logits.square().sum() + diversity.penalty(logits)
+            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            assert diversity._made is None
+            return [g for g in grads if g is not None]
+
+        def watched(q, k, v, made):
+            recognise(q, k, v, made)
+            seen.append("whole" if whole_of(q, k, v) is not None else "three")
+
+        from diversevit_fast import attach
+
+        recognise = attach.recognise
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attach, "recognise", watched)
+            got = step()
+            assert seen[0] == "whole"
+            patch.setattr(attach, "recognise", lambda *_: None)
+            wanted = step()
+        assert all(map(torch.equal, got, wanted))

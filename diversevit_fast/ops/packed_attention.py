@@ -28,11 +28,27 @@ def taken_apart(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     For callers that hand them to nobody but ``attention``: it then records a gradient with respect to
     ``qkv``, and none with respect to one of them.
     """
-    q, k, v = parts = _apart(qkv)
+    q, k, v = _apart(qkv)
     if _wanted(qkv):
-        for place, part in enumerate(parts):
-            part._diversevit_part = _Part(qkv, place)  # pyright: ignore[reportAttributeAccessIssue]
+        _mark(qkv, q, k, v)
     return q, k, v
+
+
+def recognise(q: Tensor, k: Tensor, v: Tensor, made: Tensor) -> None:
+    """Mark the three as ``taken_apart`` if a model did that to a projection's output ``made`` [B, N, 3 H d].
+
+    That is if they lie where they would, and autograd recorded nothing between but views.
+    """
+    B, H, N, d = q.shape
+    if made.shape != (B, N, 3 * H * d) or not k.shape == v.shape == q.shape or not _wanted(made):
+        return
+    samples, tokens, step = made.stride()
+    strides, size = (samples, d * step, tokens, step), H * d * step * made.itemsize
+    for place, x in enumerate((q, k, v)):
+        lies = x.stride() == strides and x.data_ptr() == made.data_ptr() + place * size
+        if not lies or not _only_views(x, made):
+            return
+    _mark(made.unflatten(-1, (3, H, d)), q, k, v)
 
 
 def whole_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
@@ -50,6 +66,26 @@ def whole_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 def packed_attention(qkv: Tensor, is_causal: bool, scale: float) -> Tensor:
     """``[B, H, N, d]`` of ``[B, N, 3, H, d]``, (1)."""
     return _d0(qkv, is_causal, scale)[0]
+
+
+def _mark(whole: Tensor, *parts: Tensor) -> None:
+    for place, part in enumerate(parts):
+        part._diversevit_part = _Part(whole, place)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_VIEWS = {
+    f"{name}Backward0"
+    for name in ("View", "UnsafeView", "Permute", "Transpose", "Unbind", "Select", "Split")
+}
+
+
+def _only_views(x: Tensor, made: Tensor) -> bool:
+    node, end = x.grad_fn, made.grad_fn
+    while node is not None and node is not end:
+        if type(node).__name__ not in _VIEWS:
+            return False
+        node = node.next_functions[0][0]
+    return node is not None
 
 
 def _apart(qkv: Tensor) -> tuple[Tensor, ...]:
