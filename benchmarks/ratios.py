@@ -130,9 +130,9 @@ class Counts(TorchDispatchMode):
     def inside(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         """``kernel`` of one of our operators, during which the mode is off unless entered again."""
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             with self:
-                return kernel(*args)
+                return kernel(*args, **options)
 
         return call
 

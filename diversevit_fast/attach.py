@@ -195,7 +195,7 @@ class Attachment:
             )
         self._attended = True
         if self._made is not None:
-            recognise(*qkv, self._made)
+            recognise(q, qkv[1], qkv[2], self._made)
             self._made = None
         return self.attended(layer, attend, qkv, options)
 

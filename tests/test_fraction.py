@@ -26,6 +26,7 @@ import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 
 attention_ops = importlib.import_module("diversevit_fast.ops.attention")
+packed_ops = importlib.import_module("diversevit_fast.ops.packed_attention")
 gelu_ops = importlib.import_module("diversevit_fast.ops.gelu")
 
 
@@ -92,14 +93,15 @@ class TestFraction:
 
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
     def test_second_order_runs_on_the_drawn_samples_only(self, model, options, monkeypatch):
-        batches = {"forward": [], "backward": [], "double_backward": []}
+        batches = {"forward": [], "backward": [], "double_backward": [], "packed": []}
         launch = attention_ops.launch
 
-        def spy(stage, rung, *args):
+        def spy(stage, rung, *args, **options):
             batches[rung].append(len(args[0]))
-            return launch(stage, rung, *args)
+            return launch(stage, rung, *args, **options)
 
-        monkeypatch.setattr(attention_ops, "launch", spy)
+        for ops in (attention_ops, packed_ops):
+            monkeypatch.setattr(ops, "launch", spy)
         _, penalty = step(
             model, dvf.HeadDiversity(model, fraction=0.25, **options), images_for(model, 4)
         )
@@ -121,11 +123,11 @@ class TestFraction:
         seen = {"attention": [], "gelu": []}
         launch = attention_ops.launch
 
-        def spy(stage, rung, x, *args):
+        def spy(stage, rung, x, *args, **options):
             seen[stage].append((len(x), x.shape[-2]))
-            return launch(stage, rung, x, *args)
+            return launch(stage, rung, x, *args, **options)
 
-        for ops in (attention_ops, gelu_ops):
+        for ops in (attention_ops, packed_ops, gelu_ops):
             monkeypatch.setattr(ops, "launch", spy)
         for model, expect in (
             (diverse_vit(depth=2), [(4, 9), (1, 1), (3, 1)]),

@@ -137,7 +137,12 @@ def altered(monkeypatch, function, change):
 
     def changed(*key):
         kernel = kernel_of(*key)
-        return kernel if key[-1] != function else lambda *args: (change(*args), kernel(*args))[1]
+
+        def worse(*args, **options):
+            change(*args)
+            return kernel(*args, **options)
+
+        return worse if key[-1] == function else kernel
 
     monkeypatch.setattr(backends, "_kernel", changed)
 
