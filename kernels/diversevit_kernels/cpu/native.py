@@ -53,13 +53,16 @@ def _compiler() -> str:
 
 def _build(name: str, path: Path) -> None:
     with compiled_files.written_whole(path) as made:
+        reasons = []
         for processor in _PROCESSORS:
             source = str(_SOURCES / f"{name}.cpp")
             command = (_compiler(), *_FLAGS, *processor, source, "-o", str(made))
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
                 return
-        raise OSError((done.stderr.strip().splitlines() or ["the compiler failed silently"])[0])
+            lines = done.stderr.strip().splitlines() or ["the compiler failed silently"]
+            reasons.append(next((line for line in lines if "error" in line), lines[0]))
+        raise OSError("; ".join(reasons))
 
 
 def _path(name: str) -> Path:

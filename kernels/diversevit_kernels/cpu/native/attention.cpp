@@ -50,15 +50,15 @@ struct Block {
     ptrdiff_t stride;             // between the keys of a tile
 };
 
-// Some rows of an operand, [n, width].
+// Some rows of an operand, [n, width], n padded to a multiple of a grain.
 template <class S> struct Rows {
     E<S>*as_it_is, *paired;
     ptrdiff_t high, wide;
 
-    Rows(int slot, const S* x, int64_t stride, ptrdiff_t n, ptrdiff_t width)
-        : high(padded<S>(n)), wide(padded<S>(width)) {
+    Rows(int slot, const S* x, int64_t stride, ptrdiff_t n, ptrdiff_t grain, ptrdiff_t width)
+        : high(multiple(n, grain)), wide(padded<S>(width)) {
         as_it_is = scratch<E<S>>(slot, high * wide / DEPTH<S>);
-        ::as_it_is(x, stride, n, width, as_it_is);
+        ::as_it_is(x, stride, n, high, width, as_it_is);
         paired = as_it_is;
         if constexpr (DEPTH<S> > 1) {
             paired = scratch<Pair>(slot + 1, high * wide / 2);
@@ -74,7 +74,7 @@ template <class S> struct Keys {
 
     Keys(int slot, const Tensor& x, int64_t b, int64_t h, ptrdiff_t Nk, ptrdiff_t width) {
         if (!x.data) return;
-        const Rows<S> rows(slot, at<S>(x, b, h), x.row, Nk, width);
+        const Rows<S> rows(slot, at<S>(x, b, h), x.row, Nk, STEP<S>, width);
         over_width = {rows.as_it_is, rows.wide / DEPTH<S>, 1};
         over_keys = {rows.as_it_is, 1, rows.wide};
         if constexpr (DEPTH<S> > 1) {  // products of pairs read rows
@@ -92,7 +92,7 @@ template <class S> struct Queries {
 
     Queries(int slot, const Tensor& x, const Block& t, ptrdiff_t width) {
         if (!x.data) return;
-        const Rows<S> rows(slot, at<S>(x, t.b, t.h, t.row), x.row, t.rows, width);
+        const Rows<S> rows(slot, at<S>(x, t.b, t.h, t.row), x.row, t.rows, UNIT<S>, width);
         E<S>* turned = scratch<E<S>>(slot + 2, rows.high * rows.wide / DEPTH<S>);
         transposed(rows.as_it_is, rows.high, rows.wide / DEPTH<S>, turned, rows.high);
         over_width = turned;
@@ -225,10 +225,10 @@ template <class T> const T* statistics(const Call& call, const Block& t) {
 // Every block of every pair of heads: begin(b, hk), block(t), end(b, hk).
 template <class S, class Begin, class Each, class End>
 void blocks(const Call& c, int tiles, Begin begin, Each each, End end) {
-    const ptrdiff_t steps = padded<S>(c.Nq) / STEP<S>;
+    const ptrdiff_t units = multiple(c.Nq, UNIT<S>) / UNIT<S>, widest = WIDEST * STEP<S> / UNIT<S>;
     const ptrdiff_t bytes = sizeof(T<S>) + (DEPTH<S> > 1 ? 2 * sizeof(S) : 0);
-    const ptrdiff_t fit = TILE_BYTES / (tiles * run<S>(c.Nk) * STEP<S> * bytes);
-    const ptrdiff_t most = std::clamp<ptrdiff_t>(fit, 1, WIDEST), count = (steps + most - 1) / most;
+    const ptrdiff_t fit = TILE_BYTES / (tiles * run<S>(c.Nk) * UNIT<S> * bytes);
+    const ptrdiff_t most = std::clamp<ptrdiff_t>(fit, STEP<S> / UNIT<S>, widest), count = (units + most - 1) / most;
     const int64_t pairs = c.B * c.Hkv, group = c.H / c.Hkv;
 #pragma omp parallel for schedule(dynamic) num_threads(c.threads)
     for (int64_t pair = 0; pair < pairs; pair++) {
@@ -237,7 +237,7 @@ void blocks(const Call& c, int tiles, Begin begin, Each each, End end) {
         auto state = begin(b, hk);
         for (int64_t h = hk * group; h < (hk + 1) * group; h++)
             for (ptrdiff_t n = 0; n < count; n++) {
-                const ptrdiff_t row = steps * n / count * STEP<S>, stop = steps * (n + 1) / count * STEP<S>;
+                const ptrdiff_t row = units * n / count * UNIT<S>, stop = units * (n + 1) / count * UNIT<S>;
                 const ptrdiff_t rows = std::min<ptrdiff_t>(stop, c.Nq) - row;
                 const ptrdiff_t seen = c.causal ? std::min<ptrdiff_t>(c.Nk, row + rows) : c.Nk;
                 each(state, Block{b, h, row, rows, stop - row, seen, odd_vectors<T<S>>(stop - row)});

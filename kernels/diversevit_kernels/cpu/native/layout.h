@@ -6,24 +6,34 @@
 //   the width:  left   [n, width / DEPTH]   rows as they are          right  its transpose
 //   the rows:   right  [n / DEPTH, width]   rows paired               left   its transpose
 //
-// with both sizes padded by zeros to a multiple of STEP.
+// with the width padded by zeros to a multiple of STEP, and the rows of UNIT.
 #pragma once
 
 #include "lanes.h"
 
 template <class S> constexpr ptrdiff_t STEP = LANES<Operand<S>> * DEPTH<S>;
 
-template <class S> constexpr ptrdiff_t padded(ptrdiff_t n) { return (n + STEP<S> - 1) / STEP<S> * STEP<S>; }
+constexpr ptrdiff_t multiple(ptrdiff_t n, ptrdiff_t of) { return (n + of - 1) / of * of; }
+template <class S> constexpr ptrdiff_t padded(ptrdiff_t n) { return multiple(n, STEP<S>); }
+
+#if defined(__AMX_BF16__)  // its products are of whole tiles
+template <class S> constexpr ptrdiff_t UNIT = STEP<S>;
+template <class S> constexpr ptrdiff_t GRAIN = DEPTH<S> == 1 ? 1 : STEP<S>;
+#else
+template <class S> constexpr ptrdiff_t UNIT = LANES<Operand<S>>;
+template <class S> constexpr ptrdiff_t GRAIN = DEPTH<S>;
+#endif
 
 // How far a product runs over an axis of n: into the padding, where elements are pairs.
-template <class S> constexpr ptrdiff_t run(ptrdiff_t n) { return DEPTH<S> == 1 ? n : padded<S>(n); }
+template <class S> constexpr ptrdiff_t run(ptrdiff_t n) { return multiple(n, GRAIN<S>); }
 
 // At least n, and an odd number of vectors: a column of numbers so far apart meets every set of a cache.
 template <class E> constexpr ptrdiff_t odd_vectors(ptrdiff_t n) { return ((n + LANES<E> - 1) / LANES<E> | 1) * LANES<E>; }
 
-// x [n, width], the rows stride apart -> [padded n, padded width].
-template <class S> void as_it_is(const S* x, int64_t stride, ptrdiff_t n, ptrdiff_t width, Operand<S>* out) {
-    const ptrdiff_t wide = padded<S>(width), high = padded<S>(n);
+// x [n, width], the rows stride apart -> [high, padded width].
+template <class S>
+void as_it_is(const S* x, int64_t stride, ptrdiff_t n, ptrdiff_t high, ptrdiff_t width, Operand<S>* out) {
+    const ptrdiff_t wide = padded<S>(width);
     S* to = reinterpret_cast<S*>(out);
     for (ptrdiff_t i = 0; i < high; i++, to += wide) {
         const ptrdiff_t filled = i < n ? width : 0;

@@ -27,7 +27,7 @@ constexpr int WIDEST = 4;  // vectors of a row of a block: 32 registers hold 24 
 constexpr int WIDEST = 2;  // 16 registers hold 12
 #endif
 constexpr int TALLEST = 6;
-constexpr ptrdiff_t DEEPEST = 128;  // rows of B at a time: they stay in the L1 cache
+constexpr ptrdiff_t DEEPEST = 128;  // about so many rows of B at a time: they stay in the L1 cache
 
 template <class E, int ROWS, int VECTORS, class T = Total<E>>
 inline void block(ptrdiff_t depth, Left<E> a, const E* b, ptrdiff_t b_row, T* c, ptrdiff_t c_row, bool add) {
@@ -62,19 +62,21 @@ inline void panel(ptrdiff_t rows, ptrdiff_t depth, Left<E> a, const E* b, ptrdif
     auto at = [&](ptrdiff_t i) { return Left<E>{a.data + i * a.row, a.row, a.column}; };
     for (; i + HIGH <= rows; i += HIGH) block<E, HIGH, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
     for (; i + 4 <= rows; i += 4) block<E, 4, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
+    for (; i + 2 <= rows; i += 2) block<E, 2, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
     for (; i < rows; i++) block<E, 1, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
 }
 
 // C [rows, columns] (+)= A [rows, depth] B [depth, columns]; columns a multiple of the lanes, B and C dense along them.
-// For pairs, every size is a multiple of the lanes, and A is dense along its rows.
+// For pairs, A is dense along its rows, and for the matrix unit every size is a multiple of the lanes.
 template <class E, class T = Total<E>>
 void product(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t depth, Left<E> a, const E* b, ptrdiff_t b_row, T* c,
              ptrdiff_t c_row, bool add) {
     if constexpr (std::is_same_v<E, Pair>)
         if (matrix_unit::allowed())
             return matrix_unit::product(rows, columns, depth, a.data, a.row, b, b_row, c, c_row, add);
-    for (ptrdiff_t k = 0; k < depth; k += DEEPEST) {
-        const ptrdiff_t deep = std::min(DEEPEST, depth - k);
+    const ptrdiff_t parts = std::max<ptrdiff_t>(1, (depth + DEEPEST / 2) / DEEPEST);
+    for (ptrdiff_t n = 0; n < parts; n++) {
+        const ptrdiff_t k = depth * n / parts, deep = depth * (n + 1) / parts - k;
         const Left<E> part{a.data + k * a.column, a.row, a.column};
         const ptrdiff_t vectors = columns / LANES<E>, panels = (vectors + WIDEST - 1) / WIDEST;
         for (ptrdiff_t p = 0; p < panels; p++) {
