@@ -117,7 +117,9 @@ class Counts(TorchDispatchMode):
             *operands.values()
         )
 
-    def layer_norm(self, rung: str, x: Tensor, eps: float = 0.0, **tensors: Tensor | None) -> None:
+    def layer_norm(
+        self, rung: str, x: Tensor, axes: int, eps: float = 0.0, **tensors: Tensor | None
+    ) -> None:
         """In place of ``layer_norm_native.call``: results are set to zero."""
         given = {name: t for name, t in tensors.items() if t is not None}
         names = ("y", "dx", "gx", "gdy", "dw", "db", "gw")

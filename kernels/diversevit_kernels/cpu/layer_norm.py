@@ -41,15 +41,10 @@ def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(10)-(12): ``y`` like x, ``mean`` and ``rstd`` [*lead]."""
+    if native.runs(x):
+        return native.forward(x, weight, bias, axes, eps)
     lead, normalized = x.shape[: x.ndim - axes], x.shape[x.ndim - axes :]
     dtype = accumulation_dtype(x.dtype)
-    if native.runs(x):
-        xs = _flat(x, axes)
-        y = pooled(xs, *xs.shape)
-        mean, rstd = (xs.new_empty(len(xs), dtype=dtype) for _ in range(2))
-        w, b = _flat_parameters(dtype, weight, bias)
-        native.call("forward", xs, eps, w=w, b=b, y=y, mean=mean, rstd=rstd)
-        return y.view(x.shape), mean.view(lead), rstd.view(lead)
     if weight is None and x.dtype != dtype:
         weight = x.new_ones(normalized, dtype=dtype)  # without one PyTorch keeps half statistics
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
@@ -73,20 +68,17 @@ def layer_norm_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(14): ``dx`` like x, ``dw`` if ``weight_grad``, ``db`` if ``bias_grad``."""
+    if native.runs(x):
+        return native.backward(x, weight, mean, rstd, dy, axes, weight_grad, bias_grad)
     xs, dys = _flat(x, axes), _flat(dy, axes)
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     (w,) = _flat_parameters(mean.dtype, weight)
     operands = (dys, xs, mean, rstd, w, weight_grad, bias_grad)
-    if native.runs(x):
-        dx, *sums = _native_backward(*operands)
-    else:
-        wide = x.dtype == mean.dtype
-        dx, *sums = _fused_backward(*operands) if wide else _half_backward(*operands)
+    wide = x.dtype == mean.dtype
+    dx, *sums = _fused_backward(*operands) if wide else _half_backward(*operands)
     dtype, shape = x.dtype if weight is None else weight.dtype, x.shape[x.ndim - axes :]
-    dw, db = (
-        g.view(shape).to(dtype) if asked and g is not None else None
-        for g, asked in zip(sums, (weight_grad, bias_grad), strict=True)
-    )
+    asked = (weight_grad, bias_grad)
+    dw, db = (g.view(shape).to(dtype) if a else None for g, a in zip(sums, asked, strict=True))
     return dx.view(x.shape), dw, db
 
 
@@ -121,16 +113,6 @@ def _half_backward(
     return dx, dw, db
 
 
-def _native_backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor | None, *asked: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(14) by the C++ kernel."""
-    dx = pooled(x, *x.shape)
-    dw, db = (mean.new_empty(x.shape[1]) if one else None for one in asked)
-    native.call("backward", x, dy=dy, w=w, mean=mean, rstd=rstd, dx=dx, dw=dw, db=db)
-    return dx, dw, db
-
-
 class _Chunk(NamedTuple):
     """Some rows, dense and in the accumulation dtype."""
 
@@ -161,18 +143,15 @@ def layer_norm_double_backward(
     if ddx is None and ddw is None:
         gdy = dy.new_zeros(dy.shape)
         return None, None, gdy if ddb is None else gdy.add_(ddb)
+    if native.runs(x):
+        tensors = (x, weight, mean, rstd, dy, ddx, ddw, ddb)
+        return native.double_backward(*tensors, axes, weight_grad)
     xs, dys, a = _flat(x, axes), _flat(dy, axes), None if ddx is None else _flat(ddx, axes)
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     w, ddw, ddb = _flat_parameters(mean.dtype, weight, ddw, ddb)
     kept = a is not None and weight is not None and weight_grad
     gx, gdy = (pooled(x, *xs.shape) for _ in range(2))
     gw = mean.new_zeros(xs.shape[1]) if kept else None
-    if native.runs(x):
-        given = {"dy": dys, "ddx": a, "w": w, "ddw": ddw, "ddb": ddb, "mean": mean, "rstd": rstd}
-        native.call("double_backward", xs, **given, gx=gx, gdy=gdy, gw=gw)
-        if gw is not None and weight is not None:
-            gw = gw.view(weight.shape).to(weight.dtype)
-        return gx.view(x.shape), gw, gdy.view(x.shape)
     scratch = Scratch(accumulation_dtype(x.dtype), x.device)
     for rows in _chunks(*xs.shape):
         xt, m, r = scratch.load("x", xs[rows]), mean[rows], rstd[rows]

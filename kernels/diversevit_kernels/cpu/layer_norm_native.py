@@ -8,12 +8,14 @@ Memory   64 rows of sums for each parameter's gradient.
 """
 
 import ctypes
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .native import library
+from .pool import pooled
 
 _TENSORS = (
     *("x", "dy", "ddx", "w", "b", "ddw", "ddb", "mean", "rstd"),
@@ -35,15 +37,77 @@ def runs(x: Tensor) -> bool:
     return known and x.numel() > 0 and library("layer_norm") is not None
 
 
-def call(rung: str, x: Tensor, eps: float = 0.0, **tensors: Tensor | None) -> None:
-    """Run a rung on the tile x; ``tensors`` are its other operands and its results, by the names in ``_TENSORS``."""
+def call(rung: str, x: Tensor, axes: int, eps: float = 0.0, **tensors: Tensor | None) -> None:
+    """Run a rung on x, whose last ``axes`` are the width; ``tensors`` are its other operands, dense or not, and its
+    results, dense, by the names in ``_TENSORS``."""
     given = {"x": x, **tensors}
     dense = {
         name: t.contiguous() for name, t in given.items() if t is not None
     }  # alive until the end
+    split = x.ndim - axes
     request = _Call(
-        *(*x.shape, torch.get_num_threads(), eps),
+        *(math.prod(x.shape[:split]), math.prod(x.shape[split:]), torch.get_num_threads(), eps),
         **{name: t.data_ptr() for name, t in dense.items()},
     )
     functions: Any = library("layer_norm")
     functions[f"layer_norm_{rung}_{str(x.dtype).removeprefix('torch.')}"](ctypes.byref(request))
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(10)-(12)."""
+    y, lead = pooled(x, *x.shape), x.shape[: x.ndim - axes]
+    mean, rstd = (x.new_empty(lead, dtype=torch.float32) for _ in range(2))
+    parameters = {"w": _single(weight), "b": _single(bias)}
+    call("forward", x, axes, eps, **parameters, y=y, mean=mean, rstd=rstd)
+    return y, mean, rstd
+
+
+def backward(
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    axes: int,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(14)."""
+    dx, shape = pooled(x, *x.shape), x.shape[x.ndim - axes :]
+    dw, db = (mean.new_empty(shape) if asked else None for asked in (weight_grad, bias_grad))
+    given = {"dy": dy, "w": _single(weight), "mean": mean, "rstd": rstd}
+    call("backward", x, axes, **given, dx=dx, dw=dw, db=db)
+    like = x if weight is None else weight
+    return dx, _as(dw, like), _as(db, like)
+
+
+def double_backward(
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    ddx: Tensor | None,
+    ddw: Tensor | None,
+    ddb: Tensor | None,
+    axes: int,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(15)-(19), ``ddx`` or ``ddw`` given."""
+    gx, gdy = (pooled(x, *x.shape) for _ in range(2))
+    kept = ddx is not None and weight is not None and weight_grad
+    gw = mean.new_empty(x.shape[x.ndim - axes :]) if kept else None
+    parameters = {"w": _single(weight), "ddw": _single(ddw), "ddb": _single(ddb)}
+    given = {"dy": dy, "ddx": ddx, "mean": mean, "rstd": rstd, **parameters}
+    call("double_backward", x, axes, **given, gx=gx, gdy=gdy, gw=gw)
+    return gx, gw if weight is None else _as(gw, weight), gdy
+
+
+def _single(p: Tensor | None) -> Tensor | None:
+    return p if p is None or p.dtype == torch.float32 else p.float()
+
+
+def _as(grad: Tensor | None, like: Tensor) -> Tensor | None:
+    return grad if grad is None or grad.dtype == like.dtype else grad.to(like.dtype)
