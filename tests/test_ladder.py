@@ -36,6 +36,13 @@ def test_a_profiler():
     assert set(OPERATORS) <= {event.key for event in found.key_averages()}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_tracer():
+    traced = torch.jit.trace(dvf.gelu, torch.randn(5))
+    x = torch.randn(5)
+    assert torch.equal(traced(x), dvf.gelu(x))
+
+
 def test_a_tensor_subclass():
     x, y = torch.randn(5), torch.randn(5)
     both = dvf.gelu(TwoTensor(x, y))

@@ -95,11 +95,12 @@ class Rung:
 
 
 def _watched(args: Sequence[Any]) -> bool:
-    """Whether anybody but autograd wants to see the operator: a dispatch mode, a profiler, a kind of tensor.
+    """Whether anybody but autograd wants to see the operator: a mode, a profiler, a tracer, a kind of tensor.
 
     Subclasses, vmapped, lazily negated and functional tensors all have dispatch keys of their own.
     """
-    if torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled():
+    watching = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
+    if watching or torch._C._get_tracing_state() is not None:
         return True
     tensors = (x for x in args if isinstance(x, Tensor))
     return any(_keys(x) & ~_ordinary_keys(x.device.type) for x in tensors)

@@ -1,9 +1,8 @@
 """GELU on a CPU: forward, backward and double backward, equations (20)-(26) of kernels/README.md.
 
-In float32 and bfloat16 a rung is one pass of a C++ kernel (``gelu_native``), but for the forward with the error
-function, which is PyTorch's: that one is as fast as memory. In other dtypes, or where there is no compiler, forward and
-backward are PyTorch's own kernels, and the double backward owns one chunk of elements at a time, whose buffers are
-reused and stay in the cache: one fused pass for ``gdy``, and passes in place for the second derivative.
+In float32 and bfloat16 a rung is one pass of a C++ kernel (``gelu_native``). In other dtypes, or where there is no
+compiler, forward and backward are PyTorch's own kernels, and the double backward owns one chunk of elements at a time,
+whose buffers are reused and stay in the cache: one fused pass for ``gdy``, and passes in place for the second derivative.
 
 Shapes   any; every tensor of a rung has the shape of x.
 Dtypes   any floating; arithmetic in float32 (float64 for float64).

@@ -1,5 +1,7 @@
 """Calls of ``native/gelu.cpp``: the three rungs of GELU, (20)-(26) of kernels/README.md, as C++ kernels.
 
+Both forms, and both derivatives, are piecewise polynomials in |x| from one table (``Table`` there).
+
 Shapes   any; operands are made dense, results are dense.
 Dtypes   float32, and bfloat16, which is read and written as such and computed in float32.
 Traffic  every operand is read once and every result written once.
