@@ -80,8 +80,8 @@ def test_opcheck():
 def test_the_graph_holds_nothing_between_the_two():
     """No unbinding, permuting or stacking: the gradient is the kernel's own tensor."""
     qkv = _qkv()
-    node = packed(qkv.view(qkv.shape)).grad_fn.next_functions[0][0]
-    assert type(node).__name__ == "ViewBackward0"
+    y = packed(qkv.view(qkv.shape))
+    assert type(y.grad_fn.next_functions[0][0]).__name__ == "ViewBackward0"
 
 
 @pytest.mark.parametrize(
