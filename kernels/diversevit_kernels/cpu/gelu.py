@@ -2,7 +2,8 @@
 
 In float32 and bfloat16 a rung is one pass of a C++ kernel (``gelu_native``). In other dtypes, or where there is no
 compiler, forward and backward are PyTorch's own kernels, and the double backward owns one chunk of elements at a time,
-whose buffers are reused and stay in the cache: one fused pass for ``gdy``, and passes in place for the second derivative.
+whose buffers are reused and stay in the cache: one fused pass for ``gdy``, and passes in place for the second
+derivative.
 
 Shapes   any; every tensor of a rung has the shape of x.
 Dtypes   any floating; arithmetic in float32 (float64 for float64).
