@@ -79,9 +79,7 @@ class Attachment:
         self._swapped: list[tuple[nn.Module, type, type]] = []
         self._running: AttentionLayer | None = None
         self._attended = False
-        self._made: Tensor | None = (
-            None  # of the running layer, where one projection made all three
-        )
+        self._made: Tensor | None = None  # by the running layer's one projection, until it attends
         self._mode = _Mode(self)
         self._thread: int | None = None  # that entered
         self._active = True  # the last block was not one that does nothing
@@ -183,7 +181,7 @@ class Attachment:
         return multi_head_attention(args, kwargs, project, attend)
 
     def _attend(self, layer: AttentionLayer, attend: Forward, qkv: Any, options: Any) -> Tensor:
-        q = qkv[0]
+        q, k, v = qkv
         if self._attended:
             raise UnsupportedError(
                 f"model: {layer.name} calls attention more than once, so what a head is is not clear"
@@ -195,7 +193,7 @@ class Attachment:
             )
         self._attended = True
         if self._made is not None:
-            recognise(q, qkv[1], qkv[2], self._made)
+            recognise(q, k, v, self._made)
             self._made = None
         return self.attended(layer, attend, qkv, options)
 
@@ -246,9 +244,7 @@ class Attachment:
         return swapped
 
     def _begin(self, layer: AttentionLayer) -> None:
-        self._running, self._attended = layer, False
-        if not torch.compiler.is_compiling():
-            self._made = None
+        self._running, self._attended, self._made = layer, False, None
         self.started(layer)
 
     def _finish(self, layer: AttentionLayer) -> None:

@@ -17,7 +17,7 @@ from .. import reference
 from ..backends import cast_for_autocast, launch
 from ..errors import UnsupportedError, expected
 from .checks import check_alike, check_tensor, shape_error
-from .ladder import Rung, in_forward_mode, refuse_third_order
+from .ladder import Rung, in_forward_mode, last_rung
 from .packed_attention import packed_attention, whole_of
 
 
@@ -274,10 +274,6 @@ def _d1_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     return gq, gk, gv, gmask if ctx.mask_grad else None, None, None, gdo, None, None, None
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """A last rung keeps nothing: its derivative raises."""
-
-
 def _fold_samples(
     call: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -304,12 +300,7 @@ def _fold_samples(
     return tuple(results), (0,) * len(results)
 
 
-_d2 = Rung(
-    attention_double_backward_operator,
-    save=_save_nothing,
-    derivative=refuse_third_order("attention"),
-    batch=_fold_samples,
-)
+_d2 = last_rung("attention", attention_double_backward_operator, _fold_samples)
 _d1 = Rung(
     attention_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=_fold_samples
 )

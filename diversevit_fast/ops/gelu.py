@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .. import reference
 from ..backends import launch
 from .checks import check_choice, check_tensor
-from .ladder import Rung, in_forward_mode, refuse_third_order
+from .ladder import Rung, in_forward_mode, last_rung
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -96,10 +96,6 @@ def _d1_derivative(ctx: Any, ddx: Tensor | None) -> tuple[Any, ...]:
     return *_d2(*ctx.saved_tensors, ddx, ctx.approximate), None
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """A last rung keeps nothing: its derivative raises."""
-
-
 def _batch_elementwise(
     call: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
@@ -114,11 +110,6 @@ def _batch_elementwise(
     return result, (0,) * len(result) if isinstance(result, tuple) else 0
 
 
-_d2 = Rung(
-    gelu_double_backward_operator,
-    save=_save_nothing,
-    derivative=refuse_third_order("gelu"),
-    batch=_batch_elementwise,
-)
+_d2 = last_rung("gelu", gelu_double_backward_operator, _batch_elementwise)
 _d1 = Rung(gelu_backward_operator, save=_save, derivative=_d1_derivative, batch=_batch_elementwise)
 _d0 = Rung(gelu_operator, save=_save, derivative=_d0_derivative, batch=_batch_elementwise)

@@ -16,7 +16,7 @@ from .. import reference
 from ..backends import launch
 from ..errors import expected
 from .checks import check_choice, check_tensor, shape_error
-from .ladder import Rung, batch_by_loop, in_forward_mode, refuse_third_order
+from .ladder import Rung, batch_by_loop, in_forward_mode, last_rung
 
 GRANULARITIES = ("token", "sample")
 REDUCTIONS = ("all", "pairs")
@@ -212,16 +212,7 @@ def _d1_derivative(ctx: Any, ddgrads: Tensor | None) -> tuple[Any, ...]:
     return ggrads, None, None, *given, None, None, None
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """A last rung keeps nothing: its derivative raises."""
-
-
-_d2 = Rung(
-    head_penalty_double_backward_operator,
-    save=_save_nothing,
-    derivative=refuse_third_order("head_penalty"),
-    batch=batch_by_loop,
-)
+_d2 = last_rung("head_penalty", head_penalty_double_backward_operator, batch_by_loop)
 _d1 = Rung(
     head_penalty_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=batch_by_loop
 )

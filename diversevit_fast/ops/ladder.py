@@ -132,8 +132,11 @@ def refuse_tangents(args: Sequence[Any]) -> None:
             )
 
 
-def refuse_third_order(name: str) -> Derivative:
-    """The derivative of a last rung."""
+def last_rung(name: str, operator: torch.library.CustomOpDef, batch: Batch) -> Rung:
+    """A rung that keeps nothing and whose derivative raises; ``name`` is the operator's public one."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing."""
 
     def derivative(ctx: Any, *cotangents: Tensor | None) -> NoReturn:
         raise UnsupportedError(
@@ -141,7 +144,7 @@ def refuse_third_order(name: str) -> Derivative:
             f"use diversevit_fast.reference.{name} for higher orders"
         )
 
-    return derivative
+    return Rung(operator, save=save, derivative=derivative, batch=batch)
 
 
 def batch_by_loop(

@@ -16,7 +16,7 @@ from .. import reference
 from ..backends import launch
 from ..errors import expected
 from .checks import check_tensor, shape_error
-from .ladder import Rung, batch_by_loop, in_forward_mode, refuse_third_order
+from .ladder import Rung, batch_by_loop, in_forward_mode, last_rung
 
 
 def layer_norm(
@@ -220,16 +220,7 @@ def _d1_derivative(
     return gx, gw if weight_grad else None, None, None, gdy, None, None, None
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """A last rung keeps nothing: its derivative raises."""
-
-
-_d2 = Rung(
-    layer_norm_double_backward_operator,
-    save=_save_nothing,
-    derivative=refuse_third_order("layer_norm"),
-    batch=batch_by_loop,
-)
+_d2 = last_rung("layer_norm", layer_norm_double_backward_operator, batch_by_loop)
 _d1 = Rung(
     layer_norm_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=batch_by_loop
 )

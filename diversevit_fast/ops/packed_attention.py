@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import launch
-from .ladder import Rung, batch_by_loop, in_forward_mode, refuse_third_order
+from .ladder import Rung, batch_by_loop, in_forward_mode, last_rung
 
 
 class _Part(NamedTuple):
@@ -185,16 +185,7 @@ def _d1_derivative(ctx: Any, ddqkv: Tensor | None) -> tuple[Any, ...]:
     return gqkv, None, None, gdo, None, None
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """A last rung keeps nothing: its derivative raises."""
-
-
-_d2 = Rung(
-    packed_attention_double_backward_operator,
-    save=_save_nothing,
-    derivative=refuse_third_order("attention"),
-    batch=batch_by_loop,
-)
+_d2 = last_rung("attention", packed_attention_double_backward_operator, batch_by_loop)
 _d1 = Rung(
     packed_attention_backward_operator,
     save=_save_d1,

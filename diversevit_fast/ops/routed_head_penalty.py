@@ -16,7 +16,7 @@ from ..backends import launch
 from ..errors import expected
 from .checks import check_alike, check_tensor, shape_error
 from .head_penalty import check_kind, cotangents_fake, present, statistics_fake
-from .ladder import Rung, batch_by_loop, in_forward_mode, refuse_third_order
+from .ladder import Rung, batch_by_loop, in_forward_mode, last_rung
 
 
 def routed_head_penalty(
@@ -200,16 +200,7 @@ def _d1_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     return *grads, None, None, *given, None, None, None
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """A last rung keeps nothing: its derivative raises."""
-
-
-_d2 = Rung(
-    routed_head_penalty_double_backward_operator,
-    save=_save_nothing,
-    derivative=refuse_third_order("routed_head_penalty"),
-    batch=batch_by_loop,
-)
+_d2 = last_rung("routed_head_penalty", routed_head_penalty_double_backward_operator, batch_by_loop)
 _d1 = Rung(
     routed_head_penalty_backward_operator,
     save=_save_d1,

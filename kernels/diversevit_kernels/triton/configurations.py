@@ -258,18 +258,14 @@ _TABLE: tuple[_Row, ...] = (
 
 
 SPILLING = {
-    (
-        "attention_backward_columns",
-        "sm_90",
-        4,
-    ): 64,  # 0.5 ms against 1.1 (four query heads to a key head spill)
-    ("attention_double_backward_rows", "sm_90", 4): 64,  # 1.3 ms against 3.9
-    ("attention_double_backward_columns", "sm_90", 4): 64,  # 1.2 ms against 2.9 (as above)
-    (
-        "attention_double_backward_columns",
-        "sm_90",
-        2,
-    ): 128,  # 0.9 ms against 1.4 (Triton 3.8 spills there, 3.6 did not)
+    # 0.5 ms against 1.1; spills with four query heads to a key head
+    ("attention_backward_columns", "sm_90", 4): 64,
+    # 1.3 ms against 3.9
+    ("attention_double_backward_rows", "sm_90", 4): 64,
+    # 1.2 ms against 2.9; as the first
+    ("attention_double_backward_columns", "sm_90", 4): 64,
+    # 0.9 ms against 1.4; spills under Triton 3.8, did not under 3.6
+    ("attention_double_backward_columns", "sm_90", 2): 128,
 }
 """(kernel, architecture, itemsize) -> widths up to this, where a configuration that spills was measured to be
 faster than those without: on an H200, 197 tokens, 64 x 12 heads of width 64 or 64 x 6 of 128."""

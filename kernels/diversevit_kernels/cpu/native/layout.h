@@ -6,7 +6,7 @@
 //   the width:  left   [n, width / DEPTH]   rows as they are          right  its transpose
 //   the rows:   right  [n / DEPTH, width]   rows paired               left   its transpose
 //
-// with the width padded by zeros to a multiple of STEP, and the rows of UNIT.
+// with both sizes padded by zeros, to a multiple of STEP, or the rows of a block to one of UNIT.
 #pragma once
 
 #include "lanes.h"
