@@ -55,7 +55,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """(1)-(2)  ``o`` [B, H, Nq, dv] and ``lse`` [B, H, Nq], the latter at least float32."""
     p, lse = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))
-    o = p @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    o = p.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
     return o, lse.to(torch.promote_types(q.dtype, torch.float32))
 
 
@@ -74,11 +74,11 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(3)-(5)  Pull the cotangent ``do`` of the output back to q, k, v (``into``) and an additive mask."""
     group = q.shape[1] // k.shape[1]
-    p, _ = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))
+    p = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))[0].to(q.dtype)
     dp = do @ v.repeat_interleave(group, 1).mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
     dk, dv = (_sum_groups(x, group) for x in (scale * ds.mT @ q, p.mT @ do))
-    dmask = ds.sum_to_size(mask.shape) if mask is not None and mask_grad else None
+    dmask = ds.sum_to_size(mask.shape).to(mask.dtype) if mask is not None and mask_grad else None
     return *_written(into, scale * ds @ k.repeat_interleave(group, 1), dk, dv), dmask
 
 
@@ -102,18 +102,18 @@ def attention_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(6)-(9)  Pull the cotangents of (5) back to q, k, v (``into``), do and an additive mask."""
     group = q.shape[1] // k.shape[1]
-    p, _ = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))
+    p = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))[0].to(q.dtype)
     a, b, c = (torch.zeros_like(x) if g is None else g for x, g in ((q, ddq), (k, ddk), (v, ddv)))
     k, v, b, c = (x.repeat_interleave(group, 1) for x in (k, v, b, c))
     dp = do @ v.mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    x = scale * (a @ k.mT + q @ b.mT) + (0.0 if ddmask is None else ddmask)
+    x = scale * (a @ k.mT + q @ b.mT) + (0.0 if ddmask is None else ddmask.to(q.dtype))
     mean = (p * x).sum(-1, keepdim=True)
     e = p * (x - mean)
     r = ds * (x - mean) + p * (do @ c.mT)
     r = r - p * r.sum(-1, keepdim=True)
     gk, gv = _sum_groups(scale * (r.mT @ q + ds.mT @ a), group), _sum_groups(e.mT @ do, group)
-    gmask = r.sum_to_size(mask.shape) if mask is not None and mask_grad else None
+    gmask = r.sum_to_size(mask.shape).to(mask.dtype) if mask is not None and mask_grad else None
     return *_written(into, scale * (r @ k + ds @ b), gk, gv), e @ v + p @ c, gmask
 
 

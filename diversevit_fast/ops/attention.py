@@ -69,7 +69,7 @@ def attention(
             enable_gqa=enable_gqa,
         )
     _check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    q, k, v, attn_mask = cast_for_autocast(q, k, v, attn_mask)  # pyright: ignore[reportAssignmentType]
+    q, k, v = cast_for_autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
     check_alike(q=q, k=k, v=v)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     whole = whole_of(q, k, v) if attn_mask is None else None

@@ -6,15 +6,16 @@ the rows. Key-side results are summed over a pair's row tiles in order: same bit
 
 Shapes   q, o, do [B, H, Nq, .]; k, v [B, Hkv, Nk, .], H a multiple of Hkv; mask [B|1, H|1, Nq|1, Nk|1],
          bool (True = attend) or additive; lse [B, H, Nq].
-Dtypes   any floating; statistics and sums in float32 (float64 for float64). Products too, but for bfloat16 inputs
-         on a processor that multiplies it, whose tiles of scores are rounded to bfloat16 as eager PyTorch's are.
+Dtypes   any floating; scores, statistics and sums in float32 (float64 for float64), products of tiles too.
 Traffic  each input is read once per row tile, each output written once.
+P        is exp(S - lse) over its own row sum (1a), which the tile holds: lse is rounded, to nothing but the largest score
+         where that is a mask's -1e9.
 D        is summed from P o dP, which the tile holds, and not from do o o: where softmax saturates the
-         two cancel to the last bit, whatever o was rounded to. ``o`` is not read.
+         two cancel, whatever o was rounded to. ``o`` is not read.
 lse      is +inf for a row that attends to nothing: exp(S - lse) is then 0, and so is its output.
 Native   Where there is a compiler and the mask needs no gradient, a rung is one call of a C++ kernel
-         (``attention_native``): the same tiles, with registers in place of library products. All arithmetic is then
-         in float32, bfloat16's too.
+         (``attention_native``): the same tiles, with registers in place of library products. It multiplies bfloat16
+         as such and sums in float32.
 """
 
 from collections.abc import Iterator
@@ -48,10 +49,10 @@ class _Tile(NamedTuple):
     last: bool
 
 
-def _tiles(q: Tensor, k: Tensor, is_causal: bool, dtype: torch.dtype) -> Iterator[_Tile]:
+def _tiles(q: Tensor, k: Tensor, is_causal: bool) -> Iterator[_Tile]:
     """Row tiles innermost, so that key-side accumulators live for one run of ``first`` to ``last``."""
     (B, H, Nq, _), (_, Hkv, Nk, _) = q.shape, k.shape
-    group, elements = H // Hkv, TILE_BYTES // dtype.itemsize
+    group, elements = H // Hkv, TILE_BYTES // accumulation_dtype(q.dtype).itemsize
     rows = max(1, min(Nq, elements // (group * Nk)))
     pairs = max(1, elements // (group * rows * Nk))
     heads = min(Hkv, pairs)
@@ -76,11 +77,10 @@ def _tiles(q: Tensor, k: Tensor, is_causal: bool, dtype: torch.dtype) -> Iterato
 
 
 class _Loader:
-    """Tile-shaped dense views of the operands, ``[pairs, stacked rows or keys, width]``, in ``dtype``."""
+    """Tile-shaped dense views of the operands, ``[pairs, stacked rows or keys, width]``, in the accumulation dtype."""
 
-    def __init__(self, like: Tensor, dtype: torch.dtype):
-        self.scratch = Scratch(dtype, like.device)
-        self._sums = Scratch(accumulation_dtype(like.dtype), like.device)
+    def __init__(self, like: Tensor):
+        self.scratch = Scratch(accumulation_dtype(like.dtype), like.device)
         self._kept: dict[str, Tensor] = {}
 
     def queries(self, name: str, x: Tensor, t: _Tile) -> Tensor:
@@ -100,18 +100,13 @@ class _Loader:
         return self.scratch.get(name, t.pairs, t.stacked, t.keys.stop)
 
     def accumulator(self, name: str, x: Tensor, t: _Tile) -> Tensor:
-        """Running sum over row tiles for every key of the pairs, zeroed at the first; of several, in float32."""
-        scratch = self.scratch if t.first and t.last else self._sums
-        total = scratch.get(name, t.pairs, x.shape[2], x.shape[-1])
+        """Running sum over row tiles for every key of the pairs, zeroed at the first."""
+        total = self.scratch.get(name, t.pairs, x.shape[2], x.shape[-1])
         return total.zero_() if t.first else total
 
     def add(self, total: Tensor, x: Tensor, y: Tensor, t: _Tile, alpha: float = 1.0) -> None:
         """total += alpha x^T y over the keys of the tile: [pairs, stacked, keys] and [pairs, stacked, width]."""
-        part = total[:, t.keys]
-        if total.dtype == x.dtype:
-            part.baddbmm_(x.mT, y, alpha=alpha)
-        else:
-            part.add_(torch.bmm(x.mT, y, out=self.scratch.get("part", *part.shape)), alpha=alpha)
+        total[:, t.keys].baddbmm_(x.mT, y, alpha=alpha)
 
 
 def _by_head(x: Tensor, t: _Tile) -> Tensor:
@@ -168,9 +163,8 @@ def attention_forward(
     if native.runs(q):
         native.call("forward", q, k, v, mask, lse, is_causal, scale, o=o)
         return o, lse
-    run, dtype = rowwise.fused(rowwise.FORWARD, q, k)
-    load = _Loader(q, dtype)
-    for t in _tiles(q, k, is_causal, dtype):
+    run, load = rowwise.fused(rowwise.FORWARD, q, k), _Loader(q)
+    for t in _tiles(q, k, is_causal):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         s = _scores(load.scores("s", t), load.queries("q", q, t), kt, mask, is_causal, scale, t)
         p, statistic = rowwise.forward(run, s)
@@ -202,10 +196,9 @@ def attention_backward(
         grads = {"gq": dq, "gk": dk, "gv": dv}
         native.call("backward", q, k, v, mask, lse, is_causal, scale, do=do, **grads)
         return dq, dk, dv, None
-    run, dtype = rowwise.fused(rowwise.BACKWARD, q, k)
-    load = _Loader(q, dtype)
+    run, load = rowwise.fused(rowwise.BACKWARD, q, k), _Loader(q)
     dmask = mask.new_zeros(mask.shape, dtype=lse.dtype) if mask_grad and mask is not None else None
-    for t in _tiles(q, k, is_causal, dtype):
+    for t in _tiles(q, k, is_causal):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         qt, dot = load.queries("q", q, t), load.queries("do", do, t)
         s = _scores(load.scores("p", t), qt, kt, mask, is_causal, scale, t)
@@ -256,12 +249,11 @@ def attention_double_backward(
         grads = {"gq": gq, "gk": gk, "gv": gv, "gdo": gdo}
         native.call("double_backward", q, k, v, mask, lse, is_causal, scale, **given, **grads)
         return gq, gk, gv, gdo, None
-    run, dtype = None, accumulation_dtype(q.dtype)
+    run, load = None, _Loader(q)
     if not (ddq is None and ddk is None and ddmask is None) and ddv is not None:
-        run, dtype = rowwise.fused(rowwise.DOUBLE_BACKWARD, q, k)
-    load = _Loader(q, dtype)
+        run = rowwise.fused(rowwise.DOUBLE_BACKWARD, q, k)
     gmask = mask.new_zeros(mask.shape, dtype=lse.dtype) if mask_grad and mask is not None else None
-    for t in _tiles(q, k, is_causal, dtype):
+    for t in _tiles(q, k, is_causal):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         a = None if ddq is None else load.queries("ddq", ddq, t)
         b = None if ddk is None else load.keys("ddk", ddk, t)

@@ -5,7 +5,9 @@ Inductor compiles each rung's part to one formula, a few passes over rows that a
 operator.
 
 Shapes   tiles s, p, dp, ds, x, y, e, r [pairs, rows, keys]; lse, and statistics inside [pairs, rows, 1].
-Dtypes   compiled: tiles in float32 or bfloat16, arithmetic in float32. In place: the accumulation dtype.
+Dtypes   the accumulation dtype; compiled in float32 alone.
+P        is exp(S - lse) over its own row sum, (1a): lse is a rounded number, and where it is large, exp(S - lse) alone is
+         no softmax of anything.
 """
 
 from collections.abc import Callable
@@ -22,40 +24,40 @@ Buffer = Callable[[str], Tensor]
 
 def _forward(s: Tensor) -> tuple[Tensor, Tensor]:
     """(1)-(2): ``p`` and ``lse`` of scores [rows, keys]; 0 and plus infinity where a row attends to nothing."""
-    wide = s.float()
-    top = wide.amax(1, keepdim=True)
+    top = s.amax(1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
-    p = torch.exp(wide - top)
+    p = torch.exp(s - top)
     total = p.sum(1, keepdim=True)
     empty = total == 0
     p = p / torch.where(empty, 1.0, total)
-    return p.to(s.dtype), torch.where(empty, torch.inf, top + torch.log(total))
+    return p, torch.where(empty, torch.inf, top + torch.log(total))
 
 
 def _backward(s: Tensor, lse: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
     """(1), (3)-(5): ``p`` and ``ds`` of [rows, keys]; D from P o dP."""
-    p, wide = torch.exp(s.float() - lse), dp.float()
-    ds = p * (wide - (p * wide).sum(1, keepdim=True))
-    return p.to(s.dtype), ds.to(s.dtype)
+    p = torch.exp(s - lse)
+    total = p.sum(1, keepdim=True)
+    p = p / torch.where(total == 0, 1.0, total)
+    return p, p * (dp - (p * dp).sum(1, keepdim=True))
 
 
 def _double_backward(
     s: Tensor, lse: Tensor, dp: Tensor, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(1), (3)-(8): ``p``, ``ds``, ``e`` = P o (X - x) and ``r`` of [rows, keys]; y is dO C^T."""
-    p, dp, x = torch.exp(s.float() - lse), dp.float(), x.float()
+    p = torch.exp(s - lse)
+    total = p.sum(1, keepdim=True)
+    p = p / torch.where(total == 0, 1.0, total)
     ds = p * (dp - (p * dp).sum(1, keepdim=True))
     centred = x - (p * x).sum(1, keepdim=True)
-    e = p * centred
-    r = p * y.float() + ds * centred
-    r = r - p * r.sum(1, keepdim=True)
-    return p.to(s.dtype), ds.to(s.dtype), e.to(s.dtype), r.to(s.dtype)
+    r = p * y + ds * centred
+    return p, ds, p * centred, r - p * r.sum(1, keepdim=True)
 
 
 def _examples(*columns: bool) -> Callable[[torch.dtype], tuple[Tensor, ...]]:
     """Arguments of a formula: statistics [6, 1] where ``columns`` says so, else tiles [6, 40]."""
     return lambda dtype: tuple(
-        torch.ones(6, 1) if column else torch.ones(6, 40, dtype=dtype) for column in columns
+        torch.ones(6, 1 if column else 40, dtype=dtype) for column in columns
     )
 
 
@@ -72,16 +74,10 @@ DOUBLE_BACKWARD = Formula(
 )
 
 
-def fused(formula: Formula, q: Tensor, k: Tensor) -> tuple[Function | None, torch.dtype]:
-    """The compiled formula, if there is one and it is worth it, and the dtype of the tiles it is for.
-
-    Tiles are bfloat16 where the inputs are and the processor multiplies it; else float32, or None and float64.
-    """
+def fused(formula: Formula, q: Tensor, k: Tensor) -> Function | None:
+    """The compiled formula for tiles of so many scores, if there is one and it is worth it."""
     dtype = accumulation_dtype(q.dtype)
-    narrow = q.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    tile = q.dtype if narrow else dtype
-    run = compiled_if_worth(formula, tile, q.shape[:3].numel() * k.shape[2])
-    return run, dtype if run is None else tile
+    return compiled_if_worth(formula, dtype, q.shape[:3].numel() * k.shape[2])
 
 
 def _call(run: Function, formula: Formula, *operands: Tensor) -> tuple[Tensor, ...]:
@@ -114,6 +110,8 @@ def backward(
         p, ds = _call(run, BACKWARD, s, lse, dp)
         return p, ds
     p = s.sub_(lse).exp_()
+    total = p.sum(-1, keepdim=True)
+    p /= total.masked_fill_(total == 0, 1.0)
     delta = torch.mul(p, dp, out=buffer("e")).sum(-1, keepdim=True)
     return p, dp.sub_(delta).mul_(p)
 

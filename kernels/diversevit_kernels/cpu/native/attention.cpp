@@ -187,6 +187,12 @@ template <class S> T<S> masked_scores(const Call& c, const Block& t, const Keys<
     return factor;
 }
 
+// Keys 0 to ``keys`` in runs, each summed by itself before it joins the whole: long sums lose little.
+template <class Each> inline void in_runs(ptrdiff_t keys, Each each) {
+    constexpr ptrdiff_t RUN = 32;
+    for (ptrdiff_t first = 0; first < keys; first += RUN) each(first, std::min(keys, first + RUN));
+}
+
 // (1)-(2) in a column of lanes: s becomes exp(factor s - top); returns its sum, and the log-sum-exp.
 template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* total, T<S>* lse) {
     using T = Arithmetic<S>;
@@ -199,14 +205,17 @@ template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* t
             top = x > top ? x : top;
         }
         top = top == -infinity ? Vector<T>{} : top;
-        for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
-            Vector<T> p[DEPTH<S>];
-            for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                p[u] = exponential(load(s.at(j + u, i)) * factor - top);
-                all += p[u];
+        in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
+            Vector<T> some{}, p[DEPTH<S>];
+            for (ptrdiff_t j = first; j < end; j += DEPTH<S>) {
+                for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
+                    p[u] = exponential(on_its_own<T>(load(s.at(j + u, i)) * factor) - top);
+                    some += p[u];
+                }
+                s.put(j, i, p);
             }
-            s.put(j, i, p);
-        }
+            all += some;
+        });
         for (ptrdiff_t l = 0; l < LANES<T>; l++) {
             total[i + l] = all[l];
             lse[i + l] = all[l] == 0 ? infinity : top[l] + std::log(all[l]);
@@ -294,26 +303,36 @@ template <class S> void forward(const Call& c) {
         [](const KeySide<S>&, int64_t, int64_t) {});
 }
 
+// 1 / x, and 0 where x is 0: a row that attends to nothing.
+template <class V> inline V inverse(V x) { return x == V{} ? V{} : 1 / x; }
+
 // (3)-(4) down the lanes: s and dp become P and dS.
 template <class S> void slope(const Block& t, const T<S>* lse, T<S> factor, Tile<S>& s, Tile<S>& dp) {
     using T = Arithmetic<S>;
     const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
         const Vector<T> l = load(lse + i);
-        Vector<T> delta{}, x[DEPTH<S>];
+        Vector<T> all{}, delta{}, p[DEPTH<S>], ds[DEPTH<S>];
+        in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
+            Vector<T> some{}, some_delta{};
+            for (ptrdiff_t j = first; j < end; j++) {
+                const Vector<T> x = exponential(on_its_own<T>(load(s.at(j, i)) * factor) - l);
+                store(s.at(j, i), x);
+                some += x;
+                some_delta += x * load(dp.at(j, i));
+            }
+            all += some;
+            delta += some_delta;
+        });
+        const Vector<T> share = inverse(all);
+        delta *= share;
         for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                x[u] = exponential(load(s.at(j + u, i)) * factor - l);
-                store(s.at(j + u, i), x[u]);
-                delta += x[u] * load(dp.at(j + u, i));
+                p[u] = load(s.at(j + u, i)) * share;
+                ds[u] = p[u] * (load(dp.at(j + u, i)) - delta);
             }
-            s.put(j, i, x);
-        }
-        for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
-            for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                x[u] = load(s.at(j + u, i)) * (load(dp.at(j + u, i)) - delta);
-            }
-            dp.put(j, i, x);
+            s.put(j, i, p);
+            dp.put(j, i, ds);
         }
     }
 }
@@ -345,29 +364,42 @@ void curvature(const Block& t, const T<S>* lse, T<S> factor, T<S> scale, Tile<S>
     const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
         const Vector<T> l = load(lse + i);
-        Vector<T> delta{}, mean{}, total{}, p[DEPTH<S>], ds[DEPTH<S>], e[DEPTH<S>], r[DEPTH<S>];
-        for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
-            for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                p[u] = exponential(load(s.at(j + u, i)) * factor - l);
-                store(s.at(j + u, i), p[u]);
-                delta += p[u] * load(dp.at(j + u, i));
-                mean += p[u] * load(x.at(j + u, i));
+        Vector<T> all{}, delta{}, mean{}, total{}, p[DEPTH<S>], ds[DEPTH<S>], e[DEPTH<S>], r[DEPTH<S>];
+        in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
+            Vector<T> some{}, some_delta{}, some_mean{};
+            for (ptrdiff_t j = first; j < end; j++) {
+                const Vector<T> w = exponential(on_its_own<T>(load(s.at(j, i)) * factor) - l);
+                store(s.at(j, i), w);
+                some += w;
+                some_delta += w * load(dp.at(j, i));
+                some_mean += w * load(x.at(j, i));
             }
-            s.put(j, i, p);
-        }
-        for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
-            for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                p[u] = load(s.at(j + u, i));
-                ds[u] = p[u] * (load(dp.at(j + u, i)) - delta);
-                const Vector<T> centred = (load(x.at(j + u, i)) - mean) * scale;
-                e[u] = p[u] * centred;
-                r[u] = p[u] * load(y.at(j + u, i)) + ds[u] * centred;
-                total += r[u];
-                store(y.at(j + u, i), r[u]);
+            all += some;
+            delta += some_delta;
+            mean += some_mean;
+        });
+        const Vector<T> share = inverse(all);
+        delta *= share;
+        mean *= share;
+        in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
+            Vector<T> some{};
+            for (ptrdiff_t j = first; j < end; j += DEPTH<S>) {
+                for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
+                    p[u] = load(s.at(j + u, i)) * share;
+                    store(s.at(j + u, i), p[u]);
+                    ds[u] = p[u] * (load(dp.at(j + u, i)) - delta);
+                    const Vector<T> centred = (load(x.at(j + u, i)) - mean) * scale;
+                    e[u] = p[u] * centred;
+                    r[u] = p[u] * load(y.at(j + u, i)) + ds[u] * centred;
+                    some += r[u];
+                    store(y.at(j + u, i), r[u]);
+                }
+                s.put(j, i, p);
+                dp.put(j, i, ds);
+                x.put(j, i, e);
             }
-            dp.put(j, i, ds);
-            x.put(j, i, e);
-        }
+            total += some;
+        });
         for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
                 r[u] = load(y.at(j + u, i)) - load(s.at(j + u, i)) * total;

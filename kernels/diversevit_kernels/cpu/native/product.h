@@ -29,15 +29,13 @@ constexpr int WIDEST = 2;  // 16 registers hold 12
 constexpr int TALLEST = 6;
 constexpr ptrdiff_t DEEPEST = 128;  // about so many rows of B at a time: they stay in the L1 cache
 
+// A narrow block spends its registers on several partial sums of each element, over every so many-th step of the depth:
+// where a product has few columns, its sums are as exact as a vectorised dot product's.
 template <class E, int ROWS, int VECTORS, class T = Total<E>>
 inline void block(ptrdiff_t depth, Left<E> a, const E* b, ptrdiff_t b_row, T* c, ptrdiff_t c_row, bool add) {
-    Vector<T> total[ROWS][VECTORS];
-#pragma GCC unroll 24
-    for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; j++)
-            total[i][j] = add ? load(c + i * c_row + j * LANES<T>) : Vector<T>{};
-    for (ptrdiff_t k = 0; k < depth; k++) {
+    constexpr int PARTS = WIDEST / VECTORS;
+    Vector<T> total[PARTS][ROWS][VECTORS]{};
+    const auto step = [&](ptrdiff_t k, int part) {
         Vector<E> row[VECTORS];
 #pragma GCC unroll 4
         for (int j = 0; j < VECTORS; j++) row[j] = load(b + k * b_row + j * LANES<E>);
@@ -45,22 +43,33 @@ inline void block(ptrdiff_t depth, Left<E> a, const E* b, ptrdiff_t b_row, T* c,
         for (int i = 0; i < ROWS; i++) {
             const E x = a.data[i * a.row + k * a.column];
 #pragma GCC unroll 4
-            for (int j = 0; j < VECTORS; j++) multiply_add(total[i][j], x, row[j]);
+            for (int j = 0; j < VECTORS; j++) multiply_add(total[part][i][j], x, row[j]);
         }
-    }
+    };
+    ptrdiff_t k = 0;
+    for (; k + PARTS <= depth; k += PARTS)
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++) step(k + part, part);
+    for (; k < depth; k++) step(k, 0);
 #pragma GCC unroll 24
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; j++) store(c + i * c_row + j * LANES<T>, total[i][j]);
+        for (int j = 0; j < VECTORS; j++) {
+            T* to = c + i * c_row + j * LANES<T>;
+            Vector<T> all = total[0][i][j];
+#pragma GCC unroll 4
+            for (int part = 1; part < PARTS; part++) all += total[part][i][j];
+            store(to, add ? load(to) + all : all);
+        }
 }
 
 template <class E, int VECTORS, class T = Total<E>>
 inline void panel(ptrdiff_t rows, ptrdiff_t depth, Left<E> a, const E* b, ptrdiff_t b_row, T* c, ptrdiff_t c_row,
                   bool add) {
-    constexpr int HIGH = TALLEST * WIDEST / VECTORS;  // as many registers whatever the width
     ptrdiff_t i = 0;
     auto at = [&](ptrdiff_t i) { return Left<E>{a.data + i * a.row, a.row, a.column}; };
-    for (; i + HIGH <= rows; i += HIGH) block<E, HIGH, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
+    for (; i + TALLEST <= rows; i += TALLEST)
+        block<E, TALLEST, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
     for (; i + 4 <= rows; i += 4) block<E, 4, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
     for (; i + 2 <= rows; i += 2) block<E, 2, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
     for (; i < rows; i++) block<E, 1, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
