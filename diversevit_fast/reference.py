@@ -27,14 +27,16 @@ def attention_scores(
 
 
 def softmax_statistics(s: Tensor) -> tuple[Tensor, Tensor]:
-    """(1)  P = softmax(S) and logsumexp; a row that attends to nothing has P = 0 and +inf."""
+    """(1a)  P = softmax(S), and [B, H, 2, Nq]: a row's largest score and 1 / sum of exp(S - largest).
+
+    A row that attends to nothing has P = 0, +inf and 1.
+    """
     top = s.detach().amax(-1, keepdim=True)
-    top = top.masked_fill(top == -torch.inf, 0.0)
+    top = top.masked_fill(top == -torch.inf, torch.inf)
     weight = (s - top).exp()
     total = weight.sum(-1, keepdim=True)
-    empty = total == 0
-    lse = (top + total.masked_fill(empty, 1.0).log()).masked_fill(empty, torch.inf)
-    return weight / total.masked_fill(empty, 1.0), lse.squeeze(-1)
+    total = total.masked_fill(total == 0, 1.0)
+    return weight / total, torch.cat((top, 1 / total), -1).mT
 
 
 def attention(
@@ -53,10 +55,10 @@ def attention(
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(1)-(2)  ``o`` [B, H, Nq, dv] and ``lse`` [B, H, Nq], the latter at least float32."""
-    p, lse = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))
+    """(1)-(2)  ``o`` [B, H, Nq, dv] and (1a) [B, H, 2, Nq], the latter at least float32."""
+    p, softmax = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))
     o = p.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-    return o, lse.to(torch.promote_types(q.dtype, torch.float32))
+    return o, softmax.to(torch.promote_types(q.dtype, torch.float32))
 
 
 def attention_backward(
@@ -65,7 +67,7 @@ def attention_backward(
     v: Tensor,
     mask: Tensor | None,
     o: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     do: Tensor,
     is_causal: bool,
     scale: float,
@@ -88,7 +90,7 @@ def attention_double_backward(
     v: Tensor,
     mask: Tensor | None,
     o: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     do: Tensor,
     dq: Tensor | None,
     ddq: Tensor | None,

@@ -155,15 +155,15 @@ class BwOp(_Both, _common.AttentionBwOpBase):
         )
         lse = ctx.lse.flatten(1, -2)
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-        db = torch.zeros_like(bias) if wanted else None
+        db, scale = torch.zeros_like(bias) if wanted else None, inp.scale_float
         for block in blocks(bias, q, k):
             rows, qkv = block.queries, block.cut(q, k, v)
             if is_empty(*qkv[:2]):
                 continue
             dq[:, :, rows], *key_grads, dmask = attention_backward_operator(
                 *(*qkv, block.mask),
-                *(o[:, :, rows], lse[:, :, rows], do[:, :, rows]),
-                *(block.is_causal, inp.scale_float, wanted),
+                *(o[:, :, rows], _statistics(*qkv, block, lse[:, :, rows], scale), do[:, :, rows]),
+                *(block.is_causal, scale, wanted),
             )
             for total, part in zip((dk, dv), key_grads, strict=True):
                 _add(total, block.keys, part)
@@ -184,4 +184,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tup
     if is_empty(q, k):
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
         return (q @ k.mT) @ v, lse
-    return attention_operator(q, k, v, block.mask, block.is_causal, scale)
+    out, softmax = attention_operator(q, k, v, block.mask, block.is_causal, scale)
+    top, share = softmax.unbind(2)
+    return out, top - share.log()
+
+
+def _statistics(q: Tensor, k: Tensor, v: Tensor, block: Block, lse: Tensor, scale: float) -> Tensor:
+    """(1a) ``[B, H, 2, Mq]``, of which xformers keeps the log-sum-exp alone.
+
+    An added mask may hold numbers so large that nothing is left of the sum in it: then it is made again.
+    """
+    if block.mask is not None and block.mask.dtype != torch.bool:
+        return attention_operator(q, k, v, block.mask, block.is_causal, scale)[1]
+    return torch.stack((lse, torch.ones_like(lse)), 2)

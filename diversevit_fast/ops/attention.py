@@ -1,8 +1,8 @@
 """Attention, twice differentiable in O(N) memory: schema, fakes and the ladder d0 -> d1 -> d2.
 
-Saved for the backward passes: q, k, v, mask, o, lse and the cotangent; nothing of size Nq x Nk unless
-the mask itself is. ``o`` and ``lse`` are constants of a rung: the formulas account for both, so their
-gradients are None. On other devices than the CPU d1's ``dq`` is kept for d2, a constant as well: with it a
+Saved for the backward passes: q, k, v, mask, o, the softmax's row statistics and the cotangent; nothing of size
+Nq x Nk unless the mask itself is. ``o`` and ``softmax`` are constants of a rung: the formulas account for both,
+so their gradients are None. On other devices than the CPU d1's ``dq`` is kept for d2, a constant as well: with it a
 GPU's row program needs one loop over keys. Equations (1)-(9) of ``kernels/README.md``.
 """
 
@@ -167,7 +167,7 @@ def _mask_as_samples(mask: Tensor, lead: tuple[int, ...], q: Tensor, k: Tensor) 
 def attention_operator(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """d0, (1)-(2): ``o`` [B, H, Nq, dv] and ``lse`` [B, H, Nq]."""
+    """d0, (1)-(2): ``o`` [B, H, Nq, dv] and ``softmax`` [B, H, 2, Nq], (1a)."""
     return launch("attention", "forward", q, k, v, mask, is_causal, scale)
 
 
@@ -178,7 +178,7 @@ def attention_backward_operator(
     v: Tensor,
     mask: Tensor | None,
     o: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     do: Tensor,
     is_causal: bool,
     scale: float,
@@ -186,7 +186,7 @@ def attention_backward_operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d1, (3)-(5): ``dq, dk, dv`` and ``dmask`` (no elements unless ``mask_grad``)."""
     *grads, dmask = launch(
-        "attention", "backward", q, k, v, mask, o, lse, do, is_causal, scale, mask_grad
+        "attention", "backward", q, k, v, mask, o, softmax, do, is_causal, scale, mask_grad
     )
     return *grads, q.new_empty(0) if dmask is None else dmask
 
@@ -198,7 +198,7 @@ def attention_double_backward_operator(
     v: Tensor,
     mask: Tensor | None,
     o: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     do: Tensor,
     dq: Tensor | None,
     ddq: Tensor | None,
@@ -213,7 +213,7 @@ def attention_double_backward_operator(
 
     ``dq`` is d1's; None: a kernel that reads it makes it again.
     """
-    tensors = (q, k, v, mask, o, lse, do, dq, ddq, ddk, ddv, ddmask)
+    tensors = (q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, ddmask)
     *grads, gmask = launch("attention", "double_backward", *tensors, is_causal, scale, mask_grad)
     return *grads, q.new_empty(0) if gmask is None else gmask
 
@@ -226,17 +226,18 @@ def _heads_like(x: Tensor, width: int) -> Tensor:
 @attention_operator.register_fake
 def _(q, k, v, mask, is_causal, scale):
     statistics = torch.promote_types(q.dtype, torch.float32)
-    return _heads_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=statistics)
+    B, H, Nq, _ = q.shape
+    return _heads_like(q, v.shape[-1]), q.new_empty(B, H, 2, Nq, dtype=statistics)
 
 
 @attention_backward_operator.register_fake
-def _(q, k, v, mask, o, lse, do, is_causal, scale, mask_grad):
+def _(q, k, v, mask, o, softmax, do, is_causal, scale, mask_grad):
     grads = (_heads_like(x, x.shape[-1]) for x in (q, k, v))
     return *grads, mask.new_empty(mask.shape) if mask_grad else q.new_empty(0)
 
 
 @attention_double_backward_operator.register_fake
-def _(q, k, v, mask, o, lse, do, dq, ddq, ddk, ddv, ddmask, is_causal, scale, mask_grad):
+def _(q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, ddmask, is_causal, scale, mask_grad):
     grads = (_heads_like(x, x.shape[-1]) for x in (q, k, v, do))
     return *grads, mask.new_empty(mask.shape) if mask_grad else q.new_empty(0)
 

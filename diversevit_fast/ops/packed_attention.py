@@ -101,17 +101,17 @@ def _wanted(qkv: Tensor) -> bool:
 
 @torch.library.custom_op("diversevit::packed_attention", mutates_args=())
 def packed_attention_operator(qkv: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """d0, (1)-(2): ``o`` [B, H, N, d] and ``lse`` [B, H, N]."""
+    """d0, (1)-(2): ``o`` [B, H, N, d] and ``softmax`` [B, H, 2, N], (1a)."""
     return launch("attention", "forward", *_apart(qkv), None, is_causal, scale)
 
 
 @torch.library.custom_op("diversevit::packed_attention_backward", mutates_args=())
 def packed_attention_backward_operator(
-    qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, is_causal: bool, scale: float
+    qkv: Tensor, o: Tensor, softmax: Tensor, do: Tensor, is_causal: bool, scale: float
 ) -> Tensor:
     """d1, (3)-(5): ``dqkv`` like qkv, dense."""
     dqkv = launch("attention", "packed", qkv)
-    operands = (*_apart(qkv), None, o, lse, do, is_causal, scale, False)
+    operands = (*_apart(qkv), None, o, softmax, do, is_causal, scale, False)
     launch("attention", "backward", *operands, into=_apart(dqkv))
     return dqkv
 
@@ -120,7 +120,7 @@ def packed_attention_backward_operator(
 def packed_attention_double_backward_operator(
     qkv: Tensor,
     o: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     do: Tensor,
     dqkv: Tensor | None,
     ddqkv: Tensor,
@@ -130,7 +130,7 @@ def packed_attention_double_backward_operator(
     """d2, (6)-(9): ``gqkv`` like qkv, dense, and ``gdo``. ``dqkv`` is d1's, or None."""
     dq = None if dqkv is None else _apart(dqkv)[0]
     gqkv = launch("attention", "packed", qkv)
-    given = (*_apart(qkv), None, o, lse, do, dq, *_apart(ddqkv), None, is_causal, scale, False)
+    given = (*_apart(qkv), None, o, softmax, do, dq, *_apart(ddqkv), None, is_causal, scale, False)
     *_, gdo, _ = launch("attention", "double_backward", *given, into=_apart(gqkv))
     return gqkv, gdo
 
@@ -145,16 +145,16 @@ def _heads(qkv: Tensor) -> Tensor:
 def _(qkv, is_causal, scale):
     B, N, _, H, _ = qkv.shape
     statistics = torch.promote_types(qkv.dtype, torch.float32)
-    return _heads(qkv), qkv.new_empty(B, H, N, dtype=statistics)
+    return _heads(qkv), qkv.new_empty(B, H, 2, N, dtype=statistics)
 
 
 @packed_attention_backward_operator.register_fake
-def _(qkv, o, lse, do, is_causal, scale):
+def _(qkv, o, softmax, do, is_causal, scale):
     return qkv.new_empty(qkv.shape)
 
 
 @packed_attention_double_backward_operator.register_fake
-def _(qkv, o, lse, do, dqkv, ddqkv, is_causal, scale):
+def _(qkv, o, softmax, do, dqkv, ddqkv, is_causal, scale):
     return qkv.new_empty(qkv.shape), _heads(qkv)
 
 

@@ -5,14 +5,13 @@ the row sums need one pass and nothing N x N outlives a tile. Grouped query head
 the rows. Key-side results are summed over a pair's row tiles in order: same bits on every run.
 
 Shapes   q, o, do [B, H, Nq, .]; k, v [B, Hkv, Nk, .], H a multiple of Hkv; mask [B|1, H|1, Nq|1, Nk|1],
-         bool (True = attend) or additive; lse [B, H, Nq].
+         bool (True = attend) or additive; the softmax's statistics (1a) [B, H, 2, Nq].
 Dtypes   any floating; scores, statistics and sums in float32 (float64 for float64), products of tiles too.
 Traffic  each input is read once per row tile, each output written once.
-P        is exp(S - lse) over its own row sum (1a), which the tile holds: lse is rounded, to nothing but the largest score
-         where that is a mask's -1e9.
+P        is exp(S - top) over its own row sum (1a), which the tile holds; of the statistics the largest score alone is read.
 D        is summed from P o dP, which the tile holds, and not from do o o: where softmax saturates the
          two cancel, whatever o was rounded to. ``o`` is not read.
-lse      is +inf for a row that attends to nothing: exp(S - lse) is then 0, and so is its output.
+Empty    rows, that attend to nothing, have the largest score +inf: exp(S - top) is then 0, and so is their output.
 Native   Where there is a compiler and the mask needs no gradient, a rung is one call of a C++ kernel
          (``attention_native``): the same tiles, with registers in place of library products. It multiplies bfloat16
          as such and sums in float32.
@@ -157,21 +156,23 @@ def attention_packed(qkv: Tensor) -> Tensor:
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(1)-(2): output ``[B, H, Nq, dv]`` and log-sum-exp ``[B, H, Nq]``."""
+    """(1)-(2): output ``[B, H, Nq, dv]`` and (1a) ``[B, H, 2, Nq]``, the largest score and the share."""
     o = empty_heads(q, v.shape[-1])
-    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    B, H, Nq, _ = q.shape
+    softmax = q.new_empty(B, H, 2, Nq, dtype=accumulation_dtype(q.dtype))
     if native.runs(q):
-        native.call("forward", q, k, v, mask, lse, is_causal, scale, o=o)
-        return o, lse
+        native.call("forward", q, k, v, mask, softmax, is_causal, scale, o=o)
+        return o, softmax
     run, load = rowwise.fused(rowwise.FORWARD, q, k), _Loader(q)
     for t in _tiles(q, k, is_causal):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         s = _scores(load.scores("s", t), load.queries("q", q, t), kt, mask, is_causal, scale, t)
-        p, statistic = rowwise.forward(run, s)
+        p, *statistics = rowwise.forward(run, s)
         ot = torch.bmm(p, vt, out=load.scratch.get("o", t.pairs, t.stacked, v.shape[-1]))
         o[t.b, t.h, t.rows] = _by_head(ot, t)
-        lse[t.b, t.h, t.rows] = _by_head(statistic, t).squeeze(-1)
-    return o, lse
+        for i, x in enumerate(statistics):
+            softmax[t.b, t.h, i, t.rows] = _by_head(x, t).squeeze(-1)
+    return o, softmax
 
 
 def attention_backward(
@@ -180,7 +181,7 @@ def attention_backward(
     v: Tensor,
     mask: Tensor | None,
     o: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     do: Tensor,
     is_causal: bool,
     scale: float,
@@ -194,16 +195,20 @@ def attention_backward(
     dq, dk, dv = into or (empty_heads(x, x.shape[-1]) for x in (q, k, v))
     if native.runs(q, mask_gradient=mask_grad):
         grads = {"gq": dq, "gk": dk, "gv": dv}
-        native.call("backward", q, k, v, mask, lse, is_causal, scale, do=do, **grads)
+        native.call("backward", q, k, v, mask, softmax, is_causal, scale, do=do, **grads)
         return dq, dk, dv, None
     run, load = rowwise.fused(rowwise.BACKWARD, q, k), _Loader(q)
-    dmask = mask.new_zeros(mask.shape, dtype=lse.dtype) if mask_grad and mask is not None else None
+    dmask = (
+        mask.new_zeros(mask.shape, dtype=softmax.dtype) if mask_grad and mask is not None else None
+    )
     for t in _tiles(q, k, is_causal):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         qt, dot = load.queries("q", q, t), load.queries("do", do, t)
         s = _scores(load.scores("p", t), qt, kt, mask, is_causal, scale, t)
         dp = torch.bmm(dot, vt.mT, out=load.scores("ds", t))
-        p, ds = rowwise.backward(run, s, load.statistic(lse, t), dp, partial(load.scores, t=t))
+        p, ds = rowwise.backward(
+            run, s, load.statistic(softmax[:, :, 0], t), dp, partial(load.scores, t=t)
+        )
 
         dvt, dkt = load.accumulator("dv", v, t), load.accumulator("dk", k, t)
         load.add(dvt, p, dot, t)
@@ -225,7 +230,7 @@ def attention_double_backward(
     v: Tensor,
     mask: Tensor | None,
     o: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     do: Tensor,
     dq: Tensor | None,
     ddq: Tensor | None,
@@ -247,12 +252,14 @@ def attention_double_backward(
     if native.runs(q, mask_gradient=mask_grad or ddmask is not None):
         given = {"do": do, "ddq": ddq, "ddk": ddk, "ddv": ddv}
         grads = {"gq": gq, "gk": gk, "gv": gv, "gdo": gdo}
-        native.call("double_backward", q, k, v, mask, lse, is_causal, scale, **given, **grads)
+        native.call("double_backward", q, k, v, mask, softmax, is_causal, scale, **given, **grads)
         return gq, gk, gv, gdo, None
     run, load = None, _Loader(q)
     if not (ddq is None and ddk is None and ddmask is None) and ddv is not None:
         run = rowwise.fused(rowwise.DOUBLE_BACKWARD, q, k)
-    gmask = mask.new_zeros(mask.shape, dtype=lse.dtype) if mask_grad and mask is not None else None
+    gmask = (
+        mask.new_zeros(mask.shape, dtype=softmax.dtype) if mask_grad and mask is not None else None
+    )
     for t in _tiles(q, k, is_causal):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         a = None if ddq is None else load.queries("ddq", ddq, t)
@@ -264,7 +271,9 @@ def attention_double_backward(
         x = _score_cotangent(load, t, qt, kt, a, b, ddmask, scale)
         y = None if c is None else torch.bmm(dot, c.mT, out=load.scores("y", t))
         buffer = partial(load.scores, t=t)
-        p, ds, e, r = rowwise.double_backward(run, s, load.statistic(lse, t), dp, x, y, buffer)
+        p, ds, e, r = rowwise.double_backward(
+            run, s, load.statistic(softmax[:, :, 0], t), dp, x, y, buffer
+        )
 
         gkt, gvt = load.accumulator("gk", k, t), load.accumulator("gv", v, t)
         load.add(gkt, r, qt, t, alpha=scale)

@@ -33,7 +33,7 @@ _TENSORS = ("q", "k", "v", "o", "do", "ddq", "ddk", "ddv", "gq", "gk", "gv", "gd
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _Int) for name in _SIZES),
-        *(("scale", ctypes.c_double), ("mask", _Mask), ("lse", ctypes.c_void_p)),
+        *(("scale", ctypes.c_double), ("mask", _Mask), ("softmax", ctypes.c_void_p)),
         *((name, _Tensor) for name in _TENSORS),
     )
 
@@ -50,18 +50,18 @@ def call(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    lse: Tensor,
+    softmax: Tensor,
     is_causal: bool,
     scale: float,
     **tensors: Tensor | None,
 ) -> None:
     """Run a rung; ``tensors`` are its other operands and its results, by the names in ``_TENSORS``.
 
-    ``lse`` is in the accumulation dtype, and dense where it is a result.
+    ``softmax`` is (1a) in the accumulation dtype, and dense where it is a result.
     """
     given = {"q": q, "k": k, "v": v, **tensors}
     dense = {name: _dense(x) for name, x in given.items() if x is not None}  # alive until the end
-    lse = lse.contiguous()
+    softmax = softmax.contiguous()
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(accumulation_dtype(q.dtype))
     (B, H, Nq, d), (_, Hkv, Nk, dv) = q.shape, v.shape
@@ -70,7 +70,7 @@ def call(
         **dict(zip(_SIZES, sizes, strict=True)),
         scale=scale,
         mask=_described(mask),
-        lse=lse.data_ptr(),
+        softmax=softmax.data_ptr(),
         **{name: _Tensor(x.data_ptr(), (_Int * 3)(*x.stride()[:3])) for name, x in dense.items()},
     )
     functions: Any = library("attention")

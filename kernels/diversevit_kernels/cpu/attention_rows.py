@@ -4,10 +4,9 @@ Inductor compiles each rung's part to one formula, a few passes over rows that a
 (``inductor``). Where a formula is not compiled, or a cotangent is absent, the same is done in place, operator by
 operator.
 
-Shapes   tiles s, p, dp, ds, x, y, e, r [pairs, rows, keys]; lse, and statistics inside [pairs, rows, 1].
+Shapes   tiles s, p, dp, ds, x, y, e, r [pairs, rows, keys]; statistics [pairs, rows, 1].
 Dtypes   the accumulation dtype; compiled in float32 alone.
-P        is exp(S - lse) over its own row sum, (1a): lse is a rounded number, and where it is large, exp(S - lse) alone is
-         no softmax of anything.
+P        is exp(S - top) over its own row sum, (1a); ``top``, the largest score, is +inf where a row attends to nothing.
 """
 
 from collections.abc import Callable
@@ -22,30 +21,29 @@ Buffer = Callable[[str], Tensor]
 """Scratch memory of a tile's shape, by name."""
 
 
-def _forward(s: Tensor) -> tuple[Tensor, Tensor]:
-    """(1)-(2): ``p`` and ``lse`` of scores [rows, keys]; 0 and plus infinity where a row attends to nothing."""
+def _forward(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(1a), (1)-(2): ``p`` of scores [rows, keys], the largest of a row and the share of each of its weights."""
     top = s.amax(1, keepdim=True)
-    top = torch.where(top == -torch.inf, 0.0, top)
+    top = torch.where(top == -torch.inf, torch.inf, top)
     p = torch.exp(s - top)
     total = p.sum(1, keepdim=True)
-    empty = total == 0
-    p = p / torch.where(empty, 1.0, total)
-    return p, torch.where(empty, torch.inf, top + torch.log(total))
+    share = 1 / torch.where(total == 0, 1.0, total)
+    return p * share, top, share
 
 
-def _backward(s: Tensor, lse: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(s: Tensor, top: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
     """(1), (3)-(5): ``p`` and ``ds`` of [rows, keys]; D from P o dP."""
-    p = torch.exp(s - lse)
+    p = torch.exp(s - top)
     total = p.sum(1, keepdim=True)
     p = p / torch.where(total == 0, 1.0, total)
     return p, p * (dp - (p * dp).sum(1, keepdim=True))
 
 
 def _double_backward(
-    s: Tensor, lse: Tensor, dp: Tensor, x: Tensor, y: Tensor
+    s: Tensor, top: Tensor, dp: Tensor, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(1), (3)-(8): ``p``, ``ds``, ``e`` = P o (X - x) and ``r`` of [rows, keys]; y is dO C^T."""
-    p = torch.exp(s - lse)
+    p = torch.exp(s - top)
     total = p.sum(1, keepdim=True)
     p = p / torch.where(total == 0, 1.0, total)
     ds = p * (dp - (p * dp).sum(1, keepdim=True))
@@ -88,30 +86,33 @@ def _call(run: Function, formula: Formula, *operands: Tensor) -> tuple[Tensor, .
     return tuple(x.view(*operands[0].shape[:2], -1) for x in run(*flat))
 
 
-def forward(run: Function | None, s: Tensor) -> tuple[Tensor, Tensor]:
-    """``p`` and ``lse``; ``s`` may be overwritten."""
+def forward(run: Function | None, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``p`` and (1a), top and share; ``s`` may be overwritten."""
     if run is not None:
-        p, lse = _call(run, FORWARD, s)
-        return p, lse
+        p, top, share = _call(run, FORWARD, s)
+        return p, top, share
     top = s.amax(-1, keepdim=True)
-    top.masked_fill_(top == -torch.inf, 0.0)
+    top.masked_fill_(top == -torch.inf, torch.inf)
+    p, share = _shares(s, top)
+    return p, top, share
+
+
+def _shares(s: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """(1a): ``p`` in place of ``s``, and the share."""
     p = s.sub_(top).exp_()
     total = p.sum(-1, keepdim=True)
-    empty = total == 0
-    p /= total.masked_fill(empty, 1.0)
-    return p, top.add_(total.log()).masked_fill_(empty, torch.inf)
+    share = total.masked_fill_(total == 0, 1.0).reciprocal_()
+    return p.mul_(share), share
 
 
 def backward(
-    run: Function | None, s: Tensor, lse: Tensor, dp: Tensor, buffer: Buffer
+    run: Function | None, s: Tensor, top: Tensor, dp: Tensor, buffer: Buffer
 ) -> tuple[Tensor, Tensor]:
     """``p`` and ``ds``; ``s`` and ``dp`` may be overwritten."""
     if run is not None:
-        p, ds = _call(run, BACKWARD, s, lse, dp)
+        p, ds = _call(run, BACKWARD, s, top, dp)
         return p, ds
-    p = s.sub_(lse).exp_()
-    total = p.sum(-1, keepdim=True)
-    p /= total.masked_fill_(total == 0, 1.0)
+    p, _ = _shares(s, top)
     delta = torch.mul(p, dp, out=buffer("e")).sum(-1, keepdim=True)
     return p, dp.sub_(delta).mul_(p)
 
@@ -119,7 +120,7 @@ def backward(
 def double_backward(
     run: Function | None,
     s: Tensor,
-    lse: Tensor,
+    top: Tensor,
     dp: Tensor,
     x: Tensor | None,
     y: Tensor | None,
@@ -130,9 +131,9 @@ def double_backward(
     ``run`` may be given only with ``x`` and ``y``.
     """
     if run is not None and x is not None and y is not None:
-        p, ds, e, r = _call(run, DOUBLE_BACKWARD, s, lse, dp, x, y)
+        p, ds, e, r = _call(run, DOUBLE_BACKWARD, s, top, dp, x, y)
         return p, ds, e, r
-    p, ds = backward(None, s, lse, dp, buffer)
+    p, ds = backward(None, s, top, dp, buffer)
     e = None
     r = y.mul_(p) if y is not None else buffer("y").zero_()
     if x is not None:

@@ -17,11 +17,13 @@ from .attention_tiles import (
     as_number,
     empty_heads,
     empty_statistic,
+    few_delta,
     first_row_tile,
     head_factor,
     indices,
     last_key,
     load_rows,
+    load_softmax,
     load_statistic,
     operand,
     probabilities,
@@ -31,6 +33,7 @@ from .attention_tiles import (
     row_delta,
     store_rows,
     store_statistic,
+    whole_probabilities,
 )
 from .configurations import fits
 from .launch import cdiv, launch
@@ -54,14 +57,14 @@ def _rows_kernel(
     rows = indices(tile * BLOCK_M, BLOCK_M, S)
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[:, None]
+    top, share = load_softmax(P, b, h, rows)
     factor = head_factor(P, b, h, S)
     sums = zeros_split(BLOCK_M, S.WIDTHS, S.ACC)
     if WHOLE:
         cols = indices(0, BLOCK_N, S)
         k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, h // S.GROUP, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        p = probabilities(q, k, lse, P, b, h, rows[:, None], cols[None, :], scale, S)
+        p = whole_probabilities(q, k, top[:, None], P, b, h, rows[:, None], cols[None, :], scale, S)
         dp = product(do, v, S.VALUE_WIDTH, S) * factor
         delta = tl.sum(p * dp, 1)
         store_statistic(delta_ptr, P, b, h, rows, delta)
@@ -72,7 +75,9 @@ def _rows_kernel(
             cols = indices(start, BLOCK_N, S)
             k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
             v = load_rows(P.v, b, h // S.GROUP, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-            p = probabilities(q, k, lse, P, b, h, rows[:, None], cols[None, :], scale, S)
+            p = probabilities(
+                q, k, top[:, None], share[:, None], P, b, h, rows[:, None], cols[None, :], scale, S
+            )
             ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
             sums = add_dot(sums, ds, k.tile, S.PRECISION)
     store_rows(dq, b, h, rows, P.Nq, scale_split(sums, scale), S.WIDTH, S.WIDTHS)
@@ -108,9 +113,10 @@ def _columns_kernel(
             rows = indices(start, BLOCK_M, S)
             q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
             do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-            lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[None, :]
+            top, share = load_softmax(P, b, h, rows)
             delta = load_statistic(delta_ptr, P, b, h, rows, 0.0)[None, :]
-            p = probabilities(k, q, lse, P, b, h, rows[None, :], cols[:, None], scale, S)
+            top, share = top[None, :], share[None, :]
+            p = probabilities(k, q, top, share, P, b, h, rows[None, :], cols[:, None], scale, S)
             ds = p * (product(v, do, S.VALUE_WIDTH, S) * factor - delta)
             dv_sums = add_dot(dv_sums, p * factor, do.tile, S.PRECISION)
             dk_sums = add_dot(dk_sums, ds, q.tile, S.PRECISION)
@@ -138,16 +144,20 @@ def _few_kernel(
     rows = indices(0, BLOCK_M, S)
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[:, None]
+    top, share = load_softmax(P, b, h, rows)
     factor = head_factor(P, b, h, S)
     if not WHOLE:
-        delta = row_delta(P, delta_ptr, do, b, h, rows, S)[:, None]
+        delta = few_delta(P, delta_ptr, do, b, h, rows, S)[:, None]
     sums = zeros_split(BLOCK_M, S.WIDTHS, S.ACC)
     for start in range(0, P.Nk, BLOCK_N):
         cols = indices(start, BLOCK_N, S)
         k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        p = probabilities(q, k, lse, P, b, h, rows[:, None], cols[None, :], scale, S)
+        i, j = rows[:, None], cols[None, :]
+        if WHOLE:
+            p = whole_probabilities(q, k, top[:, None], P, b, h, i, j, scale, S)
+        else:
+            p = probabilities(q, k, top[:, None], share[:, None], P, b, h, i, j, scale, S)
         dp = product(do, v, S.VALUE_WIDTH, S) * factor
         if WHOLE:
             total = tl.sum(p * dp, 1)
@@ -171,7 +181,7 @@ def attention_backward(
     v: Tensor,
     mask: Tensor | None,
     o: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     do: Tensor,
     is_causal: bool,
     scale: float,
@@ -181,10 +191,10 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``.
 
-    ``o`` includes ``head_scale``, ``do`` is its cotangent. ``into``: where to write the first three.
+    ``softmax`` is (1a); ``o`` includes ``head_scale``, ``do`` is its cotangent. ``into``: where to write the first three.
     """
     (B, H, Nq, _), Nk = q.shape, k.shape[2]
-    reads, static = problem(q, k, v, mask, is_causal, head_scale, lse, o=o, do=do)
+    reads, static = problem(q, k, v, mask, is_causal, head_scale, softmax, o=o, do=do)
     width = max(static.WIDTH, static.VALUE_WIDTH)
     dq, dk, dv = into or map(empty_heads, (q, k, v))
     delta = empty_statistic(q)

@@ -12,6 +12,7 @@ from .attention_tiles import (
     indices,
     last_key,
     load_rows,
+    load_softmax,
     load_statistic,
     probabilities,
     product,
@@ -19,6 +20,7 @@ from .attention_tiles import (
     score_cotangent,
     store_rows,
     store_statistic,
+    whole_probabilities,
 )
 from .tiles import add_dot, scale_split, subtract_split, zeros_split
 
@@ -44,9 +46,9 @@ def rows_of_whole_tile(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr
     i, j, key_head = rows[:, None], cols[None, :], h // S.GROUP
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
-    lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[:, None]
+    top, _ = load_softmax(P, b, h, rows)
     factor = head_factor(P, b, h, S)
-    p = probabilities(q, k, lse, P, b, h, i, j, scale, S)
+    p = whole_probabilities(q, k, top[:, None], P, b, h, i, j, scale, S)
 
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
@@ -93,7 +95,7 @@ def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, 
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-    lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[:, None]
+    top, share = load_softmax(P, b, h, rows)
     delta = row_delta(P, R.delta, do, b, h, rows, S)[:, None]
     factor = head_factor(P, b, h, S)
     gq = zeros_split(M, S.WIDTHS, S.ACC)
@@ -106,7 +108,7 @@ def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, 
         j = cols[None, :]
         k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        p = probabilities(q, k, lse, P, b, h, i, j, scale, S)
+        p = probabilities(q, k, top[:, None], share[:, None], P, b, h, i, j, scale, S)
         ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
         r = tl.zeros([M, N], S.ACC)
         ddk = load_rows(P.ddk, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
@@ -161,9 +163,9 @@ def columns_of_tile(
             q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
             do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
             ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-            lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[None, :]
+            top, share = load_softmax(P, b, h, rows)
             delta = load_statistic(R.delta, P, b, h, rows, 0.0)[None, :]
-            p = probabilities(k, q, lse, P, b, h, i, j, scale, S)
+            p = probabilities(k, q, top[None, :], share[None, :], P, b, h, i, j, scale, S)
             ds = p * (product(v, do, S.VALUE_WIDTH, S) * factor - delta)
             if ddq is not None:
                 gk = add_dot(gk, ds, ddq.tile, S.PRECISION)

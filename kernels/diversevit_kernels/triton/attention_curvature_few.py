@@ -10,10 +10,11 @@ from .attention_tiles import (
     head_factor,
     indices,
     load_rows,
-    load_statistic,
+    load_softmax,
     probabilities,
     product,
     score_cotangent,
+    share_of,
     store_rows,
     store_statistic,
 )
@@ -21,12 +22,14 @@ from .tiles import add_dot, scale_split, zeros_split
 
 
 @triton.jit
-def _score_tiles(q, do, ddq, ddk, ddv, lse, factor, P, b, h, rows, cols, scale, S: tl.constexpr):
+def _score_tiles(
+    q, do, ddq, ddk, ddv, top, share, factor, P, b, h, rows, cols, scale, S: tl.constexpr
+):
     """(3)-(8) for one key tile: keys and values, and the tiles P, dP, X and P ∘ Y (zeros if absent)."""
     i, j = rows[:, None], cols[None, :]
     k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
     v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    p = probabilities(q, k, lse, P, b, h, i, j, scale, S)
+    p = probabilities(q, k, top[:, None], share[:, None], P, b, h, i, j, scale, S)
     dp = product(do, v, S.VALUE_WIDTH, S) * factor
     x = tl.zeros_like(p)
     if S.HAS_X:
@@ -42,15 +45,16 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
     """(6)-(9) for a head whose queries all fit M rows, N keys at a time, twice: first D, x and t, then all results.
 
     With D = rowsum(P ∘ dP), rowsum(dS ∘ X) is rowsum(P ∘ dP ∘ X) − D x, so that one walk gives all three; where one key
-    takes all, that difference is exactly zero, and must be before P ∘ Y is added. The second walk finds its keys in
-    the L2 cache. Writes gq, gk, gv, gdo, D, x and t.
+    takes all, that difference is exactly zero, and must be before P ∘ Y is added. All are means under P, over its
+    own sum. The second walk finds its keys in the L2 cache. Writes gq, gk, gv, gdo, D, x and t.
     """
     rows = indices(0, M, S)
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-    lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[:, None]
+    top, share = load_softmax(P, b, h, rows)
     factor = head_factor(P, b, h, S)
+    total = tl.zeros([M], S.ACC)
     delta = tl.zeros([M], S.ACC)
     x = tl.zeros([M], S.ACC)
     weighted = tl.zeros([M], S.ACC)
@@ -60,13 +64,17 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
         ddk = load_rows(P.ddk, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
         ddv = load_rows(P.ddv, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         _, _, p, dp, x_tile, py = _score_tiles(
-            q, do, ddq, ddk, ddv, lse, factor, P, b, h, rows, cols, scale, S
+            q, do, ddq, ddk, ddv, top, share, factor, P, b, h, rows, cols, scale, S
         )
+        total += tl.sum(p, 1)
         delta += tl.sum(p * dp, 1)
         x += tl.sum(p * x_tile, 1)
         weighted += tl.sum(p * dp * x_tile, 1)
         t += tl.sum(py, 1)
-    t += weighted - delta * x
+    whole = share_of(total)
+    delta *= whole
+    x *= whole
+    t = (t + (weighted - delta * x * total)) * whole
     store_statistic(R.delta, P, b, h, rows, delta)
     store_statistic(R.x, P, b, h, rows, x)
     store_statistic(R.t, P, b, h, rows, t)
@@ -78,7 +86,7 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
         ddk = load_rows(P.ddk, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
         ddv = load_rows(P.ddv, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         k, v, p, dp, x_tile, py = _score_tiles(
-            q, do, ddq, ddk, ddv, lse, factor, P, b, h, rows, cols, scale, S
+            q, do, ddq, ddk, ddv, top, share, factor, P, b, h, rows, cols, scale, S
         )
         ds = p * (dp - delta[:, None])
         gk = zeros_split(N, S.WIDTHS, S.ACC)

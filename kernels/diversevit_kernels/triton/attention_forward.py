@@ -12,7 +12,7 @@ from torch import Tensor
 from .attention_tiles import (
     FEW_QUERIES,
     as_number,
-    empty_statistic,
+    empty_softmax,
     head_factor,
     indices,
     last_key,
@@ -21,8 +21,9 @@ from .attention_tiles import (
     problem,
     program_tile,
     scores,
+    share_of,
     store_rows,
-    store_statistic,
+    store_softmax,
 )
 from .launch import allocate, cdiv, launch
 from .tiles import add_dot, scale_split, zeros_split
@@ -32,7 +33,7 @@ from .tiles import add_dot, scale_split, zeros_split
 def _forward_kernel(
     P,  # Problem
     o,  # Operand [B, H, Nq, VALUE_WIDTH]
-    lse_ptr,  # [B, H, Nq], dense
+    softmax_ptr,  # [B, H, 2, Nq], dense: (1a), written
     scale: tl.float64,
     S: tl.constexpr,  # Static
     BLOCK_M: tl.constexpr,
@@ -41,7 +42,7 @@ def _forward_kernel(
     """(1)-(2). One program owns BLOCK_M query rows of one head and walks its keys BLOCK_N at a time.
 
     It carries the row maximum ``top``, the sum ``total`` of exp(S − top) and the matching sum of rows of v; a
-    new maximum rescales both. Rows that attend to nothing have total 0: o = 0, lse = +inf.
+    new maximum rescales both. Rows that attend to nothing have total 0: o = 0, and top = +inf is kept.
     """
     b, h, tile = program_tile(tl.cdiv(P.Nq, BLOCK_M), P.H)
     scale = as_number(scale, S.ACC)
@@ -64,12 +65,11 @@ def _forward_kernel(
         sums = add_dot(scale_split(sums, shrink[:, None]), p, v.tile, S.PRECISION)
         top = new_top
 
-    empty = total == 0.0
-    total = tl.where(empty, 1.0, total)
-    o_tile = scale_split(sums, (head_factor(P, b, h, S) / total)[:, None])
+    share = share_of(total)
+    o_tile = scale_split(sums, (head_factor(P, b, h, S) * share)[:, None])
     store_rows(o, b, h, rows, P.Nq, o_tile, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    lse = tl.where(empty, float("inf"), top + tl.log(total))
-    store_statistic(lse_ptr, P, b, h, rows, lse)
+    top = tl.where(total == 0.0, float("inf"), top)
+    store_softmax(softmax_ptr, P, b, h, rows, top, share)
 
 
 def attention_forward(
@@ -81,11 +81,11 @@ def attention_forward(
     scale: float,
     head_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(1)-(2): output ``[B, H, Nq, dv]``, times ``head_scale`` [H] or [B, H], and lse ``[B, H, Nq]``."""
+    """(1)-(2): output ``[B, H, Nq, dv]``, times ``head_scale`` [H] or [B, H], and (1a) ``[B, H, 2, Nq]``."""
     B, H, Nq, _ = q.shape
     reads, static = problem(q, k, v, mask, is_causal, head_scale)
     o = allocate((B, Nq, H, v.shape[-1]), q.dtype, q).transpose(1, 2)
-    lse = empty_statistic(q)
+    softmax = empty_softmax(q)
     launch(
         "attention_forward_few" if Nq <= FEW_QUERIES else "attention_forward",
         _forward_kernel,
@@ -94,8 +94,8 @@ def attention_forward(
         max(static.WIDTH, static.VALUE_WIDTH),
         reads,
         operand(o),
-        lse,
+        softmax,
         scale,
         S=static,
     )
-    return o, lse
+    return o, softmax

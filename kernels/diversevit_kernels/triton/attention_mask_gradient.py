@@ -16,6 +16,7 @@ from .attention_tiles import (
     head_factor,
     indices,
     load_rows,
+    load_softmax,
     load_statistic,
     probabilities,
     product,
@@ -62,10 +63,10 @@ def _mask_kernel(
         do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        lse = load_statistic(P.lse, P, b, h, rows, float("inf"))[:, None]
+        top, share = load_softmax(P, b, h, rows)
         delta = load_statistic(delta_ptr, P, b, h, rows, 0.0)[:, None]
         factor = head_factor(P, b, h, S)
-        p = probabilities(q, k, lse, P, b, h, i, j, scale, S)
+        p = probabilities(q, k, top[:, None], share[:, None], P, b, h, i, j, scale, S)
         ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
         if t_ptr is None:
             total += ds

@@ -1,7 +1,8 @@
 """What every attention kernel shares: its operands, where a program works, score tiles.
 
 Shapes   q, o, do and their like [B, H, Nq, .]; k, v and theirs [B, Hkv, Nk, .], H = GROUP Hkv; mask
-         [B|1, H|1, Nq|1, Nk|1] with stride 0 on axes of size 1; statistics (lse, D, x, t) [B, H, Nq], dense.
+         [B|1, H|1, Nq|1, Nk|1] with stride 0 on axes of size 1; row statistics (D, x, t) [B, H, Nq], dense, and the
+         softmax's, [B, H, 2, Nq]: the largest score and 1 / sum of exp(S − largest), (1a).
 Dtypes   float16, bfloat16, float32, float64; products take tiles rounded to the input's dtype and accumulate
          in ``ACC``, float32 (float64 for float64), like all statistics.
 Tiles    have query index ``i`` and key index ``j``; both arrive broadcast ([M, 1] and [1, N], or transposed), so
@@ -69,7 +70,7 @@ class Problem(NamedTuple):
     H: int
     Nq: int
     Nk: int
-    lse: Any = None  # [B, H, Nq], dense
+    softmax: Any = None  # [B, H, 2, Nq], dense: (1a)
     o: Operand | None = None  # [B, H, Nq, VALUE_WIDTH], head_scale included
     do: Operand | None = None  # like o: G / head_scale of the equations
     dq: Operand | None = None  # like q, the result of (5)
@@ -116,7 +117,7 @@ def problem(
     mask: Tensor | None,
     is_causal: bool,
     head_scale: Tensor | None,
-    lse: Tensor | None = None,
+    softmax: Tensor | None = None,
     **more: Tensor | None,
 ) -> tuple[Problem, Static]:
     """The arguments of a kernel, checked.
@@ -156,7 +157,7 @@ def problem(
     )
     read = {name: operand(x) for name, x in {"q": q, "k": k, "v": v, "mask": mask, **more}.items()}
     sizes = {"H": q.shape[1], "Nq": q.shape[2], "Nk": k.shape[2]}
-    return Problem(head_scale=scale, lse=lse, **sizes, **read), static  # pyright: ignore[reportArgumentType]
+    return Problem(head_scale=scale, softmax=softmax, **sizes, **read), static  # pyright: ignore[reportArgumentType]
 
 
 def empty_heads(like: Tensor) -> Tensor:
@@ -168,6 +169,12 @@ def empty_heads(like: Tensor) -> Tensor:
 def empty_statistic(q: Tensor) -> Tensor:
     """Uninitialised ``[B, H, Nq]``, dense, in the accumulator's dtype."""
     return allocate(tuple(q.shape[:3]), accumulation_dtype(q.dtype), q)
+
+
+def empty_softmax(q: Tensor) -> Tensor:
+    """Uninitialised ``[B, H, 2, Nq]``, dense, in the accumulator's dtype."""
+    B, H, Nq, _ = q.shape
+    return allocate((B, H, 2, Nq), accumulation_dtype(q.dtype), q)
 
 
 @triton.jit
@@ -228,6 +235,22 @@ def store_statistic(ptr, P, b, h, rows, value):
 
 
 @triton.jit
+def load_softmax(P, b, h, rows):
+    """(1a): the largest score and the share of each of ``rows``; plus infinity and 0 beyond the end."""
+    at = P.softmax + 2 * (b * P.H + h) * P.Nq + rows
+    top = tl.load(at, mask=rows < P.Nq, other=float("inf"))
+    return top, tl.load(at + P.Nq, mask=rows < P.Nq, other=0.0)
+
+
+@triton.jit
+def store_softmax(ptr, P, b, h, rows, top, share):
+    """The inverse of ``load_softmax``."""
+    at = ptr + 2 * (b * P.H + h) * P.Nq + rows
+    tl.store(at, top, mask=rows < P.Nq)
+    tl.store(at + P.Nq, share, mask=rows < P.Nq)
+
+
+@triton.jit
 def head_factor(P, b, h, S: tl.constexpr):
     """This head's factor, 1 without ``head_scale``."""
     if P.head_scale is None:
@@ -245,6 +268,16 @@ def row_delta(P, R_delta, do, b, h, rows, S: tl.constexpr):
     for i in tl.static_range(len(S.VALUE_WIDTHS)):
         delta += tl.sum(o.tile[i].to(S.ACC) * do.tile[i].to(S.ACC), 1)
     store_statistic(R_delta, P, b, h, rows, delta)
+    return delta
+
+
+@triton.jit
+def few_delta(P, delta_ptr, do, b, h, rows, S: tl.constexpr):
+    """``row_delta`` summed as dP is: where one key takes all, o is its v, and dP − D is 0 to the last bit."""
+    o = load_rows(P.o, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
+    every = product(do, o, S.VALUE_WIDTH, S)
+    delta = tl.sum(tl.where(rows[:, None] == rows[None, :], every, 0.0), 1)
+    store_statistic(delta_ptr, P, b, h, rows, delta)
     return delta
 
 
@@ -306,13 +339,27 @@ def scores(x, y, P, b, h, i, j, scale, S: tl.constexpr):
 
 
 @triton.jit
-def probabilities(x, y, lse, P, b, h, i, j, scale, S: tl.constexpr):
-    """(1): exp(S − LSE); zero wherever S is minus infinity or ``lse``, broadcast, plus infinity.
+def probabilities(x, y, top, share, P, b, h, i, j, scale, S: tl.constexpr):
+    """(1a): exp(S − top) share; zero wherever S is minus infinity or ``top`` plus infinity. Both are broadcast.
 
-    The difference first: where one key takes all and S was summed in the order of LSE's (S.CHUNKED may sum in
-    another), S = LSE to the last bit and P is exactly 1.
+    The difference first: where one key takes all and S was summed in the order of the forward's (S.CHUNKED may sum in
+    another), it is 0 and P exactly 1.
     """
-    return tl.exp(scores(x, y, P, b, h, i, j, scale, S) - lse)
+    return tl.exp(scores(x, y, P, b, h, i, j, scale, S) - top) * share
+
+
+@triton.jit
+def whole_probabilities(q, k, top, P, b, h, i, j, scale, S: tl.constexpr):
+    """(1a) of a tile that holds all keys of its rows: the sum is its own, whatever order S was summed in."""
+    p = tl.exp(scores(q, k, P, b, h, i, j, scale, S) - top)
+    total = tl.sum(p, 1)
+    return p * share_of(total)[:, None]
+
+
+@triton.jit
+def share_of(total):
+    """One over the sum of a row's weights; 1 where it attends to nothing."""
+    return 1.0 / tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit

@@ -14,10 +14,14 @@ INTERPRETED = tl.constexpr(_INTERPRETED)
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b. The interpreter's product of bfloat16 tiles is wrong, so it multiplies in acc's dtype."""
+    """acc + a b.
+
+    The interpreter's product of bfloat16 tiles is wrong, and one of float32 depends on the tile's shape. So it multiplies
+    in float64 and rounds once: as on a chip, an element is the same number in whatever tile it is made.
+    """
     if INTERPRETED:
-        a, b = a.to(acc.dtype), b.to(acc.dtype)
-        return tl.dot(a, b, acc=acc, input_precision="ieee", out_dtype=acc.dtype)
+        a, b, wide = a.to(tl.float64), b.to(tl.float64), acc.to(tl.float64)
+        return tl.dot(a, b, acc=wide, input_precision="ieee", out_dtype=tl.float64).to(acc.dtype)
     else:
         return tl.dot(a, b, acc=acc, input_precision=PRECISION, out_dtype=acc.dtype)
 

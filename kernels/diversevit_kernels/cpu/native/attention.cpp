@@ -25,7 +25,7 @@ struct Call {
     int64_t B, H, Hkv, Nq, Nk, d, dv, causal, threads;
     double scale;
     Mask mask;
-    void* lse;                                 // [B, H, Nq], dense, in the dtype of the arithmetic
+    void* softmax;                             // [B, H, 2, Nq], dense, (1a), in the dtype of the arithmetic
     Tensor q, k, v, o, dout, ddq, ddk, ddv;    // data is null where a cotangent is absent
     Tensor gq, gk, gv, gdout;                  // results of the backward passes
 };
@@ -193,8 +193,12 @@ template <class Each> inline void in_runs(ptrdiff_t keys, Each each) {
     for (ptrdiff_t first = 0; first < keys; first += RUN) each(first, std::min(keys, first + RUN));
 }
 
-// (1)-(2) in a column of lanes: s becomes exp(factor s - top); returns its sum, and the log-sum-exp.
-template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* total, T<S>* lse) {
+// One over the sum of a row's weights, 1 where it attends to nothing: (1a).
+template <class V> inline V share_of(V total) { return 1 / (total == V{} ? V{} + 1 : total); }
+
+// (1)-(2) in a column of lanes: s becomes exp(factor s - top); returns (1a): top, plus infinity where a row attends to
+// nothing, and the share of a row's weights, one over their sum.
+template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* tops, T<S>* shares) {
     using T = Arithmetic<S>;
     constexpr T infinity = std::numeric_limits<T>::infinity();
     const ptrdiff_t keys = run<S>(t.keys);
@@ -216,19 +220,21 @@ template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* t
             }
             all += some;
         });
-        for (ptrdiff_t l = 0; l < LANES<T>; l++) {
-            total[i + l] = all[l];
-            lse[i + l] = all[l] == 0 ? infinity : top[l] + std::log(all[l]);
-        }
+        store(tops + i, all == Vector<T>{} ? Vector<T>{} + infinity : top);
+        store(shares + i, share_of(all));
     }
 }
 
-// The block's log-sum-exp, plus infinity in lanes without a row: their probabilities are 0.
-template <class T> const T* statistics(const Call& call, const Block& t) {
-    T* lse = scratch<T>(STATISTICS, t.lanes);
-    std::copy_n(static_cast<const T*>(call.lse) + (t.b * call.H + t.h) * call.Nq + t.row, t.rows, lse);
-    std::fill(lse + t.rows, lse + t.lanes, std::numeric_limits<T>::infinity());
-    return lse;
+template <class T> T* tops_of(const Call& c, const Block& t) {
+    return static_cast<T*>(c.softmax) + 2 * (t.b * c.H + t.h) * c.Nq + t.row;
+}
+
+// The block's largest scores, plus infinity in lanes without a row: their probabilities are 0.
+template <class T> const T* tops(const Call& c, const Block& t) {
+    T* top = scratch<T>(STATISTICS, t.lanes);
+    std::copy_n(tops_of<T>(c, t), t.rows, top);
+    std::fill(top + t.rows, top + t.lanes, std::numeric_limits<T>::infinity());
+    return top;
 }
 
 // Every block of every pair of heads: begin(b, hk), block(t), end(b, hk).
@@ -292,31 +298,28 @@ template <class S> void forward(const Call& c) {
             const Queries<S> q(QUERIES, c.q, t, c.d);
             Tile<S> p(SCORES, t, RIGHT);
             const T factor = masked_scores(c, t, pair.k, q, p);
-            T *total = scratch<T>(STATISTICS, 2 * t.lanes), *lse = total + t.lanes;
-            softmax(t, p, factor, total, lse);
+            T *top = scratch<T>(STATISTICS, 2 * t.lanes), *share = top + t.lanes;
+            softmax(t, p, factor, top, share);
             T* o = result_of<S>(t, c.dv);
             to_rows(t, p, pair.v, c.dv, o, false);
-            for (ptrdiff_t i = 0; i < t.lanes; i++) total[i] = total[i] == 0 ? T(0) : T(1) / total[i];
-            scatter_transposed(o, t.lanes, t.rows, c.dv, total, at<S>(c.o, t.b, t.h, t.row), c.o.row);
-            std::copy_n(lse, t.rows, static_cast<T*>(c.lse) + (t.b * c.H + t.h) * c.Nq + t.row);
+            scatter_transposed(o, t.lanes, t.rows, c.dv, share, at<S>(c.o, t.b, t.h, t.row), c.o.row);
+            std::copy_n(top, t.rows, tops_of<T>(c, t));
+            std::copy_n(share, t.rows, tops_of<T>(c, t) + c.Nq);
         },
         [](const KeySide<S>&, int64_t, int64_t) {});
 }
 
-// 1 / x, and 0 where x is 0: a row that attends to nothing.
-template <class V> inline V inverse(V x) { return x == V{} ? V{} : 1 / x; }
-
 // (3)-(4) down the lanes: s and dp become P and dS.
-template <class S> void slope(const Block& t, const T<S>* lse, T<S> factor, Tile<S>& s, Tile<S>& dp) {
+template <class S> void slope(const Block& t, const T<S>* tops, T<S> factor, Tile<S>& s, Tile<S>& dp) {
     using T = Arithmetic<S>;
     const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
-        const Vector<T> l = load(lse + i);
+        const Vector<T> top = load(tops + i);
         Vector<T> all{}, delta{}, p[DEPTH<S>], ds[DEPTH<S>];
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
             Vector<T> some{}, some_delta{};
             for (ptrdiff_t j = first; j < end; j++) {
-                const Vector<T> x = exponential(on_its_own<T>(load(s.at(j, i)) * factor) - l);
+                const Vector<T> x = exponential(on_its_own<T>(load(s.at(j, i)) * factor) - top);
                 store(s.at(j, i), x);
                 some += x;
                 some_delta += x * load(dp.at(j, i));
@@ -324,7 +327,7 @@ template <class S> void slope(const Block& t, const T<S>* lse, T<S> factor, Tile
             all += some;
             delta += some_delta;
         });
-        const Vector<T> share = inverse(all);
+        const Vector<T> share = share_of(all);
         delta *= share;
         for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
@@ -346,7 +349,7 @@ template <class S> void backward(const Call& c) {
             Tile<S> p(SCORES, t, LEFT), ds(DP, t, BOTH);
             const T factor = masked_scores(c, t, pair.k, q, p);
             scores(t, pair.v, dout, c.dv, ds);
-            slope(t, statistics<T>(c, t), factor, p, ds);
+            slope(t, tops<T>(c, t), factor, p, ds);
             to_keys(t, p, dout, c.dv, pair.sum_v);
             to_keys(t, ds, q, c.d, pair.sum_k);
             T* dq = result_of<S>(t, c.d);
@@ -358,17 +361,17 @@ template <class S> void backward(const Call& c) {
 
 // (6)-(8) down the lanes: s, dp, x, y become P, dS, E and R; x is still to be multiplied by the scale.
 template <class S>
-void curvature(const Block& t, const T<S>* lse, T<S> factor, T<S> scale, Tile<S>& s, Tile<S>& dp, Tile<S>& x,
+void curvature(const Block& t, const T<S>* tops, T<S> factor, T<S> scale, Tile<S>& s, Tile<S>& dp, Tile<S>& x,
                Tile<S>& y) {
     using T = Arithmetic<S>;
     const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
-        const Vector<T> l = load(lse + i);
+        const Vector<T> top = load(tops + i);
         Vector<T> all{}, delta{}, mean{}, total{}, p[DEPTH<S>], ds[DEPTH<S>], e[DEPTH<S>], r[DEPTH<S>];
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
             Vector<T> some{}, some_delta{}, some_mean{};
             for (ptrdiff_t j = first; j < end; j++) {
-                const Vector<T> w = exponential(on_its_own<T>(load(s.at(j, i)) * factor) - l);
+                const Vector<T> w = exponential(on_its_own<T>(load(s.at(j, i)) * factor) - top);
                 store(s.at(j, i), w);
                 some += w;
                 some_delta += w * load(dp.at(j, i));
@@ -378,7 +381,7 @@ void curvature(const Block& t, const T<S>* lse, T<S> factor, T<S> scale, Tile<S>
             delta += some_delta;
             mean += some_mean;
         });
-        const Vector<T> share = inverse(all);
+        const Vector<T> share = share_of(all);
         delta *= share;
         mean *= share;
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
@@ -426,7 +429,7 @@ template <class S> void double_backward(const Call& c) {
                 scores(t, pair.ddv, dout, c.dv, y);
             else
                 std::fill_n(y.values, run<S>(t.keys) * t.stride, T(0));
-            curvature(t, statistics<T>(c, t), factor, T(c.scale), s, dp, x, y);
+            curvature(t, tops<T>(c, t), factor, T(c.scale), s, dp, x, y);
 
             to_keys(t, y, q, c.d, pair.sum_k);
             if (ddq) to_keys(t, dp, ddq, c.d, pair.sum_k);
