@@ -53,7 +53,7 @@ STAGES: dict[str, Stage] = {
             **{"is_causal": False, "scale": WIDTH**-0.5, "mask_grad": False},
         },
         results={
-            "d0": ("o", "lse"),
+            "d0": ("o", "softmax"),
             "d1": ("dq", "dk", "dv", "dmask"),
             "d2": ("gq", "gk", "gv", "gdo", "gmask"),
         },

@@ -114,7 +114,7 @@ def _attention_case(
     dq, dk, dv = (_by_token(*x.shape, dtype=q.dtype) for x in (q, k, v))
     B, H, n, _ = q.shape
     o = do = _by_token(B, H, n, v.shape[-1], q.dtype)
-    lse = _empty(B, H, n, dtype=torch.float32)
+    softmax = _empty(B, H, 2, n, dtype=torch.float32)
     dd = [x if one else None for x, one in zip((dq, dk, dv), given, strict=True)]
     ddmask = mask if mask_grad else None
     options: dict[str, Any] = {"is_causal": is_causal, "scale": q.shape[-1] ** -0.5}
@@ -122,10 +122,10 @@ def _attention_case(
         options["head_scale"] = head_scale
     more = {**options, "mask_grad": mask_grad}
     yield "forward", name, lambda f: f(q, k, v, mask, **options)
-    yield "backward", name, lambda f: f(q, k, v, mask, o, lse, do, **more)
+    yield "backward", name, lambda f: f(q, k, v, mask, o, softmax, do, **more)
     yield (
         *("double_backward", name),
-        lambda f: f(q, k, v, mask, o, lse, do, dq, *dd, ddmask, **more),
+        lambda f: f(q, k, v, mask, o, softmax, do, dq, *dd, ddmask, **more),
     )
 
 

@@ -112,14 +112,14 @@ def rungs(kernels, case, tensors):
     def like(x):
         return torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.device, x.dtype)
 
-    o, lse = kernels.attention_forward(q, k, v, mask, causal, 0.4)
+    o, softmax = kernels.attention_forward(q, k, v, mask, causal, 0.4)
     do, ddq, ddk, ddv = like(o), like(q), like(k), like(v)
     ddmask = like(mask) if additive else None
-    first = kernels.attention_backward(q, k, v, mask, o, lse, do, causal, 0.4, additive)
+    first = kernels.attention_backward(q, k, v, mask, o, softmax, do, causal, 0.4, additive)
     second = kernels.attention_double_backward(
-        q, k, v, mask, o, lse, do, first[0], ddq, ddk, ddv, ddmask, causal, 0.4, additive
+        q, k, v, mask, o, softmax, do, first[0], ddq, ddk, ddv, ddmask, causal, 0.4, additive
     )
-    return [x for x in (o, lse, *first, *second) if x is not None]
+    return [x for x in (o, *softmax.unbind(2), *first, *second) if x is not None]
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -141,14 +141,10 @@ def check_rungs(kernels, case, dtype, seed=0, device="cpu", place=lambda x: x):
     terms = max(case.Nq * case.H // case.Hkv, case.Nk) * (case.d + case.dv)
     if dtype == torch.float64:  # the judge has rounding of its own
         terms *= 64
-    # where one key takes all, gradients are differences of equal sums: zero up to the accumulators' rounding
-    size = max(float(x[torch.isfinite(x)].abs().max()) for x in exact if torch.isfinite(x).any())
     for ours, plain, truth in zip(rungs(kernels, case, placed), eager, exact, strict=True):
-        finite = torch.isfinite(truth)  # lse is +inf where a row attends to nothing
+        finite = torch.isfinite(truth)  # the largest score is +inf where a row attends to nothing
         assert torch.equal(torch.isfinite(ours), finite)
-        assert_within_budget(
-            *(x.where(finite, 0) for x in (ours, plain, truth)), terms=terms, cancelled=size
-        )
+        assert_within_budget(*(x.where(finite, 0) for x in (ours, plain, truth)), terms=terms)
 
 
 def check_contracts(kind, device="cpu"):
@@ -156,9 +152,9 @@ def check_contracts(kind, device="cpu"):
     q, k, v, mask, causal = operands(Case(B=1, Nq=3, Nk=4, mask=kind), device=device)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     additive = kind == "additive"
-    o, lse = (x.detach() for x in ops.attention_operator(q, k, v, mask, causal, 0.5))
+    o, softmax = (x.detach() for x in ops.attention_operator(q, k, v, mask, causal, 0.5))
     do = torch.randn_like(o).requires_grad_()
-    shared = (q, k, v, mask, o, lse, do)
+    shared = (q, k, v, mask, o, softmax, do)
     torch.library.opcheck(ops.attention_operator, (q, k, v, mask, causal, 0.5))
     torch.library.opcheck(ops.attention_backward_operator, (*shared, causal, 0.5, additive))
     plain = [x if x is None else x.detach() for x in shared]
@@ -193,7 +189,7 @@ MISTAKES = (
     "dk scaled twice",
     "dropped cotangent of dv",
     "dropped cotangent of dk",
-    "stale statistics",
+    "a row taken for empty",
 )
 
 
@@ -206,22 +202,23 @@ class Sabotaged:
     def attention_forward(self, q, k, v, mask, causal, scale):
         if self.mistake == "last key dropped":
             k, v = k[:, :, :-1], v[:, :, :-1]
-        o, lse = self.kernels.attention_forward(q, k, v, mask, causal, scale)
+        o, softmax = self.kernels.attention_forward(q, k, v, mask, causal, scale)
         if self.mistake == "unwritten token":
             o[:, :, -1] = torch.nan
-        return o, lse
+        return o, softmax
 
-    def attention_backward(self, q, k, v, mask, o, lse, do, *rest):
-        dq, dk, dv, dmask = self.kernels.attention_backward(q, k, v, mask, o, lse, do, *rest)
+    def attention_backward(self, q, k, v, mask, o, softmax, do, *rest):
+        dq, dk, dv, dmask = self.kernels.attention_backward(q, k, v, mask, o, softmax, do, *rest)
         return dq, dk * 0.4 if self.mistake == "dk scaled twice" else dk, dv, dmask
 
-    def attention_double_backward(self, q, k, v, mask, o, lse, do, dq, ddq, ddk, ddv, *rest):
+    def attention_double_backward(self, q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, *rest):
         if self.mistake == "dropped cotangent of dv":
             ddv = None
         if self.mistake == "dropped cotangent of dk":
             ddk = None
-        if self.mistake == "stale statistics":
-            lse = lse + 1e-2
+        if self.mistake == "a row taken for empty":
+            softmax = softmax.clone()
+            softmax[:, :, 0, -1] = torch.inf
         return self.kernels.attention_double_backward(
-            q, k, v, mask, o, lse, do, dq, ddq, ddk, ddv, *rest
+            q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, *rest
         )

@@ -55,9 +55,9 @@ def test_within_budget_on_lesser_processors(dtype, lesser_processor):
 def test_an_additive_mask_without_gradient(calls, mask):
     q, k, v, m, _ = operands(Case(B=2, Nq=40, Nk=23, mask=mask), torch.float32)
     m = m[(None,) * (4 - m.ndim)]
-    o, lse = attention.attention_forward(q, k, v, m, False, 0.4)
-    found = attention.attention_backward(q, k, v, m, o, lse, o, False, 0.4, False)
-    expect = attention.attention_backward(q, k, v, m, o, lse, o, False, 0.4, True)
+    o, softmax = attention.attention_forward(q, k, v, m, False, 0.4)
+    found = attention.attention_backward(q, k, v, m, o, softmax, o, False, 0.4, False)
+    expect = attention.attention_backward(q, k, v, m, o, softmax, o, False, 0.4, True)
     assert calls == ["forward", "backward"]
     torch.testing.assert_close(found[:3], expect[:3])
 
@@ -68,8 +68,8 @@ def test_an_additive_mask_without_gradient(calls, mask):
 def test_any_scale(mask, scale, dtype):
     q, k, v, m, is_causal = operands(Case(Nq=40, Nk=40, mask=mask), dtype)
     m = None if m is None else m[(None,) * (4 - m.ndim)]
-    o, lse = attention.attention_forward(q, k, v, m, is_causal, scale)
-    grads = attention.attention_backward(q, k, v, m, o, lse, o, is_causal, scale, False)[:3]
+    o, softmax = attention.attention_forward(q, k, v, m, is_causal, scale)
+    grads = attention.attention_backward(q, k, v, m, o, softmax, o, is_causal, scale, False)[:3]
     seen = torch.ones(40, 40, dtype=torch.bool).tril() if is_causal else m
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     seen = seen.double() if seen is not None and seen.is_floating_point() else seen
@@ -88,11 +88,11 @@ GIVEN = [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
 @pytest.mark.parametrize("given", GIVEN[1:], ids=str)
 def test_absent_cotangents_are_zeros(given):
     q, k, v, _, _ = operands(Case(B=2, Nq=37, Nk=21, d=9, dv=5), torch.float64)
-    o, lse = attention.attention_forward(q, k, v, None, False, 0.4)
+    o, softmax = attention.attention_forward(q, k, v, None, False, 0.4)
     every = [torch.randn_like(x) for x in (q, k, v)]
 
     def second(dd):
-        tensors = (q, k, v, None, o, lse, torch.cos(o), None, *dd, None)
+        tensors = (q, k, v, None, o, softmax, torch.cos(o), None, *dd, None)
         return attention.attention_double_backward(*tensors, False, 0.4, False)[:4]
 
     some = second([x if one else None for x, one in zip(every, given, strict=True)])
@@ -124,8 +124,8 @@ def test_what_is_not_finite_spoils_its_rows_as_in_eager(value):
 
 def test_no_samples():
     q, k, v = (torch.empty(0, 2, 5, 4) for _ in range(3))
-    o, lse = attention.attention_forward(q, k, v, None, False, 0.5)
-    assert (o.shape, lse.shape) == ((0, 2, 5, 4), (0, 2, 5))
+    o, softmax = attention.attention_forward(q, k, v, None, False, 0.5)
+    assert (o.shape, softmax.shape) == ((0, 2, 5, 4), (0, 2, 2, 5))
 
 
 CALL = """

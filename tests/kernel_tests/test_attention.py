@@ -122,13 +122,13 @@ def second_order(kernels, case, tensors, absent):
     def like(x):
         return torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.device, x.dtype)
 
-    o, lse = kernels.attention_forward(q, k, v, mask, causal, 0.4)
+    o, softmax = kernels.attention_forward(q, k, v, mask, causal, 0.4)
     do = like(o)
     dd = {"ddq": like(q), "ddk": like(k), "ddv": like(v)}
-    dq = kernels.attention_backward(q, k, v, mask, o, lse, do, causal, 0.4, False)[0]
+    dq = kernels.attention_backward(q, k, v, mask, o, softmax, do, causal, 0.4, False)[0]
     given = (None if name in absent else x for name, x in dd.items())
     return kernels.attention_double_backward(
-        q, k, v, mask, o, lse, do, dq, *given, None, causal, 0.4, False
+        q, k, v, mask, o, softmax, do, dq, *given, None, causal, 0.4, False
     )[:4]
 
 
@@ -172,13 +172,13 @@ def test_dq_that_was_not_kept_is_made_again(name, absent, device):
 def test_dq_is_made_again_with_the_head_scale(device):
     q, k, v, _, _ = operands(MORE["many-tiles"], device=device)
     c = torch.tensor([0.5, 1.5], dtype=q.dtype, device=device)
-    o, lse = triton.attention_forward(q, k, v, None, False, 0.4, head_scale=c)
+    o, softmax = triton.attention_forward(q, k, v, None, False, 0.4, head_scale=c)
     do, dd = torch.randn_like(o), (torch.randn_like(q), None, None, None)
-    dq = triton.attention_backward(q, k, v, None, o, lse, do, False, 0.4, False, c)[0]
+    dq = triton.attention_backward(q, k, v, None, o, softmax, do, False, 0.4, False, c)[0]
     for one, two in zip(
         *(
             triton.attention_double_backward(
-                *(q, k, v, None, o, lse, do, x, *dd, False, 0.4, False, c)
+                *(q, k, v, None, o, softmax, do, x, *dd, False, 0.4, False, c)
             )[:4]
             for x in (None, dq)
         ),
@@ -215,11 +215,14 @@ def test_head_scale_is_a_factor_of_the_output(name, per_sample, device):
     shape = (case.B, case.H) if per_sample else (case.H,)
     c = torch.linspace(0.0, 1.5, torch.Size(shape).numel(), dtype=q.dtype, device=device)
     c = c.view(shape)
-    o, lse = triton.attention_forward(q, k, v, None, False, 0.4, head_scale=c)
+    o, softmax = triton.attention_forward(q, k, v, None, False, 0.4, head_scale=c)
     do, ddq, ddk, ddv = (torch.randn_like(x) for x in (o, q, k, v))
-    first = triton.attention_backward(q, k, v, None, o, lse, do, False, 0.4, False, head_scale=c)
+    first = triton.attention_backward(
+        q, k, v, None, o, softmax, do, False, 0.4, False, head_scale=c
+    )
     second = triton.attention_double_backward(
-        *(q, k, v, None, o, lse, do, first[0], ddq, ddk, ddv, None, False, 0.4, False), head_scale=c
+        *(q, k, v, None, o, softmax, do, first[0], ddq, ddk, ddv, None, False, 0.4, False),
+        head_scale=c,
     )
     leaves = [x.detach().requires_grad_() for x in (q, k, v, do)]
     exact = reference.attention(*leaves[:3], scale=0.4) * c.expand(case.B, case.H)[..., None, None]

@@ -187,9 +187,20 @@ template <class S> T<S> masked_scores(const Call& c, const Block& t, const Keys<
     return factor;
 }
 
-// Keys 0 to ``keys`` in runs, each summed by itself before it joins the whole: long sums lose little.
+// A sum that keeps what its additions round off (Knuth's TwoSum).
+template <class V> struct Sum {
+    V sum{}, lost{};
+    void operator+=(V x) {
+        const V next = sum + x, added = next - sum;
+        lost += (sum - (next - added)) + (x - added);
+        sum = next;
+    }
+    V value() const { return sum + lost; }
+};
+
+// Keys 0 to ``keys`` in short runs, each summed by itself before it joins a Sum: what a row sums is good to an ulp.
 template <class Each> inline void in_runs(ptrdiff_t keys, Each each) {
-    constexpr ptrdiff_t RUN = 32;
+    constexpr ptrdiff_t RUN = 8;
     for (ptrdiff_t first = 0; first < keys; first += RUN) each(first, std::min(keys, first + RUN));
 }
 
@@ -203,7 +214,8 @@ template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* t
     constexpr T infinity = std::numeric_limits<T>::infinity();
     const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
-        Vector<T> top = Vector<T>{} - infinity, all{};
+        Vector<T> top = Vector<T>{} - infinity;
+        Sum<Vector<T>> all;
         for (ptrdiff_t j = 0; j < keys; j++) {
             const Vector<T> x = load(s.at(j, i)) * factor;
             top = x > top ? x : top;
@@ -220,8 +232,9 @@ template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* t
             }
             all += some;
         });
-        store(tops + i, all == Vector<T>{} ? Vector<T>{} + infinity : top);
-        store(shares + i, share_of(all));
+        const Vector<T> total = all.value();
+        store(tops + i, total == Vector<T>{} ? Vector<T>{} + infinity : top);
+        store(shares + i, share_of(total));
     }
 }
 
@@ -315,7 +328,8 @@ template <class S> void slope(const Block& t, const T<S>* tops, T<S> factor, Til
     const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
         const Vector<T> top = load(tops + i);
-        Vector<T> all{}, delta{}, p[DEPTH<S>], ds[DEPTH<S>];
+        Vector<T> p[DEPTH<S>], ds[DEPTH<S>];
+        Sum<Vector<T>> all, deltas;
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
             Vector<T> some{}, some_delta{};
             for (ptrdiff_t j = first; j < end; j++) {
@@ -325,10 +339,9 @@ template <class S> void slope(const Block& t, const T<S>* tops, T<S> factor, Til
                 some_delta += x * load(dp.at(j, i));
             }
             all += some;
-            delta += some_delta;
+            deltas += some_delta;
         });
-        const Vector<T> share = share_of(all);
-        delta *= share;
+        const Vector<T> share = share_of(all.value()), delta = deltas.value() * share;
         for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
                 p[u] = load(s.at(j + u, i)) * share;
@@ -367,7 +380,8 @@ void curvature(const Block& t, const T<S>* tops, T<S> factor, T<S> scale, Tile<S
     const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
         const Vector<T> top = load(tops + i);
-        Vector<T> all{}, delta{}, mean{}, total{}, p[DEPTH<S>], ds[DEPTH<S>], e[DEPTH<S>], r[DEPTH<S>];
+        Vector<T> p[DEPTH<S>], ds[DEPTH<S>], e[DEPTH<S>], r[DEPTH<S>];
+        Sum<Vector<T>> all, deltas, means, totals;
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
             Vector<T> some{}, some_delta{}, some_mean{};
             for (ptrdiff_t j = first; j < end; j++) {
@@ -378,12 +392,10 @@ void curvature(const Block& t, const T<S>* tops, T<S> factor, T<S> scale, Tile<S
                 some_mean += w * load(x.at(j, i));
             }
             all += some;
-            delta += some_delta;
-            mean += some_mean;
+            deltas += some_delta;
+            means += some_mean;
         });
-        const Vector<T> share = share_of(all);
-        delta *= share;
-        mean *= share;
+        const Vector<T> share = share_of(all.value()), delta = deltas.value() * share, mean = means.value() * share;
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
             Vector<T> some{};
             for (ptrdiff_t j = first; j < end; j += DEPTH<S>) {
@@ -401,8 +413,9 @@ void curvature(const Block& t, const T<S>* tops, T<S> factor, T<S> scale, Tile<S
                 dp.put(j, i, ds);
                 x.put(j, i, e);
             }
-            total += some;
+            totals += some;
         });
+        const Vector<T> total = totals.value();
         for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
                 r[u] = load(y.at(j + u, i)) - load(s.at(j + u, i)) * total;

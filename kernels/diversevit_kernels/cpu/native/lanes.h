@@ -169,7 +169,7 @@ template <class T> inline Vector<T> on_its_own(Vector<T> x) {
 // Off by a few ulps of 1 + |x|, as any rounding of x makes it. Below -87.3 it is 0; NaN stays NaN.
 inline Vector<float> exponential(Vector<float> x) {
     constexpr float magic = 12582912.0f, scale = 1.44269504f;  // 1.5 * 2^23: adding it rounds to an integer
-    const Vector<float> shifted = x * scale + magic, n = shifted - magic, f = x * scale - n;
+    const Vector<float> shifted = x * scale + magic, n = shifted - magic, f = (x * scale - n) + x * 1.92596299e-8f;
     Vector<float> y = f * 0.000153458094f + 0.00133999312f;
     y = y * f + 0.00961848897f;
     y = y * f + 0.0555032878f;
