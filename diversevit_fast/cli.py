@@ -9,14 +9,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import UnsupportedError, UsageError, require
+from .terminal import steady_streams
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``diversevit`` with ``args`` (the process's own if None) and exit.
 
     Exit codes: 0 done; 1 ``doctor`` found a fault; 2 a mistake the caller can mend, said on
-    standard error as ``error: ...``; 130 interrupted.
+    standard error as ``error: ...``; 130 interrupted. A reader of the output who leaves early
+    (``| head -1``) changes none of it.
     """
+    with steady_streams():
+        code = _run(args)
+    sys.exit(code)
+
+
+def _run(args: Sequence[str] | None) -> int:
+    """The command's exit code; what went wrong is said."""
     try:
         app = __getattr__("app")
         code = app(args=args, prog_name="diversevit", standalone_mode=False)
@@ -29,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if say is None:
             raise
         code = _fail(f"{say()} (see diversevit --help)") if say() else 2  # 2: help was shown
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _fail(message: str, code: int = 2) -> int:

@@ -15,13 +15,17 @@ ALLOWED = {
     "diversevit_kernels": set(),
     "diversevit_fast.errors": set(),
     "diversevit_fast.version": set(),
+    "diversevit_fast.terminal": set(),
+    "diversevit_fast.files": {"errors"},
     "diversevit_fast.reference": set(),
     "diversevit_fast.backends": {"errors"},
     "diversevit_fast.warmup": {"backends", "errors"},
     "diversevit_fast.ops": {"backends", "errors", "reference"},
     "diversevit_fast.head_gradients": {"errors", "ops"},
     "diversevit_fast.nn": {"errors", "head_gradients", "ops"},
-    "diversevit_fast.attention_modules": {"errors"},
+    "diversevit_fast.indices": set(),
+    "diversevit_fast.swap": set(),
+    "diversevit_fast.attention_modules": {"errors", "indices"},
     "diversevit_fast.multi_head": {"errors", "ops"},
     "diversevit_fast.support": {"attention_modules", "errors"},
     "diversevit_fast.self_attention": {"attention_modules", "errors", "head_gradients"},
@@ -30,7 +34,9 @@ ALLOWED = {
     "diversevit_fast.graph": {"errors"},
     "diversevit_fast.batches": {"errors"},
     "diversevit_fast.attach": {"attention_modules", "errors", "multi_head", "ops"},
-    "diversevit_fast.capture": {"attach", "attention_modules", "errors", "parallel", "support"},
+    "diversevit_fast.capture": {
+        *("attach", "attention_modules", "errors", "indices", "parallel", "support"),
+    },
     "diversevit_fast.class_token": {"attention_modules"},
     "diversevit_fast.sampling": {"errors"},
     "diversevit_fast.diversity": {
@@ -45,6 +51,7 @@ ALLOWED = {
         ),
         *(
             "graph",
+            "indices",
             "inner_scale",
             "multi_head",
             "parallel",
@@ -55,22 +62,26 @@ ALLOWED = {
     },
     "diversevit_fast.integrations": {"errors", "ops", "backends"},
     "diversevit_fast.compile_loss": {"attach", "errors"},
-    "diversevit_fast.pruning": {"attach", "attention_modules", "errors", "parallel", "support"},
-    "diversevit_fast.weight_files": {"errors"},
+    "diversevit_fast.pruning": {
+        *("attach", "attention_modules", "errors", "indices", "parallel", "support", "swap"),
+    },
+    "diversevit_fast.weight_files": {"errors", "files"},
     "diversevit_fast.replay": {"attach", "attention_modules", "errors", "pruning", "support"},
     "diversevit_fast.pruned_files": {
-        *("attention_modules", "errors", "ops", "parallel", "pruning", "version"),
+        *("attention_modules", "errors", "indices", "ops", "parallel", "pruning", "version"),
         "weight_files",
     },
-    "diversevit_fast.selection": {"attention_modules", "errors", "ops", "parallel", "replay"},
+    "diversevit_fast.selection": {
+        *("attention_modules", "errors", "indices", "ops", "parallel", "replay"),
+    },
     "diversevit_fast.models": {"errors", "nn", "ops", "pruning", "weight_files"},
-    "diversevit_fast.data": {"errors"},
+    "diversevit_fast.data": {"errors", "files"},
     "diversevit_fast.doctor": {"backends", "errors", "ops", "reference", "version"},
     "diversevit_fast.experiment": {
         *("data", "diversity", "errors", "models", "pruning", "selection", "version", "backends"),
-        *("doctor", "ops", "capture", "attach"),
+        *("doctor", "ops", "capture", "attach", "files", "terminal"),
     },
-    "diversevit_fast.cli": {"errors", "experiment", "doctor", "data", "version"},
+    "diversevit_fast.cli": {"errors", "experiment", "doctor", "data", "version", "terminal"},
 }
 
 

@@ -1,7 +1,6 @@
 """The commands of ``diversevit``, as a typer app; ``cli.main`` turns errors into one line."""
 
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -211,8 +210,7 @@ def _start(options: dict[str, Any], config: str | None, out: str | None) -> None
     from .run import run
 
     settings = resolve(options, config)
-    folder = out or Path("runs") / f"{settings.data}-{datetime.now():%Y%m%d-%H%M%S}"
-    _work(lambda console: run(settings, folder, console=console))
+    _work(lambda console: run(settings, out, console=console))
 
 
 def _work(job: Callable[[Any], Path]) -> None:

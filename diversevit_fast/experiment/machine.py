@@ -2,8 +2,10 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +40,14 @@ def version_of(package: str) -> str | None:
 def versions() -> dict[str, str | None]:
     """Python's and the packages' versions by name."""
     return {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
+
+
+def changes(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The line that says which versions are others than they were."""
+    listed = ", ".join(
+        f"{name} {v or 'none'} (was {before.get(name) or 'none'})" for name, v in now.items()
+    )
+    return f"{what} {listed}: the rest may differ in rounding from a run that was not interrupted"
 
 
 def describe_machine() -> dict[str, str | int]:
