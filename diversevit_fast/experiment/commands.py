@@ -224,12 +224,13 @@ def _work(job: Callable[[Any], Path]) -> None:
     console = Console()
     try:
         folder = job(console)
+        close_ranks()
+        if first_rank():
+            show_comparison(folder, console)
     except ReportedError:
         raise typer.Exit(2) from None
-    except Interrupted as interrupted:
+    except KeyboardInterrupt as interrupted:  # an ``Interrupted``, or before there was a folder
         if first_rank():
-            typer.echo(interrupted, err=True)
+            said = interrupted if isinstance(interrupted, Interrupted) else "interrupted"
+            typer.echo(said, err=True)
         raise typer.Exit(130) from None
-    close_ranks()
-    if first_rank():
-        show_comparison(folder, console)

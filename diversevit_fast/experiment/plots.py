@@ -7,8 +7,9 @@ They look alike wherever they are drawn: by Agg, in matplotlib's own style and o
 import io
 import os
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,17 @@ def _own_style() -> Iterator[None]:
 
 
 def _matplotlib() -> Any:
-    """The module; a backend in the environment that it does not know must not keep it from loading."""
-    try:
+    """The module: a backend in the environment that it does not know keeps it from being imported."""
+    if "matplotlib" in sys.modules or "MPLBACKEND" not in os.environ:
         return require("matplotlib", extra="train")
-    except ValueError as failure:
-        backend = os.environ.pop("MPLBACKEND", None)
-        if isinstance(failure, UsageError) or backend is None:
-            raise
-        try:
-            return require("matplotlib", extra="train")
-        finally:
-            os.environ["MPLBACKEND"] = backend
+    backend = os.environ.pop("MPLBACKEND")
+    try:
+        matplotlib = require("matplotlib", extra="train")
+    finally:
+        os.environ["MPLBACKEND"] = backend
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend  # pyplot's, if the caller uses that
+    return matplotlib
 
 
 def _png(figure: Any) -> bytes:

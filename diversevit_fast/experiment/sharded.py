@@ -93,6 +93,7 @@ def restore(
     last = found[-1]
 
     def check() -> None:
+        _check_there(last / _HISTORY)
         history = read(last / _HISTORY)
         state.accept(history, settings, task, last)
         if "files" in history:
@@ -130,10 +131,14 @@ def _check_files(folder: Path, files: dict[str, str], ranks: OneProcess) -> None
     """Hold this rank's share of the files against their checksums."""
     for name in sorted(files)[ranks.rank :: ranks.count]:
         path = folder / name
-        if not path.exists():
-            raise foreign(path, "nothing there")
+        _check_there(path)
         if digest_of(path) != files[name]:
             raise foreign(path, "a damaged one, which does not fit its checksum")
+
+
+def _check_there(path: Path) -> None:
+    if not os.path.lexists(path):
+        raise foreign(path, "nothing there")
 
 
 def _refused(failure: CheckpointException, folder: Path, doing: Any) -> UsageError:
