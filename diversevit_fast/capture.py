@@ -1,13 +1,13 @@
 """Per-head outputs of any forward pass."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 
 from .attach import Attachment, Forward
 from .attention_modules import AttentionLayer, choose_layers
 from .errors import expected
+from .indices import Integers, shown, whole_number
 from .parallel import unwrapped
 from .support import refuse
 
@@ -26,14 +26,14 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
 
     Args:
         model: as in ``HeadDiversity``.
-        layers: ``"last"``, ``"all"`` or a list of indices (negative allowed).
+        layers: ``"last"``, ``"all"`` or indices (negative allowed).
 
     Raises:
         UsageError: no attention found, or a layer that does not exist.
         UnsupportedError: the model is compiled at or above a chosen layer, or its heads cannot be seen.
     """
 
-    def __init__(self, model: nn.Module, layers: str | Sequence[int] = "all"):
+    def __init__(self, model: nn.Module, layers: str | Integers = "all"):
         model = unwrapped(model)
         super().__init__(model, choose_layers(model, layers))
         refuse(self.layers, "wrt='output'")
@@ -58,15 +58,19 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, position: int) -> Tensor:
+    def __getitem__(self, position: SupportsIndex) -> Tensor:
         """The head outputs of the ``position``-th chosen layer.
 
         Raises:
             IndexError: there is no such chosen layer.
-            UsageError: the layer has not run inside the context.
+            UsageError: no integer, or the layer has not run inside the context.
         """
-        layer = self.layers[position]
+        number = whole_number(position)
+        if number is None:
+            cure = "index with an integer; list(heads) holds all"
+            raise expected("heads", "the position of a chosen layer", shown(position), cure)
+        layer = self.layers[number]
         if layer.index not in self._heads:
             cure = "run the model inside the `with` block"
-            raise expected(f"heads[{position}]", "a forward of " + layer.name, "none", cure)
+            raise expected(f"heads[{number}]", "a forward of " + layer.name, "none", cure)
         return self._heads[layer.index]

@@ -1,6 +1,5 @@
 """HeadDiversity: the penalty on the gradients of a model's attention heads, for any training loop."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from .head_gradients import (
     prediction_score,
     unreached,
 )
+from .indices import Integers
 from .inner_scale import InnerScale
 from .multi_head import multi_head_attention
 from .ops import attention, gelu, layer_norm
@@ -72,8 +72,8 @@ class HeadDiversity(Attachment):
     Args:
         model: a ViT of timm, transformers, torchvision or open_clip, or of ``dvf.nn``; also inside DDP, or
             sharded by FSDP2. ``dvf.supported(model)`` says which of its layers allow what.
-        layers: ``"last"`` (the paper), ``"all"``, or a list of indices (negative allowed). The penalty
-            is the mean over the chosen layers.
+        layers: ``"last"`` (the paper), ``"all"``, or indices (negative allowed), as a list, a tensor or the like. The
+            penalty is the mean over the chosen layers.
         wrt: ``"input"`` (the paper): gradients that each head alone passes to its layer's input,
             through its queries, keys and values, be it by q/k norm and RoPE. Where the queries are
             made of another tensor (attention pooling), the input is that of keys and values.
@@ -112,7 +112,7 @@ class HeadDiversity(Attachment):
         self,
         model: nn.Module,
         *,
-        layers: str | Sequence[int] = "last",
+        layers: str | Integers = "last",
         wrt: str = "input",
         granularity: str = "token",
         reduction: str = "all",

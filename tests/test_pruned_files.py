@@ -236,6 +236,14 @@ REFUSED = {
     ),
     "other kept": ({}, layers_are(entry(kept=[1, 2])), "blocks.1.attn.qkv.weight of shape"),
     "nothing kept": ({}, layers_are(entry(kept=[])), "heads of the model's 4 in blocks.1.attn"),
+    "booleans kept": (
+        {},
+        layers_are(entry(kept=[False, True])),
+        "heads of the model's 4 in blocks.1.attn",
+    ),
+    "a boolean count": ({}, layers_are(entry(heads=True)), "heads of the model's 4"),
+    "a boolean layer": ({}, layers_are(entry(layer=True)), "metadata 'pruned_layers', got some"),
+    "half a layer": ({}, layers_are(entry(layer=1.5)), "metadata 'pruned_layers', got something"),
     "kept twice": ({}, layers_are(entry(kept=[2, 2])), "heads of the model's 4 in blocks.1.attn"),
 }
 

@@ -212,7 +212,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "erm_lr": (_number(0, open_low=True), "a number above 0"),
     "penalty_weight": (_number(0), "a number of at least 0"),
     "layers": (
-        lambda x: x in ("last", "all") or _several(lambda i: isinstance(i, int))(x),
+        lambda x: x in ("last", "all") or _several(lambda i: type(i) is int)(x),
         "last, all or different layer numbers such as 0,-1",
     ),
     "wrt": (("input", "output").__contains__, "input or output"),
