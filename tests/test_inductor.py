@@ -18,7 +18,7 @@ def one_folder(tmp_path_factory: pytest.TempPathFactory):
     """Compile into a folder of the session, from which a second worker reads what the first has written."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.getbasetemp().parent / "inductor"
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        patch.setenv("DIVERSEVIT_CACHE_DIR", str(folder))
         yield
 
 
@@ -88,11 +88,11 @@ print(len(known), run is not None, float(lse.sum()), *known)
 
 @pytest.mark.parametrize(
     "environment",
-    [{"CXX": "/nowhere/compiler"}, {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/folder"}],
+    [{"CXX": "/nowhere/compiler"}, {"DIVERSEVIT_CACHE_DIR": "/dev/null/folder"}],
     ids=("no compiler", "no folder"),
 )
 def test_without_a_compiler_there_is_one_warning(environment, tmp_path) -> None:
-    here = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment}
+    here = {"DIVERSEVIT_CACHE_DIR": str(tmp_path / "kept"), **environment}
     out, err = in_a_process(CALL, **here).communicate()
     count, made, _, *words = out.split()
     assert (count, made) == ("1", "False"), out + err
@@ -108,11 +108,11 @@ def test_switched_off(monkeypatch) -> None:
 
 
 def test_two_processes_compile_at_once(tmp_path) -> None:
-    both = [in_a_process(CALL, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    both = [in_a_process(CALL, DIVERSEVIT_CACHE_DIR=str(tmp_path / "kept")) for _ in range(2)]
     for one in both:
         out, err = one.communicate()
         assert out.split()[:2] == ["0", "True"], out + err
-    assert len(list((tmp_path / "diversevit").iterdir())) == 1
+    assert len(list((tmp_path / "kept").iterdir())) == 1
 
 
 def test_warmup_names_what_it_compiled() -> None:
