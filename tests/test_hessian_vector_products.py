@@ -1,5 +1,6 @@
 """Hessian-vector products by reverse mode alone, of every operator, and derivatives of any order of its formula."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -494,3 +495,33 @@ def test_inside_a_compiled_loss():
     compiled = dvf.compile_loss(slope, backend="aot_eager")
     got, wanted = (grad(f(q, zeros, v), q)[0] for f in (compiled, slope))
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_a_gpu_keeps_belongs_to_its_cotangent(packed, monkeypatch):
+    """d1's dq goes with the ``do`` that it was made of, and with no other."""
+    module = importlib.import_module(
+        "diversevit_fast.ops." + ("packed_attention" if packed else "attention")
+    )
+    seen, launch = [], module.launch
+
+    def spy(stage: str, rung: str, *args: Any, **options: Any) -> Any:
+        if rung == "double_backward":
+            seen.append(args[7])
+        return launch(stage, rung, *args, **options)
+
+    monkeypatch.setattr(module, "launch", spy)
+    q, k, v = _leaves(operands(CASES["plain"])[:3])
+    x = (torch.stack([q, k, v]).permute(1, 3, 0, 2, 4),) if packed else (q, k, v, None)
+    o, *kept = module._d0(*x, False, 0.5)
+    do, dq = torch.ones_like(o), torch.zeros_like(x[0])
+    directions = (torch.ones_like(x[0]).requires_grad_(), *((None,) * (0 if packed else 3)))
+    flags = (False, 0.5) if packed else (False, 0.5, False)
+    results = module._d2(*x, o.detach(), *kept, do, dq, *directions, *flags)
+    given = seen.pop()
+    grad(results[0].sum(), directions[0], retain_graph=True)  # (50), with do
+    again = seen.pop()
+    grad(results[1 if packed else 3].sum(), x[0])  # (51), with another
+    assert given is not None
+    assert again is not None
+    assert seen == [None]
