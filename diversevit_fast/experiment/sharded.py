@@ -142,8 +142,15 @@ def _check_there(path: Path) -> None:
 
 
 def _refused(failure: CheckpointException, folder: Path, doing: Any) -> UsageError:
-    """What the system said, if it was the system; else that the checkpoint is no good."""
+    """What the system said, if it was the system; else that the checkpoint is no good.
+
+    Raises:
+        KeyboardInterrupt: it was that.
+    """
     causes = [error[0] for error in failure.failures.values()]
+    for cause in causes:
+        if not isinstance(cause, Exception):
+            raise cause  # Ctrl-C
     try:
         with doing(folder):
             for cause in causes:
