@@ -21,7 +21,13 @@ _NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}  # a file
 
 
 class FileError(UsageError):
-    """The system refused to read or to write a file: no word about what the file holds."""
+    """The system refused to read or to write a file: no word about what the file holds.
+
+    Attributes:
+        reason: what it said.
+    """
+
+    reason = ""
 
 
 @contextmanager
@@ -118,11 +124,15 @@ def _said(path: StrPath, wanted: str) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        got, cure = failure.strerror or str(failure), "mend that first"
-        raise FileError(str(expected(str(path), wanted, got, cure))) from None
+        raise _refused(path, wanted, failure.strerror or str(failure), "mend that") from None
     except MemoryError:
-        got, cure = "too little memory for it", "free some first"
-        raise FileError(str(expected(str(path), wanted, got, cure))) from None
+        raise _refused(path, wanted, "too little memory for it", "free some") from None
+
+
+def _refused(path: StrPath, wanted: str, reason: str, cure: str) -> FileError:
+    refused = FileError(str(expected(str(path), wanted, reason, f"{cure} first")))
+    refused.reason = reason
+    return refused
 
 
 def _sync(descriptor: int) -> None:

@@ -23,14 +23,14 @@ def existing_file(path: StrPath) -> Path:
     """``path`` as a ``Path``.
 
     Raises:
-        UsageError: it is no file, or the system does not let us see.
+        UsageError: it is no file, or one that the system does not let us read.
     """
     with reading(path):
         folder = os.path.isdir(path)
         if folder or not os.path.lexists(path):
             got = "a folder" if folder else "nothing there"
             raise misfit(path, "a file", got, "check the path")
-        os.stat(path)
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)))
     return Path(path)
 
 
@@ -73,7 +73,7 @@ def read_tensors(path: StrPath, cure: str) -> tuple[dict[str, str], dict[str, Te
         header, body = _parts(data)
         metadata = dict(header.get("__metadata__", {}))
         with reading(path):  # too little memory is not the file's fault
-            tensors = torch_safetensors.load(data)
+            tensors = dict(sorted(torch_safetensors.load(data).items()))
     except UsageError:
         raise
     except (safetensors.SafetensorError, *_BROKEN):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import expected, require
+from ..files import FileError, reading, write_atomically, writing
 from .dominoes import (
     Dominoes,
     Pool,
@@ -132,16 +133,13 @@ def prepare_mnist_cifar(
         for part in ("train", "test")
         for field, array in _from_torchvision(root, part, download, "root")._asdict().items()
     }
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, out)
-    except OSError as refused:
-        raise expected("out", "a writable path", f"{out} ({refused})", "pick another") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, lambda file: np.savez_compressed(file, **arrays))
+    except FileError as refused:
+        got = f"{out} ({refused.reason})"
+        raise expected("out", "a writable path", got, "pick another") from None
     return out
 
 
@@ -156,13 +154,18 @@ def _read(source: Path, part: str, download: bool) -> Sources:
 
 def _from_npz(path: Path, part: str) -> Sources:
     wanted = [key for key in KEYS if part in key.split("_")]
-    if not zipfile.is_zipfile(path):
+    with reading(path), path.open("rb") as file:
+        archive = zipfile.is_zipfile(file)
+    if not archive:
         raise expected("source", "an .npz archive", f"{path}, no whole zip archive", PREPARE)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             absent = [key for key in KEYS if key not in stored]
             arrays = None if absent else [stored[key] for key in wanted]
     except DAMAGED_NPZ as broken:
+        if isinstance(broken, OSError) and broken.errno:
+            with reading(path):  # the system's fault, not the file's
+                raise
         raise expected("source", "a readable .npz archive", f"{path} ({broken})", PREPARE) from None
     if arrays is None:
         raise expected("source", f"arrays {', '.join(KEYS)}", f"no {', '.join(absent)}", PREPARE)
