@@ -17,18 +17,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_experiment import contents
 
-for extra in ("matplotlib", "rich", "sklearn", "typer"):
-    pytest.importorskip(extra)
+from diversevit_fast.cli import main
+from diversevit_fast.data import load_splits
+from diversevit_fast.experiment import plots
+from diversevit_fast.experiment.folder import Place
+from diversevit_fast.experiment.progress import Progress
 
-from test_experiment import contents  # noqa: E402
-
-from diversevit_fast.cli import main  # noqa: E402
-from diversevit_fast.data import load_splits  # noqa: E402
-from diversevit_fast.experiment import plots  # noqa: E402
-from diversevit_fast.experiment.folder import Place  # noqa: E402
-from diversevit_fast.experiment.progress import Progress  # noqa: E402
-
+pytest.importorskip("typer")
 EPOCHS = 2
 CONFIG = Path(__file__).with_name("tiny_run.json")
 CALLS = [  # everything that a run does to files goes through one of these
