@@ -25,6 +25,7 @@ from .multi_head import multi_head_attention
 from .ops import attention
 from .ops.attention import attention_operator
 from .ops.packed_attention import recognise
+from .unfused import Unfused, watched
 
 
 def _refuse_compiled(model: nn.Module, first: AttentionLayer) -> None:
@@ -192,9 +193,12 @@ class Attachment:
                 f"{list(q.shape)}, which is not [B, H, N, d]"
             )
         self._attended = True
-        if self._made is not None:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and watched(layer.module, options.get("dropout_p", 0.0)):
+            attend = Unfused(layer.module)
+        elif self._made is not None:
             recognise(q, k, v, self._made)
-            self._made = None
+        self._made = None
         return self.attended(layer, attend, qkv, options)
 
     def _swap_classes(self) -> None:
@@ -219,7 +223,8 @@ class Attachment:
         """A subclass of ``base`` under its own name whose forward goes through ``wrapper``.
 
         On other threads than the one that entered it is ``base``'s. timm's attention modules ask
-        ``self.fused_attn`` whether to call attention or to multiply by themselves: yes.
+        ``self.fused_attn`` whether to call attention or to multiply by themselves: yes (``unfused``
+        then does what somebody watches).
         """
 
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

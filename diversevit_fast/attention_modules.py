@@ -158,10 +158,16 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def is_hooked(modules: Iterable[nn.Module]) -> bool:
-    """Whether a forward hook looks at one of ``modules``."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    """Whether a forward or backward hook of its own looks at one of ``modules``."""
+    return any(getattr(m, kind) for m in modules for kind in _HOOKS)
 
 
+def all_hooked() -> bool:
+    """Whether a hook looks at every module there is, as profilers and counters do."""
+    return any(getattr(nn.modules.module, f"_global{kind}") for kind in _HOOKS)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 HEAD_COUNTS = ("num_heads", "num_attention_heads")
 _TRIPLES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
 _OUTPUTS = ("proj", "out_proj", "o_proj", "attn_out_proj")

@@ -33,6 +33,7 @@ from .parallel import check_ddp_forward, is_ddp, kept_unsharded, unwrapped
 from .sampling import SampleSplit
 from .self_attention import read_from_input
 from .support import refuse
+from .unfused import Unfused
 
 
 class HeadDiversity(Attachment):
@@ -239,7 +240,8 @@ class HeadDiversity(Attachment):
         one_token = self._class_token_only and layer is self._last
         if one_token:
             q = q[..., :1, :]
-        attend = attention if self._second_order() else attend
+        if self._second_order() and not isinstance(attend, Unfused):
+            attend = attention
         heads = attend(q, k, v, **options)
         if self._capturing():
             if self.wrt == "output":

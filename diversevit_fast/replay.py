@@ -20,6 +20,7 @@ from .attention_modules import AttentionLayer, is_compiled, is_hooked
 from .errors import UnsupportedError, expected
 from .pruning import Kept, head_scale
 from .support import refuse
+from .unfused import Unfused
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -77,7 +78,8 @@ class Replay(Attachment):
     A module's output is not kept, and the module or those inside it run again, where keeping it could
     change a result: it writes to its input or is given something other than tensors and constants;
     it returns something else; somebody writes to its output in place; a module inside it has
-    hooks, which are to see every forward; it is compiled. A module that hands something on
+    hooks of its own, which are to see every forward (those for all modules, profilers', see what
+    runs); it is compiled. A module that hands something on
     other than by its return value (a global, an attribute) does so once for each batch.
 
     Args:
@@ -142,9 +144,11 @@ class Replay(Attachment):
             heads = self._heads = attend(*qkv, **options)
             self._past = True
         else:
-            if self._heads is None or self._next < len(self._calls):
-                raise _another_order(layer.name)
             heads = self._heads
+            if isinstance(attend, Unfused):  # somebody wants to see it
+                heads = attend(*qkv, **options)
+            if heads is None or self._next < len(self._calls):
+                raise _another_order(layer.name)
             self._past = True
         scale = self._scale.get(layer.index)
         return heads if scale is None else heads * scale.to(heads)[:, None, None]

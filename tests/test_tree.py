@@ -26,18 +26,19 @@ ALLOWED = {
     "diversevit_fast.indices": set(),
     "diversevit_fast.swap": set(),
     "diversevit_fast.attention_modules": {"errors", "indices"},
-    "diversevit_fast.multi_head": {"errors", "ops"},
+    "diversevit_fast.unfused": {"attention_modules", "errors"},
+    "diversevit_fast.multi_head": {"errors", "ops", "unfused"},
     "diversevit_fast.support": {"attention_modules", "errors"},
     "diversevit_fast.self_attention": {"attention_modules", "errors", "head_gradients"},
     "diversevit_fast.parallel": {"errors"},
     "diversevit_fast.inner_scale": {"errors"},
     "diversevit_fast.graph": {"errors"},
     "diversevit_fast.batches": {"errors"},
-    "diversevit_fast.attach": {"attention_modules", "errors", "multi_head", "ops"},
+    "diversevit_fast.attach": {"attention_modules", "errors", "multi_head", "ops", "unfused"},
     "diversevit_fast.capture": {
         *("attach", "attention_modules", "errors", "indices", "parallel", "support"),
     },
-    "diversevit_fast.class_token": {"attention_modules"},
+    "diversevit_fast.class_token": {"attention_modules", "unfused"},
     "diversevit_fast.sampling": {"errors"},
     "diversevit_fast.diversity": {
         *(
@@ -58,15 +59,18 @@ ALLOWED = {
             "sampling",
             "self_attention",
             "support",
+            "unfused",
         ),
     },
-    "diversevit_fast.integrations": {"errors", "ops", "backends"},
+    "diversevit_fast.integrations": {"errors", "ops", "backends", "unfused"},
     "diversevit_fast.compile_loss": {"attach", "errors"},
     "diversevit_fast.pruning": {
         *("attach", "attention_modules", "errors", "indices", "parallel", "support", "swap"),
     },
     "diversevit_fast.weight_files": {"errors", "files"},
-    "diversevit_fast.replay": {"attach", "attention_modules", "errors", "pruning", "support"},
+    "diversevit_fast.replay": {
+        *("attach", "attention_modules", "errors", "pruning", "support", "unfused"),
+    },
     "diversevit_fast.pruned_files": {
         *("attention_modules", "errors", "indices", "ops", "parallel", "pruning", "version"),
         "weight_files",
