@@ -62,9 +62,10 @@ class Steady:
                 self.lost = failure
 
     def _write(self, text: str) -> None:
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        encoding = getattr(self._stream, "encoding", None)
         try:
-            text.encode(encoding)
+            if encoding is not None:  # else it holds text, not bytes
+                text.encode(encoding)
         except UnicodeEncodeError:
             raw = text.encode(encoding, _DEGRADE)
             buffer = getattr(self._stream, "buffer", None)
