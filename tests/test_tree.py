@@ -33,7 +33,7 @@ ALLOWED = {
     "diversevit_fast.parallel": {"errors"},
     "diversevit_fast.inner_scale": {"errors"},
     "diversevit_fast.graph": {"errors"},
-    "diversevit_fast.batches": {"errors"},
+    "diversevit_fast.batches": {"attention_modules", "errors"},
     "diversevit_fast.attach": {"attention_modules", "errors", "multi_head", "ops", "unfused"},
     "diversevit_fast.capture": {
         *("attach", "attention_modules", "errors", "indices", "parallel", "support"),
@@ -76,9 +76,9 @@ ALLOWED = {
         "weight_files",
     },
     "diversevit_fast.selection": {
-        *("attention_modules", "errors", "indices", "ops", "parallel", "replay"),
+        *("attention_modules", "batches", "errors", "indices", "ops", "parallel", "replay"),
     },
-    "diversevit_fast.models": {"errors", "nn", "ops", "pruning", "weight_files"},
+    "diversevit_fast.models": {"errors", "files", "nn", "ops", "pruning", "weight_files"},
     "diversevit_fast.data": {"errors", "files"},
     "diversevit_fast.doctor": {"backends", "errors", "ops", "reference", "version"},
     "diversevit_fast.experiment": {
