@@ -18,6 +18,7 @@ from ..backends import cast_for_autocast, launch
 from ..errors import UnsupportedError, expected
 from .checks import check_alike, check_tensor, shape_error
 from .ladder import Rung, any_order, plainly
+from .onnx import decomposes, exported_attention, exporting_to_onnx
 from .packed_attention import packed_attention, whole_of
 from .third_order import Places, Stage, differentiated, plain_curvature
 
@@ -73,6 +74,8 @@ def attention(
     q, k, v, attn_mask = cast_for_autocast(q, k, v, attn_mask)  # pyright: ignore[reportAssignmentType]
     check_alike(q=q, k=k, v=v)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    if exporting_to_onnx():
+        return exported_attention(q, k, v, attn_mask, is_causal, scale, enable_gqa)
     plain = any_order()
     whole = whole_of(q, k, v) if attn_mask is None and not plain else None
     if whole is not None:
@@ -351,3 +354,4 @@ _d1 = Rung(
     attention_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=_fold_samples
 )
 _d0 = Rung(attention_operator, save=_save_d0, derivative=_d0_derivative, batch=_fold_samples)
+decomposes(attention_operator, reference.attention_forward)

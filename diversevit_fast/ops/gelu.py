@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import reference
 from ..backends import launch
 from .checks import check_choice, check_tensor
 from .ladder import Rung, any_order, plainly
+from .onnx import decomposes, exporting_to_onnx
 from .third_order import Places, Stage, differentiated
 
 
@@ -38,6 +40,8 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         return handle_torch_function(gelu, (x,), x, approximate=approximate)
     check_tensor("x", x)
     check_choice("approximate", approximate, ("none", "tanh"))
+    if exporting_to_onnx():
+        return F.gelu(x, approximate=approximate)
     if any_order():
         return plainly(reference.gelu, x, approximate)
     return _d0(x, approximate)
@@ -134,3 +138,4 @@ _d2 = Rung(
 )
 _d1 = Rung(gelu_backward_operator, save=_save, derivative=_d1_derivative, batch=_batch_elementwise)
 _d0 = Rung(gelu_operator, save=_save, derivative=_d0_derivative, batch=_batch_elementwise)
+decomposes(gelu_operator, reference.gelu_forward)

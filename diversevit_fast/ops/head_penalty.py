@@ -17,6 +17,7 @@ from ..backends import launch
 from ..errors import expected
 from .checks import check_choice, check_tensor, shape_error
 from .ladder import Rung, any_order, batch_by_loop, plainly
+from .onnx import decomposes, exporting_to_onnx
 from .third_order import Places, Stage, differentiated, plain_curvature
 
 GRANULARITIES = ("token", "sample")
@@ -69,7 +70,7 @@ def head_penalty(
     if grads.ndim != 4 or grads.numel() == 0:
         raise shape_error("grads", "[B, H, N, E], none of them zero", grads, "check its axes")
     check_kind(granularity, reduction, eps, grads.shape[1], grads.dtype)
-    if any_order():
+    if any_order() or exporting_to_onnx():
         penalty, cosines = plainly(reference.head_penalty, grads, granularity, reduction, eps)
     else:
         penalty, cosines, _ = _d0(grads, granularity, reduction, float(eps))
@@ -242,3 +243,4 @@ _d1 = Rung(
     head_penalty_backward_operator, save=_save, derivative=_d1_derivative, batch=batch_by_loop
 )
 _d0 = Rung(head_penalty_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop)
+decomposes(head_penalty_operator, reference.head_penalty_forward)

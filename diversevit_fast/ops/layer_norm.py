@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import reference
@@ -17,6 +18,7 @@ from ..backends import launch
 from ..errors import expected
 from .checks import check_tensor, shape_error
 from .ladder import Rung, any_order, batch_by_loop, plainly
+from .onnx import decomposes, exporting_to_onnx
 from .third_order import Places, Stage, differentiated, plain_curvature
 
 
@@ -65,6 +67,8 @@ def layer_norm(
     x, weight, bias = _cast_for_autocast(x, weight, bias)
     _check_parameter("weight", weight, shape, x, half_as_float=True)
     _check_parameter("bias", bias, shape, x if weight is None else weight, half_as_float=False)
+    if exporting_to_onnx():
+        return F.layer_norm(x, shape, weight, bias, eps)
     if any_order():
         return plainly(reference.layer_norm, x, shape, weight, bias, eps)
     return _d0(x, weight, bias, len(shape), float(eps))[0]
@@ -277,3 +281,4 @@ _d1 = Rung(
     layer_norm_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=batch_by_loop
 )
 _d0 = Rung(layer_norm_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop)
+decomposes(layer_norm_operator, reference.layer_norm_forward)

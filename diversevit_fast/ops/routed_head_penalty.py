@@ -17,6 +17,7 @@ from ..errors import expected
 from .checks import check_alike, check_tensor, shape_error
 from .head_penalty import check_kind, cotangents_fake, present, statistics_fake
 from .ladder import Rung, any_order, batch_by_loop, plainly
+from .onnx import decomposes, exporting_to_onnx
 from .third_order import Places, Stage, differentiated, plain_curvature
 
 
@@ -67,7 +68,7 @@ def routed_head_penalty(
     _check(grad_qkv, weight_qkv)
     check_kind(granularity, reduction, eps, grad_qkv.shape[3], grad_qkv.dtype)
     kind = (granularity, reduction, float(eps))
-    if any_order():
+    if any_order() or exporting_to_onnx():
         penalty, cosines = plainly(reference.routed_head_penalty, grad_qkv, weight_qkv, *kind)
     else:
         penalty, cosines, _ = _d0(grad_qkv, weight_qkv, *kind)
@@ -247,3 +248,4 @@ _d1 = Rung(
 _d0 = Rung(
     routed_head_penalty_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop
 )
+decomposes(routed_head_penalty_operator, reference.routed_head_penalty_forward)
