@@ -11,6 +11,11 @@ from typing import Any
 from .errors import UnsupportedError, UsageError, require
 from .terminal import steady_streams
 
+_LONGEST = 4000  # characters of an error: two long paths, but not a whole file given as an option
+_CONTROL = dict.fromkeys(
+    (*range(32), *range(127, 160)), " "
+)  # a file's name must not steer a terminal
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``diversevit`` with ``args`` (the process's own if None) and exit.
@@ -42,7 +47,10 @@ def _run(args: Sequence[str] | None) -> int:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.translate(_CONTROL).split())
+    if len(line) > _LONGEST:
+        line = f"{line[:_LONGEST]} ..."
+    print(f"error: {line}", file=sys.stderr)
     return code
 
 

@@ -104,11 +104,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_bytes(path: StrPath) -> bytes:
+def read_bytes(path: StrPath, most: int | None = None) -> bytes:
     """The whole content of the file ``path``.
 
     Raises:
-        FileError: it cannot be read; that says nothing about its content.
+        FileError: it cannot be read, or has more than ``most`` bytes; that says nothing about its content.
     """
     with reading(path):
         # a pipe would be waited for
@@ -116,7 +116,17 @@ def read_bytes(path: StrPath) -> bytes:
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise OSError(errno.EINVAL, "a device or a pipe")
-            return file.read()
+            data = file.read() if most is None else file.read(most + 1)
+            if most is not None and len(data) > most:
+                raise OSError(errno.EFBIG, f"more than {most} bytes")
+            return data
+
+
+def _new_file(folder: Path) -> tuple[Path, int]:
+    """A file that was not there before, open for writing."""
+    path = folder / f".{secrets.token_hex(8)}{_TEMPORARY}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+    return path, os.open(path, flags, 0o666)
 
 
 @contextmanager
