@@ -14,6 +14,10 @@ import torch
 
 from .. import backends
 from ..errors import expected
+from ..models import DiverseViT
+from ..models.restore import skeleton
+from ..models.sizes import training_bytes
+from .config import Settings
 
 PACKAGES = (
     "diversevit-fast",
@@ -87,12 +91,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def check_memory(needed: int, device: torch.device) -> None:
-    """Refuse what a device can never hold, before anything of it is made.
+def check_model(settings: Settings, dataset: Any, device: torch.device) -> None:
+    """Refuse a model whose training a device can never hold, before anything of it is made.
 
     Raises:
-        UsageError: the device's whole memory is less than ``needed`` bytes.
+        UsageError: sizes that make no model, or the device's whole memory is less than the least it takes.
     """
+    given = {"image_size": tuple(dataset.image_size), "num_classes": dataset.num_classes}
+    config = skeleton(DiverseViT, {**given, **settings.model}).config
+    needed = training_bytes(config, min(settings.batch_size, len(dataset)))
     there = _memory_of(device)
     if there is not None and needed > there:
         wanted = f"a model that fits {device.type}'s memory of {there / 1e9:.0f} GB"

@@ -22,11 +22,11 @@ from ..files import FileError
 from ..models import DiverseViT
 from ..terminal import steady_console
 from . import folder as folders
-from .config import Settings, read_json
+from .config import MOST_THREADS, Settings, read_json
 from .distributed import OneProcess, noticing_lost_ranks, open_ranks, resume_command
 from .files import out_of_memory, write_json
 from .folder import Lock, Place
-from .machine import changes, describe_machine, versions
+from .machine import changes, check_model, check_threads, describe_machine, versions
 from .metrics import Row, write_csv
 from .plots import rehearse
 from .progress import Progress
@@ -67,7 +67,7 @@ def run(settings: Settings, out: str | Path | None = None, *, console: Any = Non
         settings = dataclasses.replace(settings, source=os.path.abspath(settings.source))
     with open_ranks(settings.device, fsdp=settings.fsdp) as ranks, Lock() as lock:
         wanted = ranks.on_first(lambda: None if out is None else _new_place(out))
-        splits, prints = _prepare(settings, ranks)
+        splits, prints = _prepare(settings, ranks, settings.threads)
         record = {
             "settings": settings.to_json(),
             "splits": prints,
@@ -107,7 +107,7 @@ def resume(folder: str | Path, *, console: Any = None) -> Path:
         if ranks.on_first(lambda: place.whole(_tasks(settings))):
             ranks.on_first(lambda: folders.give_name(place))
             return place.out
-        splits, prints = _prepare(settings, ranks)
+        splits, prints = _prepare(settings, ranks, record["threads"])
         if record.get("splits") != prints:
             cure = "restore the data it started with, or start a new run"
             got = expected(
@@ -158,12 +158,13 @@ def _read_record(place: Place) -> dict[str, Any]:
     ranks = record.get("ranks", [1])
     for name, fits in (
         ("settings", isinstance(record.get("settings"), dict)),
-        ("threads", type(record.get("threads")) is int and record["threads"] > 0),
+        ("threads", type(record.get("threads")) is int and 0 < record["threads"] <= MOST_THREADS),
         (
             "ranks",
             isinstance(ranks, list) and ranks and all(type(n) is int and n > 0 for n in ranks),
         ),
         ("versions", isinstance(record.get("versions"), dict)),
+        ("resumed_with", isinstance(record.get("resumed_with", {}), dict)),
         ("machine", isinstance(record.get("machine"), dict)),
     ):
         if not fits:
@@ -187,7 +188,7 @@ def _note_changes(record: dict[str, Any], ranks: OneProcess) -> list[str]:
 
 
 def _prepare(
-    settings: Settings, ranks: OneProcess
+    settings: Settings, ranks: OneProcess, threads: int | None
 ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
     """The data, the same on every rank, and their fingerprints; refuses what cannot be trained."""
     if settings.download:
@@ -195,7 +196,9 @@ def _prepare(
 
     def prepare() -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
         _require_extras(settings)
+        check_threads(threads or 1)
         splits = _load(settings)
+        check_model(settings, splits["train"], ranks.device)
         rehearsal = State.fresh(settings, Task("diversevit", 0), splits["train"], ranks.device)
         head_diversity(settings, rehearsal.model)
         return splits, {name: fingerprint(dataset) for name, dataset in splits.items()}
