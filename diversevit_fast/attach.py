@@ -3,7 +3,8 @@
 Inside an ``Attachment`` every chosen attention module is an instance of a subclass of its own class whose
 forward says which layer is running and then runs the original forward, and a ``TorchFunctionMode``
 sees the calls that forward makes. Parameters, ``state_dict`` and other modules are not touched; leaving
-the block restores the classes. Nothing is kept on a module, so copies and pickles are plain.
+the block restores the classes. Nothing is kept on a module, so copies and pickles are plain. A copy or pickle of an
+attachment, made outside its blocks, watches the model that was copied with it.
 
 Inside a compiled loss (``compile_loss``) the compiler does not see a changed class, so there a layer
 runs from its first projection to its output projection, both known by their weights.
@@ -73,9 +74,12 @@ class Attachment:
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
         _refuse_compiled(model, layers[0])
         self.model, self.layers = model, list(layers)
-        self._wrappers: dict[nn.Module, Wrapper] = {
-            layer.module: self._run_layer(layer) for layer in layers
-        }
+        self._begin_apart()
+        self._wrap_all()
+
+    def _begin_apart(self) -> None:
+        """Set what no copy has of its original: what belongs to one object, or to its last block."""
+        self._wrappers: dict[nn.Module, Wrapper] = {}
         self._classes: dict[tuple[nn.Module, type], type] = {}
         self._swapped: list[tuple[nn.Module, type, type]] = []
         self._running: AttentionLayer | None = None
@@ -84,6 +88,27 @@ class Attachment:
         self._mode = _Mode(self)
         self._thread: int | None = None  # that entered
         self._active = True  # the last block was not one that does nothing
+
+    def _wrap_all(self) -> None:
+        """Make the wrappers; a copy does it at its first entry, when its model is complete."""
+        self._wrappers = {layer.module: self._run_layer(layer) for layer in self.layers}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have.
+
+        Raises:
+            UsageError: the ``with`` block is open.
+        """
+        if self._thread is not None:
+            name, wanted = type(self).__name__, "to be copied or pickled outside its `with` block"
+            raise expected(name, wanted, "an open block", "leave it first")
+        blank = object.__new__(type(self))
+        blank._begin_apart()
+        return {name: value for name, value in vars(self).items() if name not in vars(blank)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_apart()
 
     def active(self) -> bool:
         """Asked at each entry: whether this ``with`` block does anything."""
@@ -204,6 +229,8 @@ class Attachment:
     def _swap_classes(self) -> None:
         if torch.compiler.is_compiling():
             return
+        if not self._wrappers:
+            self._wrap_all()
         for layer in self.layers:
             if "forward" in vars(layer.module):
                 raise UnsupportedError(

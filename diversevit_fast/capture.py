@@ -22,7 +22,7 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
 
     The tensors are the ones the model went on with: the loss can be differentiated with respect to
     them. ``len(heads)`` is the number of chosen layers, in the model's order. They are kept until
-    the context is entered again.
+    the context is entered again; a deep copy or a pickle has them without their graph.
 
     Args:
         model: as in ``HeadDiversity``.
@@ -38,6 +38,16 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
         super().__init__(model, choose_layers(model, layers))
         refuse(self.layers, "wrt='output'")
         self._heads: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Head outputs without their graph, which belongs to the forward they come from."""
+        detached = {index: heads.detach() for index, heads in self._heads.items()}
+        return {**super().__getstate__(), "_heads": detached}
+
+    def __copy__(self) -> "capture_heads":
+        twin = object.__new__(type(self))
+        twin.__setstate__({**self.__getstate__(), "_heads": dict(self._heads)})
+        return twin
 
     def __enter__(self) -> "capture_heads":
         self._heads.clear()

@@ -1,5 +1,6 @@
 """HeadDiversity: the penalty on the gradients of a model's attention heads, for any training loop."""
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -131,6 +132,7 @@ class HeadDiversity(Attachment):
             raise expected("every", "a whole number of at least 1", repr(every), "1 is each step")
         self._in_ddp = is_ddp(model)
         model = unwrapped(model)
+        self._split = SampleSplit(fraction, generator)
         super().__init__(model, choose_layers(model, layers))
         refuse(self.layers, f"wrt={wrt!r}")
         self.wrt, self.granularity, self.reduction = wrt, granularity, reduction
@@ -143,16 +145,19 @@ class HeadDiversity(Attachment):
         self.every, self.step = every, 0
         self.cosines: list[Tensor] = []
         self.samples: Tensor | None = None
+        self._scale = InnerScale(grad_scale)
+
+    def _begin_apart(self) -> None:
+        super()._begin_apart()
         self._captured: list[Captured] = []
         # of the running layer, with their inputs
         self._projected: list[tuple[Projected, Tensor]] = []
         self._batches: list[int] = []  # of the whole model's forwards
         self._class_token_only = False
-        self._scale = InnerScale(grad_scale)
-        self._wrap_model()
-        self._split = SampleSplit(fraction, generator)
-        for block in blocks_from(model, self.layers[0]) if self._split.fraction < 1 else ():
-            self.wrap(block, self._split.wrapper_of(block))
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_scale": copy(self._scale), "_split": copy(self._split)}
+        return {**super().__getstate__(), **own}
 
     def penalty(self, logits: Tensor) -> Tensor:
         """The head-diversity penalty of the forward run in the last ``with`` block: a scalar.
@@ -305,8 +310,12 @@ class HeadDiversity(Attachment):
                 "every=1 and fraction=1, and call an uncompiled loss without it in between"
             )
 
-    def _wrap_model(self) -> None:
-        """Note each batch, and take the few-query path in forwards of the whole model that allow it."""
+    def _wrap_all(self) -> None:
+        """Note each batch, and take the few-query path in forwards of the whole model that allow it.
+
+        Where only some samples have the penalty, the blocks run in two parts.
+        """
+        super()._wrap_all()
         self._last = self.layers[-1]
 
         def whole_model(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
@@ -327,6 +336,8 @@ class HeadDiversity(Attachment):
         self.wrap(self.model, whole_model)
         if block is not None:
             self.wrap(block, last_block)
+        for split in blocks_from(self.model, self.layers[0]) if self._split.fraction < 1 else ():
+            self.wrap(split, self._split.wrapper_of(split))
 
 
 def _refuse_checkpointing() -> None:

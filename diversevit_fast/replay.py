@@ -93,16 +93,19 @@ class Replay(Attachment):
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
         super().__init__(model, layers)
         refuse(self.layers, "mask")
-        self._inside = {m: set(m.modules()) - {m} for m in model.modules()}
+        self._scale: dict[int, Tensor] = {}
+        self._forget()
+
+    def _wrap_all(self) -> None:
+        super()._wrap_all()
+        self._inside = {m: set(m.modules()) - {m} for m in self.model.modules()}
         chosen = {layer.module for layer in self.layers}
         compiled = {m for m in self._inside if _compiled(m)}
         left_alone = compiled.union(*(self._inside[m] for m in compiled))
         for module in self._inside:
             if module in chosen or module not in left_alone:
                 self.wrap(module, self._run)
-        self._scale: dict[int, Tensor] = {}
         self._not_kept = {m for m, inside in self._inside.items() if is_hooked(inside)}
-        self._forget()
 
     def outputs(self, choices: Sequence[Kept], *args: Any, **kwargs: Any) -> Iterator[Any]:
         """``model(*args, **kwargs)`` for each choice, as inside ``keep_heads(model, choice)``.
