@@ -55,10 +55,8 @@ def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None
         FileError: as ``writing``.
     """
     path = Path(path)
-    temporary = path.with_name(f".{secrets.token_hex(8)}{_TEMPORARY}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
     with writing(path):
-        descriptor = os.open(temporary, flags, 0o666)
+        temporary, descriptor = _new_file(path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 write(file)
@@ -70,6 +68,42 @@ def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None
                 temporary.unlink()
             raise
         sync_folder(path.parent)
+
+
+def there(path: StrPath) -> bool:
+    """Whether a name is taken, if only by a link to nowhere.
+
+    Raises:
+        FileError: the system does not let us see, which is no answer.
+    """
+    with _said(path, "a place that can be looked into"):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+
+def names_in(folder: StrPath) -> list[str]:
+    """The names in ``folder``, sorted.
+
+    Raises:
+        FileError: the system does not let us see.
+    """
+    with _said(folder, "a folder that can be read"):
+        return sorted(os.listdir(folder))
+
+
+def probe(folder: Path) -> None:
+    """Find out now whether files can be written in ``folder``.
+
+    Raises:
+        FileError: they cannot.
+    """
+    with writing(folder):
+        path, descriptor = _new_file(folder)
+        os.close(descriptor)
+        path.unlink()
 
 
 def is_leftover(path: Path) -> bool:

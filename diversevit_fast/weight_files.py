@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .errors import UsageError, expected, require
-from .files import StrPath, read_bytes, reading, write_atomically
+from .files import StrPath, read_bytes, reading, there, write_atomically
 
 _BROKEN = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # no header
 _CHECKSUM, _KIND = "checksum", "sha256:"
@@ -27,7 +27,7 @@ def existing_file(path: StrPath) -> Path:
     """
     with reading(path):
         folder = os.path.isdir(path)
-        if folder or not os.path.lexists(path):
+        if folder or not there(path):
             got = "a folder" if folder else "nothing there"
             raise misfit(path, "a file", got, "check the path")
         os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)))

@@ -170,6 +170,8 @@ def strike(root: Path, at: int, what: str, work, capsys) -> bool:
         assert said.startswith(wanted[1])
         assert said.count("\n") == 1, said
         assert "Traceback" not in said
+    if striker.struck != "unlink":
+        assert not list(root.rglob(".*.tmp"))
     return True
 
 

@@ -24,6 +24,7 @@ from diversevit_fast.cli import main
 from diversevit_fast.data import load_splits
 from diversevit_fast.errors import UsageError
 from diversevit_fast.experiment import plots, resolve, resume, run
+from diversevit_fast.experiment import train as training
 from diversevit_fast.experiment.folder import Lock, write_record
 from diversevit_fast.experiment.progress import Progress
 from diversevit_fast.experiment.run import Interrupted
@@ -258,6 +259,48 @@ class TestUnreadable:
         assert "delete" not in said
         resume(stopped, console=quiet())
 
+    @pytest.mark.parametrize("ranks", [False, True], ids=["one process", "as ranks left it"])
+    def test_checkpoints_that_cannot_be_looked_at_are_there(
+        self, ranks, stopped, original_of_ranks, monkeypatch
+    ):
+        """Else the training would begin again."""
+        if ranks:
+            shutil.rmtree(stopped)
+            shutil.copytree(original_of_ranks, stopped)
+        hidden = str(stopped / f"checkpoints/{TASK}")
+
+        def refuse(call):
+            def refusing(path=".", *arguments, **options):
+                if os.fspath(path) in (hidden, f"{hidden}.pt"):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                return call(path, *arguments, **options)
+
+            return refusing
+
+        monkeypatch.setattr(training, "_train_epoch", None)
+        with monkeypatch.context() as patch:
+            if ranks:
+                patch.setattr(os, "listdir", refuse(os.listdir))
+            else:
+                patch.setattr(os, "lstat", refuse(os.lstat))
+            said = refused(stopped)
+        assert "Permission denied; mend that first, then continue with: diversevit run" in said
+
+    @pytest.mark.parametrize("name", ["out.partial", "out.partial/checkpoints"])
+    def test_a_folder_that_cannot_be_written_is_said_before_an_epoch(
+        self, name, stopped, monkeypatch
+    ):
+        opened = os.open
+
+        def refuse(path, flags, *mode, **options):
+            if flags & os.O_EXCL and Path(path).parent == stopped.parent / name:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return opened(path, flags, *mode, **options)
+
+        monkeypatch.setattr(training, "_train_epoch", None)
+        monkeypatch.setattr(os, "open", refuse)
+        assert f"{name}: expected a place that can be written, got Read-only" in refused(stopped)
+
     @pytest.mark.parametrize(
         "failure",
         [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
@@ -481,6 +524,21 @@ class TestFinish:
 
 
 class TestSaid:
+    def test_a_name_that_is_markup(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as left:
+            main(["train", "erm", "--config", str(CONFIG), "--epochs", "1", "--out", "[b] :cat:"])
+        assert left.value.code == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "[b] :cat:/report.html"
+
+    def test_another_processor(self, stopped):
+        record = json.loads((stopped / "config.json").read_text())
+        record["machine"]["processor"] = "abacus"
+        write_record(stopped / "config.json", record)
+        heard = io.StringIO()
+        resume(stopped, console=Console(file=heard, width=500))
+        assert "(was abacus): the rest may differ in rounding" in heard.getvalue()
+
     def test_other_versions(self, stopped, tmp_path):
         path = stopped / "config.json"
         record = json.loads(path.read_text())

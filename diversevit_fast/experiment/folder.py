@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, expected
-from ..files import FileError, is_leftover, own_folder, sync_folder, writing
+from ..files import FileError, is_leftover, own_folder, probe, sync_folder, there, writing
 from .files import write_json
 from .state import Task
 
@@ -69,13 +69,13 @@ class Place:
     @property
     def finished(self) -> bool:
         """Whether the run was finished: the report is the last that is written."""
-        return not os.path.lexists(self.partial) and (self.out / "report.html").exists()
+        return not there(self.partial) and there(self.out / "report.html")
 
     def whole(self, tasks: Iterable[Task]) -> bool:
         """Whether ``partial`` holds all of the finished run, and lacks nothing but its name."""
         names = {"metrics.csv", "cosines.json", "report.html"}
         names |= {f"{task}{last}.safetensors" for task in tasks for last in ("", "-last")}
-        return all((self.partial / name).is_file() for name in names)
+        return all(there(self.partial / name) for name in names)
 
 
 class Lock:
@@ -143,9 +143,7 @@ def check_new(place: Place) -> None:
         (place.out, "choose another --out"),
         (place.partial, f"continue with --resume {place.out}, or choose another --out"),
     ):
-        with writing(folder):
-            there = _exists(folder)
-        if there:
+        if there(folder):
             raise expected("out", "a new folder", f"{folder}, which exists", cure)
 
 
@@ -218,18 +216,20 @@ def tidy(place: Place) -> None:
 
 def untidy(place: Place) -> bool:
     """Whether ``tidy`` has something to do."""
-    return any(os.path.lexists(place.out / name) for name in (_LOCK, place.checkpoints.name))
+    return any(there(place.out / name) for name in (_LOCK, place.checkpoints.name))
 
 
 def prepare(place: Place) -> None:
     """Make an unfinished folder ready to go on: its checkpoints' own folder, nothing half written.
 
     Raises:
-        FileError: the system refuses, or somebody put a link there.
+        FileError: the system refuses to write there, or somebody put a link there.
     """
     sweep(place.partial)
     own_folder(place.checkpoints)
     sweep(place.checkpoints)
+    for folder in (place.partial, place.checkpoints):
+        probe(folder)  # before an epoch is spent
 
 
 def sweep(folder: Path) -> None:
@@ -261,12 +261,3 @@ def check_record(place: Place, record: Mapping[str, Any]) -> None:
 def _digest(record: Mapping[str, Any]) -> str:
     said = {name: value for name, value in record.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _exists(path: Path) -> bool:
-    """Whether a name is taken, if only by a link to nowhere."""
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True

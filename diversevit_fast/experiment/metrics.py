@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, expected
-from ..files import read_bytes
+from ..files import read_bytes, there
 from .files import write_text
 
 Row = dict[str, Any]
@@ -62,7 +62,7 @@ def read_csv(path: Path) -> list[Row]:
     Raises:
         UsageError: no such file, one that cannot be read, other columns, an unfit cell, or rows missing.
     """
-    if not path.exists():
+    if not there(path):
         raise _damaged("a readable file", f"no {path}")
     try:
         text = read_bytes(path).decode("utf-8")

@@ -128,7 +128,7 @@ class Progress:
             self._print(f"no more event files: {' '.join(str(failure).split())}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def _title(task: Task) -> str:

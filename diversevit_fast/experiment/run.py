@@ -18,7 +18,7 @@ import torch
 
 from ..data import load_splits
 from ..errors import expected, require
-from ..files import FileError
+from ..files import FileError, there
 from ..models import DiverseViT
 from ..terminal import steady_console
 from . import folder as folders
@@ -144,13 +144,13 @@ def _tasks(settings: Settings) -> list[Task]:
 
 def _read_record(place: Place) -> dict[str, Any]:
     """``config.json`` of an unfinished run."""
-    if not place.partial.is_dir():
+    if not there(place.partial):
         got = f"{place.out}, which is finished" if place.finished else f"no folder {place.partial}"
         cure = "check the path, or start a run with --out"
         raise expected(
             "resume", "an unfinished run", got, "open its report.html" if place.finished else cure
         )
-    if os.path.lexists(place.out):
+    if there(place.out):
         raise expected(
             "resume", f"no finished folder {place.out}", "one that exists", "move it away first"
         )
@@ -179,12 +179,18 @@ def _note_changes(record: dict[str, Any], ranks: OneProcess) -> list[str]:
     if counts[-1] != ranks.count:
         record["ranks"] = [*counts, ranks.count]
         notes.append(f"resumed by {ranks.count} instead of {counts[-1]} ranks")
-    known = record["versions"] | record.get("resumed_with", {})
-    new = {name: version for name, version in versions().items() if known.get(name) != version}
+    known = _platform(record["versions"], record["machine"]) | record.get("resumed_with", {})
+    now = _platform(versions(), describe_machine())
+    new = {name: version for name, version in now.items() if known.get(name) != version}
     if new:
         record["resumed_with"] = record.get("resumed_with", {}) | new
         notes.append(changes("resumed with", known, new))
     return notes
+
+
+def _platform(versions: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What rounding depends on, by name."""
+    return {**versions, **{name: machine.get(name) for name in ("processor", "gpu")}}
 
 
 def _prepare(

@@ -10,6 +10,7 @@ import enum
 import io
 import os
 import pickle
+import re
 import secrets
 import shutil
 import warnings
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ..errors import UsageError
-from ..files import own_folder, reading, sync_folder, writing
+from ..files import names_in, own_folder, reading, sync_folder, there, writing
 from .config import Settings
 from .distributed import OneProcess
 from .files import digest_of
@@ -137,7 +138,7 @@ def _check_files(folder: Path, files: dict[str, str], ranks: OneProcess) -> None
 
 
 def _check_there(path: Path) -> None:
-    if not os.path.lexists(path):
+    if not there(path):
         raise foreign(path, "nothing there")
 
 
@@ -164,8 +165,8 @@ def _refused(failure: CheckpointException, folder: Path, doing: Any) -> UsageErr
 
 def _epochs(folder: Path) -> list[Path]:
     """The whole checkpoints, the last one last."""
-    found = folder.glob("epoch-*") if folder.is_dir() else ()
-    return sorted(path for path in found if path.suffix != ".partial")  # as older versions name it
+    names = names_in(folder) if there(folder) else ()
+    return [folder / name for name in names if re.fullmatch(r"epoch-\d+", name)]
 
 
 @contextmanager

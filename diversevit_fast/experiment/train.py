@@ -7,7 +7,6 @@ among its own samples.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from ..data import batches
 from ..diversity import HeadDiversity
 from ..errors import UsageError, expected
+from ..files import there
 from .config import Settings
 from .distributed import OneProcess
 from .evaluate import evaluate_splits, likeness
@@ -97,13 +97,13 @@ def _open_checkpoint(
 ) -> Callable[[], None]:
     """Give ``state`` what the ranks train and what the checkpoint holds; what saves the next one."""
     folder = path.with_suffix("")
-    if not ranks.launched and not os.path.lexists(folder):
-        if os.path.lexists(path):
+    if not ranks.launched and not there(folder):
+        if there(path):
             state.restore(settings, task, path)
         return lambda: state.save(settings, task, path)
     from . import sharded  # takes a second to import
 
-    if ranks.on_first(lambda: os.path.lexists(path)):
+    if ranks.on_first(lambda: there(path)):
         cure = "resume without torchrun, or delete it to train that seed from the start"
         raise ranks.agreed(expected("checkpoint", "one that ranks wrote", path, cure))
     if ranks.launched:
