@@ -48,7 +48,8 @@ def save_pruned(model: nn.Module, path: StrPath) -> None:
         path: the file, in an existing folder; replaced if it exists.
 
     Raises:
-        UsageError: the folder does not exist, or safetensors is not installed.
+        UsageError: the folder does not exist, the file cannot be written, or safetensors is not
+            installed.
         UnsupportedError: state that is not whole dense tensors (sharded, quantised, extra state), or
             tensors that share a part of their memory.
     """
@@ -81,8 +82,8 @@ def load_pruned(model: nn.Module, path: StrPath) -> nn.Module:
         ``model``.
 
     Raises:
-        UsageError: no such file or not one of ``save_pruned``; another architecture; a missing, an
-            extra or a misshapen tensor; ``model`` is pruned otherwise.
+        UsageError: no such file, one that cannot be read, or not one of ``save_pruned``; another
+            architecture; a missing, an extra or a misshapen tensor; ``model`` is pruned otherwise.
         UnsupportedError: as ``prune_heads`` and ``save_pruned``.
     """
     target = unwrapped(model)

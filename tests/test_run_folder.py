@@ -479,6 +479,13 @@ class TestLinks:
             assert str(stopped / name) in refused(stopped)
         assert before == (victim.read_bytes() if victim.is_file() else sorted(victim.iterdir()))
 
+    def test_a_lock_that_is_somebodys_file_too(self, stopped, tmp_path):
+        (tmp_path / "victim").write_text("mine")
+        (stopped / ".lock").unlink()
+        (stopped / ".lock").hardlink_to(tmp_path / "victim")
+        resume(stopped, console=quiet())
+        assert (tmp_path / "victim").read_text() == "mine"
+
     def test_a_folder_of_events_elsewhere(self, tmp_path):
         pytest.importorskip("tensorboard")
         folder = stop(tmp_path / "out", tensorboard=True)

@@ -29,8 +29,8 @@ def write_json(path: Path, values: Any) -> None:
 
 def write_sealed(path: Path, content: bytes) -> None:
     """``content``, and its checksum behind it."""
-    data = content + _MARK + hashlib.sha256(content).hexdigest().encode("ascii")
-    write_atomically(path, lambda file: file.write(data))
+    seal = _MARK + hashlib.sha256(content).hexdigest().encode("ascii")
+    write_atomically(path, lambda file: (file.write(content), file.write(seal)))
 
 
 def read_sealed(path: Path) -> tuple[bytes, bool]:

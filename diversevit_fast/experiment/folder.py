@@ -102,9 +102,7 @@ class Lock:
             self._descriptor = os.open(path, flags, 0o666)
         try:
             self._lock(folder)
-            with suppress(OSError):  # who holds it is said where that is possible
-                os.ftruncate(self._descriptor, 0)
-                os.write(self._descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
+            self._sign()
         except BaseException:
             self.release()
             raise
@@ -119,6 +117,13 @@ class Lock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    def _sign(self) -> None:
+        """Say in the file who holds it, where that is possible."""
+        with suppress(OSError):
+            if self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 1:
+                os.ftruncate(self._descriptor, 0)  # not what is a file of somebody's as well
+                os.write(self._descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
 
     def _lock(self, folder: Path) -> None:
         if fcntl is None or self._descriptor is None:
