@@ -12,6 +12,7 @@ Folder and environment: ``compiled_files``.
 import inspect
 import os
 import shlex
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable
@@ -139,9 +140,10 @@ def _build_apart(
     for trust in _TRUST:
         own = {
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-            "CXX": _one_word(command, folder),
             "CUDA_VISIBLE_DEVICES": "",
         }
+        if os.environ.get("CXX"):  # else Inductor looks for one that it knows
+            own["CXX"] = _one_word(command, folder)
         arguments = [sys.executable, "-c", _COMPILE, *where, str(made), *paths]
         try:
             commands.run(arguments, environment={**trust, **os.environ, **own})
@@ -153,7 +155,13 @@ def _build_apart(
 
 
 def _one_word(command: list[str], folder: Path) -> str:
-    """The compiler as one file, which is what some of Inductor's versions take."""
+    """The compiler as one file, which is what some of Inductor's versions take.
+
+    Raises:
+        OSError: there is no such command; Inductor takes long to find that out.
+    """
+    if shutil.which(command[0]) is None:
+        raise OSError(f"CXX: there is no {command[0]}")
     if len(command) == 1:
         return command[0]
     script = folder / "g++"
