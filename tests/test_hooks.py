@@ -1,9 +1,12 @@
 """Hooks and modules of a user's own run inside every context as outside, on the same values, or it says no."""
 
+import contextlib
+
 import pytest
 import torch
 from test_zoo import made
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from vits import assert_same, gradients, images_for, step, timm_vit
 from zoo import ZOO
 
@@ -97,6 +100,48 @@ def test_hooks_on_what_only_unfused_attention_calls(name):
         ours = seen.clear()
         same(ours[0], theirs[0])
         same(ours[1], theirs[1])
+
+
+def calls_of(model, entry, images, around):
+    """(module, output or gradient) of hooks on every module, in one forward and backward."""
+    names = {module: name for name, module in model.named_modules()}
+    forward, backward, handles = [], [], []
+
+    def note(module, _, output):
+        tensors = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
+        forward.extend((names[module], x) for x in tensors)
+
+    def note_gradient(module, _, gradients):
+        backward.extend((names[module], g) for g in gradients if g is not None)
+
+    for module, name in names.items():
+        if not name.endswith("rel_pos"):  # refused, see below
+            handles.append(module.register_forward_hook(note))
+        if isinstance(module, (nn.Linear, nn.Dropout, nn.Softmax)):
+            handles.append(module.register_full_backward_hook(note_gradient))
+    torch.manual_seed(0)  # ViT-MAE shuffles its patches
+    with around:
+        logits = entry.logits(model(images))
+        logits.sin().sum().backward()
+    for handle in handles:
+        handle.remove()
+    return forward, sorted(backward, key=lambda pair: pair[0])
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize("name", ZOO)
+def test_every_hook_of_every_library(name):
+    entry, model, images, layer = made(name)
+    unfused(model)
+    expect = calls_of(model, entry, images, contextlib.nullcontext())
+    assert min(map(len, expect)) > 3
+    for key, make in CONTEXTS.items():
+        if USES.get(key, "wrt='output'") in entry.refused:
+            continue
+        ours = calls_of(model, entry, images, make(model, layer))
+        for mine, theirs in zip(ours, expect, strict=True):
+            assert [module for module, _ in mine] == [module for module, _ in theirs]
+            same([x for _, x in mine], [x for _, x in theirs])
 
 
 @pytest.mark.parametrize("wrt", ["input", "output"])
