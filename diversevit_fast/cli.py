@@ -40,10 +40,20 @@ def _run(args: Sequence[str] | None) -> int:
         code = _fail("interrupted", 130)
     except Exception as error:
         say = getattr(error, "format_message", None)  # what typer raises for a wrong command line
+        if say is None and _out_of_memory(error):
+            return _fail(
+                "memory: expected enough for this, got too little; free some, then try again"
+            )
         if say is None:
             raise
         code = _fail(f"{say()} (see diversevit --help)") if say() else 2  # 2: help was shown
     return code if isinstance(code, int) else 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    from .experiment.files import out_of_memory
+
+    return out_of_memory(error)
 
 
 def _fail(message: str, code: int = 2) -> int:

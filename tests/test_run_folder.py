@@ -23,7 +23,7 @@ from diversevit_fast import files
 from diversevit_fast.cli import main
 from diversevit_fast.data import load_splits
 from diversevit_fast.errors import UsageError
-from diversevit_fast.experiment import plots, resolve, resume, run
+from diversevit_fast.experiment import plots, resolve, resume, run, weights
 from diversevit_fast.experiment import train as training
 from diversevit_fast.experiment.folder import Lock, write_record
 from diversevit_fast.experiment.progress import Progress
@@ -520,6 +520,19 @@ class TestFinish:
         monkeypatch.setattr(runs, "train", None)  # nothing is trained again
         assert contents(resume(out, console=quiet())) == contents(unbroken)
 
+    def test_a_report_that_fails_loses_nothing(self, unbroken, tmp_path, monkeypatch):
+        def fail(_):
+            raise RuntimeError("no fonts")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(plots, "_png", fail)
+            with pytest.raises(
+                UsageError, match=r"no fonts.* is trained and kept, continue with: "
+            ):
+                start(tmp_path / "out")
+        monkeypatch.setattr(training, "_train_epoch", None)
+        assert contents(resume(tmp_path / "out", console=quiet())) == contents(unbroken)
+
     def test_a_finished_run_is_tidied(self, unbroken, tmp_path):
         """The process died after it gave the name: its resume removes what is left."""
         out = shutil.copytree(unbroken, tmp_path / "out")
@@ -666,6 +679,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(stopped, unbroken, monkeypatch):
     assert f"{before}: expected a place that can be written, got No space left on device" in said
     assert [p.read_bytes() for p in (stopped / "checkpoints").iterdir()] == [data]
     assert contents(resume(stopped, console=quiet())) == contents(unbroken)
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("CUDA out of memory. Tried to")])
+def test_memory_that_ends_in_a_command(failure, unbroken, monkeypatch, capsys):
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(DiverseViT, "head_logits", fail)
+    monkeypatch.setattr(
+        weights, "load_splits", sys.modules["diversevit_fast.experiment.run"].load_splits
+    )
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", str(unbroken / f"{TASK}.safetensors")])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("error: memory: expected enough for this, got too li")
 
 
 def test_no_pickle_of_a_checkpoint_runs(stopped, tmp_path):

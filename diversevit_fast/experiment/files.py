@@ -64,7 +64,8 @@ def digest_of(path: Path) -> str:
 
 def out_of_memory(failure: BaseException) -> bool:
     """Whether Python or PyTorch raised ``failure`` because memory was not enough."""
-    return isinstance(failure, MemoryError) or "allocate memory" in str(failure)
+    said = ("allocate memory", "out of memory")
+    return isinstance(failure, MemoryError) or any(sign in str(failure) for sign in said)
 
 
 def printable(name: str) -> str:

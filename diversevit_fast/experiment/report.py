@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, expected, require
+from ..files import writing
 from .config import Settings, read_json
-from .files import printable, write_text
+from .files import out_of_memory, printable, write_text
 from .metrics import Claim, Line, Row, compare, judge, present, read_csv
 from .plots import PICTURES, draw
 from .progress import NAMES
@@ -50,8 +51,12 @@ def write_report(folder: Path) -> Path:
     except UsageError:
         raise
     except Exception as failure:  # values that are no run's can break anything
+        if out_of_memory(failure):
+            with writing(folder / "report.html"):
+                raise MemoryError from None
         got = f"incomplete ones ({type(failure).__name__}: {failure})"
-        raise expected("report", f"the files of a run in {folder}", got, "repeat the run") from None
+        cure = "mend that, or repeat the run"
+        raise expected("report", f"the files of a run in {folder}", got, cure) from None
     write_text(folder / "report.html", page)
     return folder / "report.html"
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..data import load_splits
-from ..errors import expected, require
+from ..errors import UsageError, expected, require
 from ..files import FileError, there
 from ..models import DiverseViT
 from ..terminal import steady_console
@@ -265,7 +265,7 @@ def _continue(
         ranks.on_first(lambda: folders.prepare(place))
         with noticing_lost_ranks(ranks, f"continue with: {command}"):
             rows, cosines = _train_all(settings, splits, place, console, ranks, notes)
-            ranks.on_first(lambda: _finish(rows, cosines, place))
+            ranks.on_first(lambda: _finish(rows, cosines, place, command))
     except KeyboardInterrupt:
         raise Interrupted(place.partial, command) from None
     except FileError as failure:
@@ -311,10 +311,16 @@ def _console(console: Any, ranks: OneProcess) -> Any:
     return console or make()
 
 
-def _finish(rows: list[Row], cosines: Mapping[str, Any], place: Place) -> None:
+def _finish(rows: list[Row], cosines: Mapping[str, Any], place: Place, command: str) -> None:
     write_csv(rows, place.partial / "metrics.csv")
     write_json(place.partial / "cosines.json", cosines)
-    write_report(place.partial)
+    try:
+        write_report(place.partial)
+    except FileError:
+        raise
+    except UsageError as failure:
+        kept = f"everything is trained and kept, continue with: {command}"
+        raise expected("report", "one of this run", f"an error ({failure})", kept) from None
     folders.give_name(place)
 
 
