@@ -318,7 +318,9 @@ def test_a_cache_that_is_a_link_to_ones_own_disk_will_do(folder) -> None:
     assert private_folder.folder().resolve() == other / folder.name
 
 
-def test_without_a_home_the_slow_path_runs_with_one_warning(tmp_path) -> None:
+@posix
+@pytest.mark.parametrize("home", ["/dev/null", "", "not/absolute"])
+def test_without_a_home_the_slow_path_runs_with_one_warning(home) -> None:
     code = """
 import os, warnings, torch, diversevit_fast as dvf
 with warnings.catch_warnings(record=True) as caught:
@@ -327,7 +329,7 @@ with warnings.catch_warnings(record=True) as caught:
 said = [str(w.message) for w in caught if "diversevit" in str(w.message)]
 print(len(said), *said)
 """
-    environment = {"HOME": "/dev/null", "XDG_CACHE_HOME": "", "DIVERSEVIT_CACHE_DIR": ""}
+    environment = {"HOME": home, "XDG_CACHE_HOME": "", "DIVERSEVIT_CACHE_DIR": ""}
     out, err = in_a_process(code, **environment).communicate()
     assert out.startswith("1 diversevit: gelu could not be compiled ("), out + err
 
