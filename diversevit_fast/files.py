@@ -79,7 +79,7 @@ def there(path: StrPath) -> bool:
     with _said(path, "a place that can be looked into"):
         try:
             os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return False
         return True
 
