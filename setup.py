@@ -28,6 +28,7 @@ RECIPES = [*HF, "lightning>=2.6", "accelerate>=1.15"]
 DEV = [
     *(*TRAIN, *BENCH, *RECIPES, *OPEN_CLIP, *XFORMERS),
     *("hypothesis", "pytest-xdist", "ruff", "pyright"),
+    *("onnx", "onnxruntime", "onnxscript"),
 ]
 
 setup(

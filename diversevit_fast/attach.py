@@ -3,7 +3,8 @@
 Inside an ``Attachment`` every chosen attention module is an instance of a subclass of its own class whose
 forward says which layer is running and then runs the original forward, and a ``TorchFunctionMode``
 sees the calls that forward makes. Parameters, ``state_dict`` and other modules are not touched; leaving
-the block restores the classes. Nothing is kept on a module, so copies and pickles are plain.
+the block restores the classes. Nothing is kept on a module, so copies and pickles are plain. A copy or pickle of an
+attachment, made outside its blocks, watches the model that was copied with it.
 
 Inside a compiled loss (``compile_loss``) the compiler does not see a changed class, so there a layer
 runs from its first projection to its output projection, both known by their weights.
@@ -25,6 +26,7 @@ from .multi_head import multi_head_attention
 from .ops import attention
 from .ops.attention import attention_operator
 from .ops.packed_attention import recognise
+from .unfused import Unfused, watched
 
 
 def _refuse_compiled(model: nn.Module, first: AttentionLayer) -> None:
@@ -72,9 +74,12 @@ class Attachment:
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
         _refuse_compiled(model, layers[0])
         self.model, self.layers = model, list(layers)
-        self._wrappers: dict[nn.Module, Wrapper] = {
-            layer.module: self._run_layer(layer) for layer in layers
-        }
+        self._begin_apart()
+        self._wrap_all()
+
+    def _begin_apart(self) -> None:
+        """Set what no copy has of its original: what belongs to one object, or to its last block."""
+        self._wrappers: dict[nn.Module, Wrapper] = {}
         self._classes: dict[tuple[nn.Module, type], type] = {}
         self._swapped: list[tuple[nn.Module, type, type]] = []
         self._running: AttentionLayer | None = None
@@ -83,6 +88,27 @@ class Attachment:
         self._mode = _Mode(self)
         self._thread: int | None = None  # that entered
         self._active = True  # the last block was not one that does nothing
+
+    def _wrap_all(self) -> None:
+        """Make the wrappers; a copy does it at its first entry, when its model is complete."""
+        self._wrappers = {layer.module: self._run_layer(layer) for layer in self.layers}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have.
+
+        Raises:
+            UsageError: the ``with`` block is open.
+        """
+        if self._thread is not None:
+            name, wanted = type(self).__name__, "to be copied or pickled outside its `with` block"
+            raise expected(name, wanted, "an open block", "leave it first")
+        blank = object.__new__(type(self))
+        blank._begin_apart()
+        return {name: value for name, value in vars(self).items() if name not in vars(blank)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_apart()
 
     def active(self) -> bool:
         """Asked at each entry: whether this ``with`` block does anything."""
@@ -192,14 +218,19 @@ class Attachment:
                 f"{list(q.shape)}, which is not [B, H, N, d]"
             )
         self._attended = True
-        if self._made is not None:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and watched(layer.module, options.get("dropout_p", 0.0)):
+            attend = Unfused(layer.module)
+        elif self._made is not None:
             recognise(q, k, v, self._made)
-            self._made = None
+        self._made = None
         return self.attended(layer, attend, qkv, options)
 
     def _swap_classes(self) -> None:
         if torch.compiler.is_compiling():
             return
+        if not self._wrappers:
+            self._wrap_all()
         for layer in self.layers:
             if "forward" in vars(layer.module):
                 raise UnsupportedError(
@@ -219,7 +250,8 @@ class Attachment:
         """A subclass of ``base`` under its own name whose forward goes through ``wrapper``.
 
         On other threads than the one that entered it is ``base``'s. timm's attention modules ask
-        ``self.fused_attn`` whether to call attention or to multiply by themselves: yes.
+        ``self.fused_attn`` whether to call attention or to multiply by themselves: yes (``unfused``
+        then does what somebody watches).
         """
 
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

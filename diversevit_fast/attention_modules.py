@@ -5,13 +5,14 @@ keys and values, under the names that timm, transformers, torch and open_clip gi
 then calls attention, once, with these heads, is seen when it runs (``attach``).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from .errors import expected
+from .indices import Integers, listed, shown, whole_number
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class AttentionLayer:
     @property
     def num_heads(self) -> int:
         return head_count(self.module)
+
+    @property
+    def linear(self) -> list[nn.Module]:
+        """The modules that hold its projections' weights, the output projection's last."""
+        owners = list(dict.fromkeys(projection.owner for projection in self.projections))
+        return owners if self.output is None else [*owners, self.output]
 
     def rows_of(self, roles: str) -> int:
         """How many rows of a projection make ``roles``, H d each.
@@ -84,11 +91,11 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     ]
 
 
-def choose_layers(model: nn.Module, layers: str | Sequence[int]) -> list[AttentionLayer]:
-    """The layers that ``"last"``, ``"all"`` or a list of indices (negative allowed) names.
+def choose_layers(model: nn.Module, layers: str | Integers) -> list[AttentionLayer]:
+    """The layers that ``"last"``, ``"all"`` or indices (negative allowed) name.
 
     Raises:
-        UsageError: unknown word, empty list, repeated or out-of-range index.
+        UsageError: unknown word, no index, repeated or out-of-range index, something else.
     """
     every = attention_layers(model)
     if isinstance(layers, str):
@@ -96,11 +103,13 @@ def choose_layers(model: nn.Module, layers: str | Sequence[int]) -> list[Attenti
             wanted = "'last', 'all' or a list of indices"
             raise expected("layers", wanted, repr(layers), "check the spelling")
         return every if layers == "all" else every[-1:]
-    if not isinstance(layers, Sequence) or not layers:
-        raise expected("layers", "'last', 'all' or a list of indices", repr(layers), "name a layer")
-    chosen = [layer_index(index, len(every)) for index in layers]
+    given = listed(layers, len(every))
+    if not given:
+        got = shown(layers if given is None else given)
+        raise expected("layers", "'last', 'all' or a list of indices", got, "name a layer")
+    chosen = [layer_index(index, len(every)) for index in given]
     if len(set(chosen)) < len(chosen):
-        raise expected("layers", "each layer once", list(layers), "remove the repetition")
+        raise expected("layers", "each layer once", shown(given), "remove the repetition")
     return [every[index] for index in sorted(chosen)]
 
 
@@ -110,16 +119,19 @@ def blocks_from(model: nn.Module, first: AttentionLayer) -> list[nn.Module]:
     return [model.get_submodule(name) for name in dict.fromkeys(names)]
 
 
-def layer_index(index: int, count: int) -> int:
+def layer_index(index: Any, count: int) -> int:
     """``index`` counted from the front.
 
     Raises:
         UsageError: not an integer, or outside ``-count .. count - 1``.
     """
-    if isinstance(index, bool) or not isinstance(index, int) or not -count <= index < count:
+    number = whole_number(index)
+    if number is None or not -count <= number < count:
         wanted = f"layer indices from {-count} to {count - 1}"
-        raise expected("layers", wanted, repr(index), f"the model has {count} attention layers")
-    return index % count
+        raise expected(
+            "layers", wanted, shown([index])[1:-1], f"there are {count} attention layers"
+        )
+    return number % count
 
 
 def head_count(module: nn.Module) -> int:
@@ -146,10 +158,16 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def is_hooked(modules: Iterable[nn.Module]) -> bool:
-    """Whether a forward hook looks at one of ``modules``."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    """Whether a forward or backward hook of its own looks at one of ``modules``."""
+    return any(getattr(m, kind) for m in modules for kind in _HOOKS)
 
 
+def all_hooked() -> bool:
+    """Whether a hook looks at every module there is, as profilers and counters do."""
+    return any(getattr(nn.modules.module, f"_global{kind}") for kind in _HOOKS)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 HEAD_COUNTS = ("num_heads", "num_attention_heads")
 _TRIPLES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
 _OUTPUTS = ("proj", "out_proj", "o_proj", "attn_out_proj")

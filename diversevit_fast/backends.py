@@ -52,6 +52,11 @@ _BACKENDS = {
 _chosen = "auto"  # process-wide: autograd runs backward passes on threads of its own
 
 
+def chosen_backend() -> str:
+    """What ``use_backend`` was told last."""
+    return _chosen
+
+
 def unavailable() -> dict[str, str | None]:
     """Every backend, and why it cannot be used here (``None``: it can)."""
     return {name: backend.missing() for name, backend in _BACKENDS.items()}
@@ -63,7 +68,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"auto"`` (Triton on GPU tensors, the blocked path on CPU tensors), ``"triton"``,
-            ``"cpu"`` or ``"reference"`` (plain PyTorch, any device, N x N memory).
+            ``"cpu"`` or ``"reference"`` (plain PyTorch, any device, N x N memory; what is recorded
+            under it is differentiable to any order).
 
     The choice belongs to the process, not to the thread: autograd has threads of its own.
 

@@ -1,13 +1,13 @@
 """Per-head outputs of any forward pass."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 
 from .attach import Attachment, Forward
 from .attention_modules import AttentionLayer, choose_layers
 from .errors import expected
+from .indices import Integers, shown, whole_number
 from .parallel import unwrapped
 from .support import refuse
 
@@ -22,22 +22,32 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
 
     The tensors are the ones the model went on with: the loss can be differentiated with respect to
     them. ``len(heads)`` is the number of chosen layers, in the model's order. They are kept until
-    the context is entered again.
+    the context is entered again; a deep copy or a pickle has them without their graph.
 
     Args:
         model: as in ``HeadDiversity``.
-        layers: ``"last"``, ``"all"`` or a list of indices (negative allowed).
+        layers: ``"last"``, ``"all"`` or indices (negative allowed).
 
     Raises:
         UsageError: no attention found, or a layer that does not exist.
         UnsupportedError: the model is compiled at or above a chosen layer, or its heads cannot be seen.
     """
 
-    def __init__(self, model: nn.Module, layers: str | Sequence[int] = "all"):
+    def __init__(self, model: nn.Module, layers: str | Integers = "all"):
         model = unwrapped(model)
         super().__init__(model, choose_layers(model, layers))
         refuse(self.layers, "wrt='output'")
         self._heads: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Head outputs without their graph, which belongs to the forward they come from."""
+        detached = {index: heads.detach() for index, heads in self._heads.items()}
+        return {**super().__getstate__(), "_heads": detached}
+
+    def __copy__(self) -> "capture_heads":
+        twin = object.__new__(type(self))
+        twin.__setstate__({**self.__getstate__(), "_heads": dict(self._heads)})
+        return twin
 
     def __enter__(self) -> "capture_heads":
         self._heads.clear()
@@ -58,15 +68,19 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, position: int) -> Tensor:
+    def __getitem__(self, position: SupportsIndex) -> Tensor:
         """The head outputs of the ``position``-th chosen layer.
 
         Raises:
             IndexError: there is no such chosen layer.
-            UsageError: the layer has not run inside the context.
+            UsageError: no integer, or the layer has not run inside the context.
         """
-        layer = self.layers[position]
+        number = whole_number(position)
+        if number is None:
+            cure = "index with an integer; list(heads) holds all"
+            raise expected("heads", "the position of a chosen layer", shown(position), cure)
+        layer = self.layers[number]
         if layer.index not in self._heads:
             cure = "run the model inside the `with` block"
-            raise expected(f"heads[{position}]", "a forward of " + layer.name, "none", cure)
+            raise expected(f"heads[{number}]", "a forward of " + layer.name, "none", cure)
         return self._heads[layer.index]

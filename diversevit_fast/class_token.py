@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .attention_modules import is_hooked, plain_class
+from .unfused import watched
 
 
 def one_token_block(model: nn.Module, attention: nn.Module) -> nn.Module | None:
@@ -21,9 +22,9 @@ def one_token_block(model: nn.Module, attention: nn.Module) -> nn.Module | None:
         return None
     whole: Any = model
     block = list(whole.blocks.children())[-1]
-    watched = (whole.blocks, *block.modules(), whole.norm)
+    watches = (whole.blocks, *block.modules(), whole.norm)
     known = plain_class(block) in _forwards() and getattr(block, "attn", None) is attention
-    return block if known and not is_hooked(watched) else None
+    return block if known and not is_hooked(watches) and not watched(attention) else None
 
 
 def one_token_forward(block: nn.Module, x: Tensor) -> Tensor:

@@ -9,14 +9,28 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import UnsupportedError, UsageError, require
+from .terminal import steady_streams
+
+_LONGEST = 4000  # characters of an error: two long paths, but not a whole file given as an option
+_CONTROL = dict.fromkeys(
+    (*range(32), *range(127, 160)), " "
+)  # a file's name must not steer a terminal
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``diversevit`` with ``args`` (the process's own if None) and exit.
 
     Exit codes: 0 done; 1 ``doctor`` found a fault; 2 a mistake the caller can mend, said on
-    standard error as ``error: ...``; 130 interrupted.
+    standard error as ``error: ...``; 130 interrupted. A reader of the output who leaves early
+    (``| head -1``) changes none of it.
     """
+    with steady_streams():
+        code = _run(args)
+    sys.exit(code)
+
+
+def _run(args: Sequence[str] | None) -> int:
+    """The command's exit code; what went wrong is said."""
     try:
         app = __getattr__("app")
         code = app(args=args, prog_name="diversevit", standalone_mode=False)
@@ -26,14 +40,27 @@ def main(args: Sequence[str] | None = None) -> None:
         code = _fail("interrupted", 130)
     except Exception as error:
         say = getattr(error, "format_message", None)  # what typer raises for a wrong command line
+        if say is None and _out_of_memory(error):
+            return _fail(
+                "memory: expected enough for this, got too little; free some, then try again"
+            )
         if say is None:
             raise
         code = _fail(f"{say()} (see diversevit --help)") if say() else 2  # 2: help was shown
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    from .experiment.files import out_of_memory
+
+    return out_of_memory(error)
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.translate(_CONTROL).split())
+    if len(line) > _LONGEST:
+        line = f"{line[:_LONGEST]} ..."
+    print(f"error: {line}", file=sys.stderr)
     return code
 
 

@@ -83,14 +83,35 @@ def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Lo
 
 def _in_one_line(failure: Exception) -> Exception:
     """This library's own error that ended the tracing, or what the compiler says, and where."""
-    text = str(failure)
-    own = re.search(r"raised exception (UsageError|UnsupportedError)\((['\"].*['\"])\)", text)
+    raised = re.search(r"^ *Developer debug context: raised exception (.*)", str(failure), re.M)
+    own = raised and re.fullmatch(r"(UsageError|UnsupportedError)\((['\"].*['\"])\)", raised[1])
     if own:
         kind = UsageError if own[1] == "UsageError" else UnsupportedError
         return kind(ast.literal_eval(own[2]))
-    head, _, rest = text.partition("\n")
-    why = re.search(r"Explanation: (.*)", rest)
     stack = getattr(failure, "real_stack", None) or ()
     where = "".join(f" (at {frame.filename}:{frame.lineno})" for frame in list(stack)[-1:])
-    reason = f"{head.strip()}: {why[1]}" if why else head.strip()
-    return UnsupportedError(f"compile_loss: cannot be one graph{where}: {reason}")
+    reason = f"it raises {raised[1]}" if raised else _reason(failure)
+    return UnsupportedError(f"compile_loss: cannot be one graph{where}: {' '.join(reason.split())}")
+
+
+def _reason(failure: Exception) -> str:
+    """Of a compiler's many lines those that say what happened."""
+    text = str(failure)
+    head, _, rest = text.partition("\n")
+    inner = getattr(failure, "inner_exception", None)  # of the compiler's backend
+    if inner is not None:
+        said = next((line for line in str(inner).splitlines() if line.strip()), "")
+        return f"{head} {type(inner).__name__}: {said or 'no message'}{_cure_of(said)}"
+    why = re.search(r"Explanation: (.*)", rest)
+    if why:
+        return f"{head}: {why[1]}"
+    return f"{head} {rest.strip().partition(chr(10))[0]}" if head.rstrip().endswith(":") else head
+
+
+def _cure_of(said: str) -> str:
+    if re.search(r"derivative for aten::_\w*scaled_dot_product\w* is not implemented", said):
+        return (
+            "; PyTorch's own attention has no second derivative: enter HeadDiversity inside fn around the "
+            "model's call, or use dvf.attention"
+        )
+    return ""

@@ -1,6 +1,6 @@
 """HeadDiversity: the penalty on the gradients of a model's attention heads, for any training loop."""
 
-from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .head_gradients import (
     prediction_score,
     unreached,
 )
+from .indices import Integers
 from .inner_scale import InnerScale
 from .multi_head import multi_head_attention
 from .ops import attention, gelu, layer_norm
@@ -33,6 +34,7 @@ from .parallel import check_ddp_forward, is_ddp, kept_unsharded, unwrapped
 from .sampling import SampleSplit
 from .self_attention import read_from_input
 from .support import refuse
+from .unfused import Unfused
 
 
 class HeadDiversity(Attachment):
@@ -72,8 +74,8 @@ class HeadDiversity(Attachment):
     Args:
         model: a ViT of timm, transformers, torchvision or open_clip, or of ``dvf.nn``; also inside DDP, or
             sharded by FSDP2. ``dvf.supported(model)`` says which of its layers allow what.
-        layers: ``"last"`` (the paper), ``"all"``, or a list of indices (negative allowed). The penalty
-            is the mean over the chosen layers.
+        layers: ``"last"`` (the paper), ``"all"``, or indices (negative allowed), as a list, a tensor or the like. The
+            penalty is the mean over the chosen layers.
         wrt: ``"input"`` (the paper): gradients that each head alone passes to its layer's input,
             through its queries, keys and values, be it by q/k norm and RoPE. Where the queries are
             made of another tensor (attention pooling), the input is that of keys and values.
@@ -112,7 +114,7 @@ class HeadDiversity(Attachment):
         self,
         model: nn.Module,
         *,
-        layers: str | Sequence[int] = "last",
+        layers: str | Integers = "last",
         wrt: str = "input",
         granularity: str = "token",
         reduction: str = "all",
@@ -130,6 +132,7 @@ class HeadDiversity(Attachment):
             raise expected("every", "a whole number of at least 1", repr(every), "1 is each step")
         self._in_ddp = is_ddp(model)
         model = unwrapped(model)
+        self._split = SampleSplit(fraction, generator)
         super().__init__(model, choose_layers(model, layers))
         refuse(self.layers, f"wrt={wrt!r}")
         self.wrt, self.granularity, self.reduction = wrt, granularity, reduction
@@ -142,16 +145,19 @@ class HeadDiversity(Attachment):
         self.every, self.step = every, 0
         self.cosines: list[Tensor] = []
         self.samples: Tensor | None = None
+        self._scale = InnerScale(grad_scale)
+
+    def _begin_apart(self) -> None:
+        super()._begin_apart()
         self._captured: list[Captured] = []
         # of the running layer, with their inputs
         self._projected: list[tuple[Projected, Tensor]] = []
         self._batches: list[int] = []  # of the whole model's forwards
         self._class_token_only = False
-        self._scale = InnerScale(grad_scale)
-        self._wrap_model()
-        self._split = SampleSplit(fraction, generator)
-        for block in blocks_from(model, self.layers[0]) if self._split.fraction < 1 else ():
-            self.wrap(block, self._split.wrapper_of(block))
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_scale": copy(self._scale), "_split": copy(self._split)}
+        return {**super().__getstate__(), **own}
 
     def penalty(self, logits: Tensor) -> Tensor:
         """The head-diversity penalty of the forward run in the last ``with`` block: a scalar.
@@ -239,7 +245,8 @@ class HeadDiversity(Attachment):
         one_token = self._class_token_only and layer is self._last
         if one_token:
             q = q[..., :1, :]
-        attend = attention if self._second_order() else attend
+        if self._second_order() and not isinstance(attend, Unfused):
+            attend = attention
         heads = attend(q, k, v, **options)
         if self._capturing():
             if self.wrt == "output":
@@ -303,8 +310,12 @@ class HeadDiversity(Attachment):
                 "every=1 and fraction=1, and call an uncompiled loss without it in between"
             )
 
-    def _wrap_model(self) -> None:
-        """Note each batch, and take the few-query path in forwards of the whole model that allow it."""
+    def _wrap_all(self) -> None:
+        """Note each batch, and take the few-query path in forwards of the whole model that allow it.
+
+        Where only some samples have the penalty, the blocks run in two parts.
+        """
+        super()._wrap_all()
         self._last = self.layers[-1]
 
         def whole_model(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
@@ -325,6 +336,8 @@ class HeadDiversity(Attachment):
         self.wrap(self.model, whole_model)
         if block is not None:
             self.wrap(block, last_block)
+        for split in blocks_from(self.model, self.layers[0]) if self._split.fraction < 1 else ():
+            self.wrap(split, self._split.wrapper_of(split))
 
 
 def _refuse_checkpointing() -> None:

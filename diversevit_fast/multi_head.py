@@ -6,6 +6,7 @@ formulas are PyTorch's; attention and the projections are done by whoever calls.
 
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from .errors import UnsupportedError
 from .ops import attention
 from .ops.packed_attention import taken_apart
+from .unfused import masked_softmax
 
 Project = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 """(which of "qkv" it makes, x, weight, bias) -> the linear layer's output."""
@@ -36,7 +38,8 @@ def multi_head_attention(
     Where ``query is key is value`` the projection is one product, whose output ``[B, N, 3 H d]`` is what
     ``project`` returns; else there is one for each. ``attend`` is called as SDPA is, on ``[B, H, N, d]``.
 
-    With ``need_weights`` the weights are computed beside the output: N x N memory, as PyTorch's.
+    With ``need_weights`` the weights are computed beside the output: N x N memory, as PyTorch's. Where a
+    query may attend to nothing they are zero, as attention's output is, and not NaN.
 
     Raises:
         UnsupportedError: ``bias_k``, ``bias_v``, ``add_zero_attn``, ``static_k`` or ``static_v``.
@@ -113,5 +116,5 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _weights(call: Any, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    weights = (scores if mask is None else scores + mask).softmax(-1)
+    weights = masked_softmax(scores, mask, partial(F.softmax, dim=-1))
     return weights.mean(1) if call.average_attn_weights else weights

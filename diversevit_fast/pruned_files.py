@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .attention_modules import AttentionLayer, attention_layers
 from .errors import UnsupportedError, UsageError
+from .indices import whole_number
 from .ops.attention import attention_operator
 from .parallel import unwrapped
-from .pruning import check_kept, prune_heads
+from .pruning import Heads, check_kept, prune_heads
 from .version import __version__
 from .weight_files import StrPath, listing, misfit, read_tensors, write_tensors
 
@@ -47,7 +48,8 @@ def save_pruned(model: nn.Module, path: StrPath) -> None:
         path: the file, in an existing folder; replaced if it exists.
 
     Raises:
-        UsageError: the folder does not exist, or safetensors is not installed.
+        UsageError: the folder does not exist, the file cannot be written, or safetensors is not
+            installed.
         UnsupportedError: state that is not whole dense tensors (sharded, quantised, extra state), or
             tensors that share a part of their memory.
     """
@@ -80,8 +82,8 @@ def load_pruned(model: nn.Module, path: StrPath) -> nn.Module:
         ``model``.
 
     Raises:
-        UsageError: no such file or not one of ``save_pruned``; another architecture; a missing, an
-            extra or a misshapen tensor; ``model`` is pruned otherwise.
+        UsageError: no such file, one that cannot be read, or not one of ``save_pruned``; another
+            architecture; a missing, an extra or a misshapen tensor; ``model`` is pruned otherwise.
         UnsupportedError: as ``prune_heads`` and ``save_pruned``.
     """
     target = unwrapped(model)
@@ -132,9 +134,7 @@ class PruningReport:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def pruning_report(
-    model: nn.Module, heads: Mapping[int, Sequence[int]], images: Tensor
-) -> PruningReport:
+def pruning_report(model: nn.Module, heads: Heads, images: Tensor) -> PruningReport:
     """What ``prune_heads(model, heads)`` would save; ``model`` stays as it is.
 
     FLOPs are those of products (matrix products, convolutions, attention) in one forward in eval
@@ -149,9 +149,9 @@ def pruning_report(
         UsageError, UnsupportedError: as ``prune_heads``.
     """
     changed = copy.deepcopy(unwrapped(model)).eval()
-    named = [layer.index for layer, _ in check_kept(changed, heads)]
-    before = _measure(changed, named, images)
-    after = _measure(prune_heads(changed, heads), named, images)
+    kept = {layer.index: which for layer, which in check_kept(changed, heads)}
+    before = _measure(changed, list(kept), images)
+    after = _measure(prune_heads(changed, kept), list(kept), images)
     whole, *layers = (
         PrunedPart(name, (a[0], b[0]), (a[1], b[1]))
         for (name, *a), (_, *b) in zip(before, after, strict=True)
@@ -261,10 +261,17 @@ def _parse(path: StrPath, metadata: Mapping[str, str]) -> list[_PrunedLayer]:
         raise misfit(path, f"metadata {_LAYERS!r}", "a file without", _CURE)
     try:
         layers = [_PrunedLayer(**entry) for entry in json.loads(metadata[_LAYERS])]
-        return [_PrunedLayer(int(x.layer), x.name, x.heads, tuple(x.kept)) for x in layers]
+        return [_PrunedLayer(_number(x.layer), x.name, x.heads, tuple(x.kept)) for x in layers]
     except (TypeError, ValueError) as failure:
         got = f"something that does not parse ({type(failure).__name__})"
         raise misfit(path, f"metadata {_LAYERS!r}", got, _CURE) from None
+
+
+def _number(value: Any) -> int:
+    number = whole_number(value)
+    if number is None:
+        raise TypeError(f"{value!r} is no integer")
+    return number
 
 
 def _heads_to_prune(
@@ -285,8 +292,9 @@ def _heads_to_prune(
                 raise _pruned_otherwise(path, entry.name, pruned.kept, entry.kept)
             continue
         count = layers[entry.layer].num_heads
-        found = {h for h in entry.kept if isinstance(h, int) and 0 <= h < count}
-        if not found or len(found) < len(entry.kept) or entry.heads not in (None, count):
+        found = {h for h in entry.kept if whole_number(h) is not None and 0 <= h < count}
+        whole = entry.heads is None or whole_number(entry.heads) == count
+        if not found or len(found) < len(entry.kept) or not whole:
             got = f"heads {list(entry.kept)} of {entry.heads or 'more'}"
             raise misfit(path, f"heads of the model's {count} in {entry.name}", got, cure)
         heads[entry.layer] = list(entry.kept)

@@ -161,7 +161,7 @@ def head_penalty(
     """
     x = _by_group(grads, granularity)
     unit = x / x.square().sum(-1, keepdim=True).clamp_min(eps * eps).sqrt()
-    cosines = unit @ unit.mT
+    cosines = unit @ unit.transpose(-2, -1)
     return (_pair_weights(grads, granularity, reduction) * cosines.square()).sum(), cosines
 
 

@@ -20,6 +20,7 @@ from .attention_modules import AttentionLayer, is_compiled, is_hooked
 from .errors import UnsupportedError, expected
 from .pruning import Kept, head_scale
 from .support import refuse
+from .unfused import Unfused
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -77,7 +78,8 @@ class Replay(Attachment):
     A module's output is not kept, and the module or those inside it run again, where keeping it could
     change a result: it writes to its input or is given something other than tensors and constants;
     it returns something else; somebody writes to its output in place; a module inside it has
-    hooks, which are to see every forward; it is compiled. A module that hands something on
+    hooks of its own, which are to see every forward (those for all modules, profilers', see what
+    runs); it is compiled. A module that hands something on
     other than by its return value (a global, an attribute) does so once for each batch.
 
     Args:
@@ -91,16 +93,19 @@ class Replay(Attachment):
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
         super().__init__(model, layers)
         refuse(self.layers, "mask")
-        self._inside = {m: set(m.modules()) - {m} for m in model.modules()}
+        self._scale: dict[int, Tensor] = {}
+        self._forget()
+
+    def _wrap_all(self) -> None:
+        super()._wrap_all()
+        self._inside = {m: set(m.modules()) - {m} for m in self.model.modules()}
         chosen = {layer.module for layer in self.layers}
         compiled = {m for m in self._inside if _compiled(m)}
         left_alone = compiled.union(*(self._inside[m] for m in compiled))
         for module in self._inside:
             if module in chosen or module not in left_alone:
                 self.wrap(module, self._run)
-        self._scale: dict[int, Tensor] = {}
         self._not_kept = {m for m, inside in self._inside.items() if is_hooked(inside)}
-        self._forget()
 
     def outputs(self, choices: Sequence[Kept], *args: Any, **kwargs: Any) -> Iterator[Any]:
         """``model(*args, **kwargs)`` for each choice, as inside ``keep_heads(model, choice)``.
@@ -142,9 +147,11 @@ class Replay(Attachment):
             heads = self._heads = attend(*qkv, **options)
             self._past = True
         else:
-            if self._heads is None or self._next < len(self._calls):
-                raise _another_order(layer.name)
             heads = self._heads
+            if isinstance(attend, Unfused):  # somebody wants to see it
+                heads = attend(*qkv, **options)
+            if heads is None or self._next < len(self._calls):
+                raise _another_order(layer.name)
             self._past = True
         scale = self._scale.get(layer.index)
         return heads if scale is None else heads * scale.to(heads)[:, None, None]

@@ -8,6 +8,7 @@ tensor in between, the parts are entangled: the numbers stay right, the rest pay
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,13 @@ class SampleSplit:
         self.with_rest = self.entangled = self._running = False
         self._orders: dict[int, tuple[Tensor, Tensor]] = {}
         self._last: _Parts | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have: they draw for themselves."""
+        return {"fraction": self.fraction, "generator": self.generator}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        SampleSplit.__init__(self, **state)
 
     def forget(self) -> None:
         """Draw anew from here on."""

@@ -1,6 +1,6 @@
 """Choosing heads on validation data: which heads of a trained model follow the robust feature."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations, product
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .attention_modules import AttentionLayer, choose_layers
+from .batches import Batch, class_indices, group_names, split_batch
 from .errors import expected
+from .indices import Integers
 from .ops.checks import check_choice
 from .parallel import unwrapped
 from .replay import Replay
@@ -35,7 +37,7 @@ def select_heads(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    layers: str | Sequence[int] = "last",
+    layers: str | Integers = "last",
     score: Score = "accuracy",
     search: str = "single",
     reference_loader: Iterable[Any] | None = None,
@@ -51,9 +53,13 @@ def select_heads(
     Args:
         model: a classifier, images -> logits ``[B, classes]`` or an object with ``.logits``, whose chosen
             layers' heads can be masked (``dvf.supported``).
-        loader: batches ``(images, labels)`` or ``(images, labels, groups)``. An iterator, which runs once,
-            does for every search but ``"greedy"``.
-        layers: the layers to choose in: ``"last"``, ``"all"`` or indices.
+        loader: batches ``(images, labels)`` or ``(images, labels, groups)``, or dictionaries, as
+            transformers' collators make them: ``"labels"`` (or ``"label"``), ``"groups"`` (or
+            ``"group"``), and what the model is to be given by name; of other entries a model that takes
+            none of the names is given the only tensor. Labels are class indices; groups are
+            numbers, for ``"worst_group"`` also strings. An iterator, which runs once, does for every
+            search but ``"greedy"``.
+        layers: the layers to choose in: ``"last"``, ``"all"`` or indices, as a list, a tensor or the like.
         score: larger is better.
             With labels: ``"accuracy"``; ``"worst_group"``, the accuracy of the worst group (needs groups);
             or a callable ``(logits [n, classes], labels [n], groups [n] or None) -> float``, for which the
@@ -77,9 +83,10 @@ def select_heads(
         The candidates, best first; ties keep more heads, then lower indices.
 
     Raises:
-        UsageError: wrong arguments, an empty loader, an iterator where several runs are needed, labels
-            missing or out of range, missing groups, logits that are not finite, a reference loader
-            with a score that has no use for it, or too many combinations.
+        UsageError: wrong arguments, an empty loader, batches of another kind, an iterator where several runs
+            are needed, labels missing, out of range or no numbers, missing groups, logits that are
+            not finite, a reference loader with a score that has no use for it, or too many
+            combinations.
         UnsupportedError: heads that cannot be seen, or a model that calls its modules in another order
             when run again.
     """
@@ -159,6 +166,7 @@ class _Evaluation:
         self._model, self._loader, self._reference = model, loader, reference
         self._tally: Any = partial(_Logits, score) if callable(score) else _TALLIES[score]
         self._labelled = callable(score) or score in ("accuracy", "worst_group")
+        self._grouped = callable(score) or score == "worst_group"
         if (reference is not None) != (self._tally is _ThresholdedConfidence):
             wanted, got = (
                 ("labelled in-distribution data for score='atc'", "none")
@@ -201,17 +209,15 @@ class _Evaluation:
         tallies: Sequence[Sequence[Any]],
     ) -> None:
         reference, seen = name == "reference_loader", 0
-        for batch in loader:
-            images, labels, members = _split(batch)
-            if not reference and not self._labelled:
-                labels = members = None
-            elif labels is None:
-                wanted = "labels: batches (images, labels)"
-                raise expected(name, wanted, "images alone", "only 'confidence' needs no labels")
-            images = images.to(self._device)
-            seen += len(images)
+        if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
+            got = type(loader).__name__
+            raise expected(name, "an iterable of batches", got, "pass a list or a DataLoader")
+        for item in loader:
+            batch = split_batch(name, item, self._model, self._device)
+            labels, members = self._answers(name, batch)
+            seen += batch.size
             for group, scored in zip(groups, tallies, strict=True):
-                outputs = self._replay.outputs(group, images)
+                outputs = self._replay.outputs(group, *batch.args, **batch.kwargs)
                 for output, tally in zip(outputs, scored, strict=True):
                     predictions = Predictions(_logits(output), labels, members)
                     _check(predictions)
@@ -219,21 +225,25 @@ class _Evaluation:
         if not seen:
             raise expected(name, "at least one batch", "none", "pass a list or a DataLoader")
 
+    def _answers(self, name: str, batch: Batch) -> tuple[Tensor | None, Tensor | list[str] | None]:
+        """Labels and groups of one batch, where they are looked at."""
+        if name == "loader" and not self._labelled:
+            return None, None
+        if batch.labels is None:
+            wanted = "labels: batches (images, labels), or dictionaries with 'labels'"
+            raise expected(name, wanted, "images alone", "only 'confidence' needs no labels")
+        labels = class_indices(batch.labels, batch.size)
+        if not self._grouped or batch.groups is None:
+            return labels, None
+        return labels, group_names(batch.groups, batch.size, named=self._tally is _WorstGroup)
+
 
 class Predictions(NamedTuple):
     """What was predicted for one batch, on the CPU, and what it is."""
 
     logits: Tensor  # [b, classes]
     labels: Tensor | None  # [b]
-    groups: Tensor | None  # [b]
-
-
-def _split(batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if isinstance(batch, Tensor):
-        return batch, None, None
-    images, *others = batch
-    labels, groups = ([torch.as_tensor(x).cpu() for x in others] + [None, None])[:2]
-    return images, labels, groups
+    groups: Tensor | list[str] | None  # [b]
 
 
 def _logits(output: Any) -> Tensor:
@@ -250,9 +260,8 @@ def _check(batch: Predictions) -> None:
     (count, classes), labels = batch.logits.shape, batch.labels
     if not torch.isfinite(batch.logits).all():
         raise expected("model", "finite logits", "NaN or infinity", "check the weights")
-    for name, given in (("labels", labels), ("groups", batch.groups)):
-        if given is not None and given.shape != (count,):
-            raise expected(name, f"shape [{count}]", list(given.shape), "give one per image")
+    if labels is not None and len(labels) != count:
+        raise expected("model", f"logits of {len(labels)} images", count, "give one row an image")
     if labels is not None and count and not 0 <= labels.min() <= labels.max() < classes:
         got = f"{int(labels.min())} to {int(labels.max())}"
         raise expected("labels", f"class indices from 0 to {classes - 1}", got, "check the data")
@@ -272,14 +281,15 @@ class _Accuracy:
 
 class _WorstGroup:
     def __init__(self) -> None:
-        self._groups: dict[int, _Accuracy] = {}
+        self._groups: dict[Any, _Accuracy] = {}
 
     def add(self, batch: Predictions) -> None:
         if batch.groups is None or batch.labels is None:
             cure = "let the loader yield (images, labels, groups)"
             raise expected("loader", "groups for score='worst_group'", "none", cure)
-        for group in batch.groups.unique().tolist():
-            here = batch.groups == group
+        names = batch.groups if isinstance(batch.groups, list) else batch.groups.tolist()
+        for group in dict.fromkeys(names):
+            here = torch.tensor([name == group for name in names])
             tally = self._groups.setdefault(group, _Accuracy())
             tally.add(Predictions(batch.logits[here], batch.labels[here], None))
 

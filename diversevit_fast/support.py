@@ -116,6 +116,8 @@ def _why_not_pruned(layer: AttentionLayer) -> str | None:
         return f"it has a norm or gate across heads after attention; {cure}"
     if _why_no_input(layer):
         return f"heads share keys and values; {cure}"
+    if not all(type(owner._parameters.get("weight")) is nn.Parameter for owner in layer.linear):
+        return f"a weight of it is sharded, quantised, parametrised or none of its own; {cure}"
     return None
 
 

@@ -12,9 +12,10 @@ def warmup(*dtypes: torch.dtype) -> dict[torch.dtype, list[str]]:
     """Compile the CPU kernels of attention, layer_norm, gelu and routed_head_penalty, or load them from disk.
 
     Without this call the first use of each does it: some seconds the first time on a machine, milliseconds from then
-    on (``TORCHINDUCTOR_CACHE_DIR``). Besides, Inductor compiles three formulas of attention for each dtype, for masks
-    that want a gradient and for float16. GPU kernels are compiled by Triton when they are first launched, with a cache
-    of its own.
+    on: they lie in ``diversevit`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``), or in
+    ``DIVERSEVIT_CACHE_DIR``, and only where nobody else can write. Besides, Inductor compiles three formulas of
+    attention for each dtype, for masks that want a gradient and for float16. GPU kernels are compiled by Triton when
+    they are first launched, with a cache of its own.
 
     Args:
         dtypes: of float32, bfloat16 and float16; none: float32 and bfloat16.

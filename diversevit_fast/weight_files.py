@@ -1,5 +1,10 @@
-"""Safetensors files: read whole, written whole or not at all; the error for one that does not fit."""
+"""Safetensors files: read whole, written whole or not at all; the error for one that does not fit.
 
+A file of ours holds a checksum of all of it among its metadata, and is not read when it is another's.
+"""
+
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,19 +13,24 @@ from typing import Any
 from torch import Tensor
 
 from .errors import UsageError, expected, require
+from .files import StrPath, read_bytes, reading, there, write_atomically
 
-StrPath = str | os.PathLike[str]
+_BROKEN = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # no header
+_CHECKSUM, _KIND = "checksum", "sha256:"
 
 
 def existing_file(path: StrPath) -> Path:
     """``path`` as a ``Path``.
 
     Raises:
-        UsageError: it is no file.
+        UsageError: it is no file, or one that the system does not let us read.
     """
-    if not Path(path).is_file():
-        got = "a folder" if Path(path).is_dir() else "nothing there"
-        raise misfit(path, "a file", got, "check the path")
+    with reading(path):
+        folder = os.path.isdir(path)
+        if folder or not there(path):
+            got = "a folder" if folder else "nothing there"
+            raise misfit(path, "a file", got, "check the path")
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)))
     return Path(path)
 
 
@@ -30,37 +40,69 @@ def write_tensors(
     """Write a safetensors file; a reader of ``path`` sees all of it or what was there before.
 
     Raises:
-        UsageError: the folder does not exist, or safetensors is not installed.
+        UsageError: the folder does not exist, the system refuses, or safetensors is not installed.
         RuntimeError: what safetensors cannot store.
     """
     safetensors = require("safetensors.torch", extra="train")
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir():
         raise misfit(path, "a file name in an existing folder", "none", "make its folder first")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_bytes(
-            safetensors.save(dict(tensors), metadata={"format": "pt", **metadata})
-        )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    plain = safetensors.save(dict(tensors), metadata={"format": "pt", **metadata})
+    header, body = _parts(plain)
+    entries = {**header["__metadata__"], _CHECKSUM: _checksum(header, body)}
+    text = json.dumps({"__metadata__": entries, **_listed(header)}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+
+    def write(file: Any) -> None:
+        for part in (len(text).to_bytes(8, "little"), text, body):
+            file.write(part)
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: StrPath, cure: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file; the tensors are copies, which outlive it.
 
     Raises:
-        UsageError: no such file, or no intact one, for which ``cure`` helps.
+        UsageError: no such file, one that cannot be read, or no intact one, for which ``cure`` helps.
     """
     safetensors: Any = require("safetensors", extra="train")
-    file = existing_file(path)
+    torch_safetensors: Any = require("safetensors.torch", extra="train")
+    data = read_bytes(existing_file(path))
     try:
-        with safetensors.safe_open(file, framework="pt") as content:
-            tensors = {key: content.get_tensor(key).clone() for key in content.keys()}  # noqa: SIM118
-            return content.metadata() or {}, tensors
-    except safetensors.SafetensorError:
+        header, body = _parts(data)
+        metadata = dict(header.get("__metadata__", {}))
+        with reading(path):  # too little memory is not the file's fault
+            tensors = dict(sorted(torch_safetensors.load(data).items()))
+    except UsageError:
+        raise
+    except (safetensors.SafetensorError, *_BROKEN):
         raise misfit(path, "an intact safetensors file", "another or a damaged one", cure) from None
+    # by name and by value, lest a damaged name or value hide that there is one
+    found = {k: v for k, v in metadata.items() if k == _CHECKSUM or v.startswith(_KIND)}
+    if found and found != {_CHECKSUM: _checksum(header, body)}:
+        got = "one that does not fit its checksum: it was damaged or changed"
+        raise misfit(path, "an intact safetensors file", got, "restore it from a copy")
+    metadata.pop(_CHECKSUM, None)
+    return metadata, tensors
+
+
+def _parts(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    """The header of a safetensors file, and all that follows it."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
+
+
+def _checksum(header: Mapping[str, Any], body: memoryview) -> str:
+    """Of all that the file says but this."""
+    metadata = {k: v for k, v in header["__metadata__"].items() if k != _CHECKSUM}
+    said = json.dumps([metadata, _listed(header)], sort_keys=True).encode()
+    return _KIND + hashlib.sha256(said + hashlib.sha256(body).digest()).hexdigest()
+
+
+def _listed(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What a header says of the tensors."""
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
 def misfit(path: StrPath, wanted: str, got: object, cure: str) -> UsageError:

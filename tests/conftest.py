@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from diversevit_kernels.cpu import native
+from diversevit_kernels.cpu import commands, native
 
 PROCESSORS = {
     "128-bit vectors": ("-march=x86-64-v2",),
@@ -29,7 +29,7 @@ def generator() -> torch.Generator:
 @pytest.fixture(params=PROCESSORS.values(), ids=PROCESSORS)
 def lesser_processor(request, monkeypatch):
     """``native.library`` of a C++ kernel compiled without some of the instructions that this processor has."""
-    if platform.machine() != "x86_64" or shutil.which(native._compiler()) is None:
+    if platform.machine() != "x86_64" or shutil.which(commands.compiler()[0]) is None:
         pytest.skip("needs x86 and a C++ compiler")
     if "v3" in request.param[0] and not torch.cpu._is_avx2_supported():
         pytest.skip("needs 256-bit vectors")

@@ -294,6 +294,59 @@ class TestRefused:
         match = r"^compile_loss: cannot be one graph \(at .*test_compile_loss.py:\d+\).*print"
         refused(UnsupportedError, match, loss, *self.batch(model))
 
+    @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+    @pytest.mark.filterwarnings("ignore:.*Error detected in:UserWarning")
+    @pytest.mark.filterwarnings("ignore:.*Previous calculation was induced:UserWarning")
+    def test_stock_attention_differentiated_twice(self, backend):
+        model = timm_vit()
+
+        def fn(model, images, labels):
+            logits, weight = model(images), model.blocks[0].attn.qkv.weight
+            (grad,) = torch.autograd.grad(logits.sum(), weight, create_graph=True)
+            return F.cross_entropy(logits, labels) + grad.square().sum()
+
+        match = (
+            f"backend='{backend}' raised: RuntimeError: derivative for aten::_scaled_dot_product"
+        )
+        loss = dvf.compile_loss(fn, backend=backend)
+        refused(UnsupportedError, rf"{match}.* use dvf\.attention$", loss, *self.batch(model))
+
+    FAILURES = {
+        "lines": (ValueError("first\nsecond"), "ValueError: first$"),
+        "blank": (RuntimeError("\n  \n  said"), "RuntimeError: said$"),
+        "silent": (AssertionError(), "AssertionError: no message$"),
+    }
+
+    @pytest.mark.parametrize("name", FAILURES)
+    def test_what_a_backend_says(self, name):
+        error, match = self.FAILURES[name]
+
+        def backend(graph, inputs):
+            raise error
+
+        def fn(model, images, labels):
+            return F.cross_entropy(model(images), labels)
+
+        loss = dvf.compile_loss(fn, backend=backend)
+        match = f"^compile_loss: cannot be one graph: backend='backend' raised: +{match}"
+        refused(UnsupportedError, match, loss, *self.batch(diverse_vit()))
+
+    RAISED = {
+        "of one's own": (ValueError, "mine\ntwo 'lines'", r"it raises ValueError\(.mine"),
+        "silent": (ArithmeticError, "", r"it raises ArithmeticError\(''\)$"),
+        "not ours": (RuntimeError, "raised exception UsageError('x')", "it raises RuntimeError"),
+    }
+
+    @pytest.mark.parametrize("name", RAISED)
+    def test_what_the_function_raises(self, name):
+        error, said, match = self.RAISED[name]
+
+        def fn(model, images, labels):
+            raise error(said)
+
+        match = rf"^compile_loss: cannot be one graph \(at .*\): {match}"
+        refused(UnsupportedError, match, compiled_loss(fn), *self.batch(diverse_vit()))
+
     def test_too_many_shapes(self):
         model = diverse_vit()
         _, images, labels = self.batch(model)

@@ -25,6 +25,7 @@ from diversevit_fast.experiment.config import PRESETS
 from diversevit_fast.experiment.evaluate import evaluate, likeness
 from diversevit_fast.experiment.progress import Progress
 from diversevit_fast.experiment.run import Interrupted
+from diversevit_fast.experiment.state import write_content
 from diversevit_fast.models import DiverseViT
 
 rich_console = pytest.importorskip("rich.console")
@@ -476,12 +477,13 @@ class TestResume:
             case "pickle":
                 path.write_bytes(pickle.dumps(time.sleep))
             case "foreign":
-                torch.save(
-                    {**content, "run": content["run"].replace('"epochs": 2', '"epochs": 3')}, path
-                )
+                other = content["run"].replace('"epochs": 2', '"epochs": 3')
+                write_content(path, {**content, "run": other})
             case "format":
-                torch.save({"weights": content["model"]}, path)
-        with pytest.raises(UsageError, match=r"checkpoint: expected .*erm-seed0\.pt.*delete it"):
+                write_content(path, {"weights": content["model"]})
+        got = {"foreign": "of another run", "format": "another format"}.get(damage, "a damaged one")
+        said = rf"checkpoint: expected .*erm-seed0\.pt, got .*{got}.*delete it"
+        with pytest.raises(UsageError, match=said):
             resume(stopped, console=quiet())
 
     def test_a_deleted_checkpoint_is_trained_again(self, stopped, unbroken):

@@ -1,6 +1,10 @@
 """Compiled formulas of attention's tiles: within budget, and never a crash where nothing can compile."""
 
+import os
+import shutil
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +14,14 @@ from torch import Tensor
 
 import diversevit_fast as dvf
 from diversevit_fast.errors import UsageError
-from diversevit_kernels.cpu import attention, attention_native, attention_rows, inductor
+from diversevit_kernels.cpu import (
+    attention,
+    attention_native,
+    attention_rows,
+    compiled_files,
+    inductor,
+    private_folder,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -18,7 +29,7 @@ def one_folder(tmp_path_factory: pytest.TempPathFactory):
     """Compile into a folder of the session, from which a second worker reads what the first has written."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.getbasetemp().parent / "inductor"
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        patch.setenv("DIVERSEVIT_CACHE_DIR", str(folder))
         yield
 
 
@@ -88,11 +99,11 @@ print(len(known), run is not None, float(share.sum()), *known)
 
 @pytest.mark.parametrize(
     "environment",
-    [{"CXX": "/nowhere/compiler"}, {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/folder"}],
+    [{"CXX": "/nowhere/compiler"}, {"DIVERSEVIT_CACHE_DIR": "/dev/null/folder"}],
     ids=("no compiler", "no folder"),
 )
 def test_without_a_compiler_there_is_one_warning(environment, tmp_path) -> None:
-    here = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment}
+    here = {"DIVERSEVIT_CACHE_DIR": str(tmp_path / "kept"), **environment}
     out, err = in_a_process(CALL, **here).communicate()
     count, made, _, *words = out.split()
     assert (count, made) == ("1", "False"), out + err
@@ -108,11 +119,77 @@ def test_switched_off(monkeypatch) -> None:
 
 
 def test_two_processes_compile_at_once(tmp_path) -> None:
-    both = [in_a_process(CALL, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    """With a compiler of two words."""
+    here = {"DIVERSEVIT_CACHE_DIR": str(tmp_path / "kept"), "CXX": f"env {shutil.which('g++')}"}
+    both = [in_a_process(CALL, **here) for _ in range(2)]
     for one in both:
         out, err = one.communicate()
         assert out.split()[:2] == ["0", "True"], out + err
-    assert len(list((tmp_path / "diversevit").iterdir())) == 1
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch) -> tuple[Path, list[Path]]:
+    """The file of a formula in a folder of the test's own, and the folders it was compiled in again."""
+    formula = inductor.compiled(attention_rows.FORWARD, torch.float32)
+    assert formula is not None
+    name = inductor.file_of(attention_rows.FORWARD, torch.float32)
+    content = (private_folder.folder() / name).read_bytes()
+    monkeypatch.setenv("DIVERSEVIT_CACHE_DIR", str(tmp_path / "kept"))
+    monkeypatch.setattr(inductor, "_loaded", {})
+    again: list[Path] = []
+
+    def build(formula, dtype, command, file, folder):
+        again.append(folder)
+        (folder / file).write_bytes(content[: -compiled_files._DIGEST])
+        return folder / file
+
+    monkeypatch.setattr(inductor, "_build_apart", build)
+    file = private_folder.folder() / name
+    file.write_bytes(content)
+    file.chmod(0o600)
+    return file, again
+
+
+def is_right() -> bool:
+    run = inductor.compiled(attention_rows.FORWARD, torch.float32)
+    s = numbers(6, 40, dtype=torch.float32, seed=0)
+    assert run is not None
+    torch.testing.assert_close(run(s), attention_rows._forward(s))
+    return True
+
+
+def test_a_kept_formula_is_loaded(kept) -> None:
+    assert is_right()
+    assert kept[1] == []
+
+
+@pytest.mark.parametrize("length", [0, 100, 100_000])
+def test_a_formula_cut_short_is_compiled_again(kept, length) -> None:
+    file, again = kept
+    os.truncate(file, length)
+    assert is_right()
+    assert len(again) == 1
+    inductor._loaded.clear()
+    assert is_right()
+    assert len(again) == 1
+
+
+def test_a_formula_that_is_none_is_compiled_again(kept) -> None:
+    """Whole, but of no use to this PyTorch."""
+    file, again = kept
+    library = (Path(torch.__file__).parent / "lib/libshm.so").read_bytes()
+    file.write_bytes(library + compiled_files._digest(file.name, library))
+    assert is_right()
+    assert len(again) == 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_nothing_is_loaded_from_where_others_write(kept) -> None:
+    assert is_right()
+    loaded = Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert "aotinductor_" not in loaded
+    assert "torchinductor_" not in loaded
 
 
 def test_warmup_names_what_it_compiled() -> None:

@@ -7,7 +7,7 @@ import torch
 from attention_cases import CASES, Case, check_rungs, operands, rungs
 from processes import in_a_process
 
-from diversevit_kernels.cpu import attention, attention_native, native
+from diversevit_kernels.cpu import attention, attention_native, commands, native
 
 BLOCKS = {
     "several blocks": Case(B=2, Nq=150, Nk=150, d=20, dv=20),
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
     """Rungs that ran natively."""
-    if shutil.which(native._compiler()) is None:
+    if shutil.which(commands.compiler()[0]) is None:
         pytest.skip("no C++ compiler")
     assert native.library("attention") is not None
     listed, call = [], attention_native.call
@@ -143,13 +143,13 @@ print(len(known), native.library("attention") is not None, f"{float(o.sum()):.3f
 
 def test_bad_and_good_machines(tmp_path):
     def run(**environment):
-        return in_a_process(CALL, **{"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment})
+        return in_a_process(CALL, **{"DIVERSEVIT_CACHE_DIR": str(tmp_path / "kept"), **environment})
 
     both = [run(), run()]
     good = [one.communicate()[0].split() for one in both]
     assert good[0] == good[1]
     assert good[0][:2] == ["0", "True"]
-    assert len(list((tmp_path / "diversevit").iterdir())) == 1  # two that compile at once: one file
-    for bad in ({"CXX": "/nowhere/compiler"}, {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/folder"}):
+    assert len(list((tmp_path / "kept").iterdir())) == 1  # two that compile at once: one file
+    for bad in ({"CXX": "/nowhere/compiler"}, {"DIVERSEVIT_CACHE_DIR": "/dev/null/folder"}):
         assert run(**bad).communicate()[0].split() == ["1", "False", good[0][2]]
     assert run(DIVERSEVIT_COMPILE="0").communicate()[0].split() == ["0", "False", good[0][2]]

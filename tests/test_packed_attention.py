@@ -42,7 +42,7 @@ def test_same_bits_as_three_tensors(dtype, causal, backend):
             _ladder(f, _qkv(dtype), is_causal=causal, scale=0.3) for f in (packed, plain)
         )
     assert all(map(torch.equal, got, wanted))
-    assert all(x.is_contiguous() for x in got[1:])
+    assert backend == "reference" or all(x.is_contiguous() for x in got[1:])
 
 
 def test_same_bits_without_a_compiler(monkeypatch):
@@ -142,7 +142,7 @@ def test_third_derivative_refuses():
     qkv = _qkv()
     first = torch.autograd.grad(packed(qkv).sin().sum(), qkv, create_graph=True)[0]
     second = torch.autograd.grad(first.sin().sum(), qkv, create_graph=True)[0]
-    with pytest.raises(UnsupportedError, match=r"twice.*reference\.attention"):
+    with pytest.raises(UnsupportedError, match=r"twice.*use_backend\('reference'\)"):
         torch.autograd.grad(second.sum(), qkv)
 
 

@@ -67,7 +67,7 @@ def test_what_waits_is_bounded_and_can_be_released(monkeypatch):
 @linux
 def test_a_finalizer_that_interrupts_the_pool_waits_for_nobody():
     x = pool.pooled(LIKE, LARGE)
-    with pool._lock:
+    with pool._guard.lock:
         del x
     assert pool.waiting() >= pool.WORTH
 

@@ -179,6 +179,7 @@ def rewritten(path, change):
     """The file with its metadata and tensors changed."""
     with safetensors.safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    del metadata["checksum"]
     change(metadata, tensors)
     safetensors.torch.save_file(tensors, path, metadata)
 
@@ -235,6 +236,14 @@ REFUSED = {
     ),
     "other kept": ({}, layers_are(entry(kept=[1, 2])), "blocks.1.attn.qkv.weight of shape"),
     "nothing kept": ({}, layers_are(entry(kept=[])), "heads of the model's 4 in blocks.1.attn"),
+    "booleans kept": (
+        {},
+        layers_are(entry(kept=[False, True])),
+        "heads of the model's 4 in blocks.1.attn",
+    ),
+    "a boolean count": ({}, layers_are(entry(heads=True)), "heads of the model's 4"),
+    "a boolean layer": ({}, layers_are(entry(layer=True)), "metadata 'pruned_layers', got some"),
+    "half a layer": ({}, layers_are(entry(layer=1.5)), "metadata 'pruned_layers', got something"),
     "kept twice": ({}, layers_are(entry(kept=[2, 2])), "heads of the model's 4 in blocks.1.attn"),
 }
 
@@ -316,7 +325,7 @@ def test_the_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(UsageError, match=r"a place that can be written, got no space;"):
             save_pruned(timm_vit(), path)
     assert path.read_text() == "before"
     assert os.listdir(tmp_path) == [path.name]

@@ -3,8 +3,11 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from diversevit_fast.errors import UsageError
-from diversevit_fast.experiment import metrics, resolve, run, write_report
+from diversevit_fast.experiment import metrics, plots, resolve, run, write_report
 from diversevit_fast.experiment.metrics import Claim, Summary
 from diversevit_fast.experiment.plots import PICTURES
 from diversevit_fast.experiment.report import PUBLISHED, claim_sentence
@@ -97,6 +100,55 @@ def test_rebuilds_from_data_files_alone(folder, original):
     write_report(folder)
     assert (folder / "report.html").read_bytes() == (original / "report.html").read_bytes()
     assert not list(folder.glob("*.tmp"))
+
+
+def test_pictures_are_drawn_in_a_style_of_their_own(folder, original):
+    """Whatever a ``matplotlibrc`` asks for; and what the caller's pyplot has stays."""
+    matplotlib = pytest.importorskip("matplotlib")
+    theirs = {"text.usetex": True, "font.size": 30, "figure.dpi": 30, "backend": "svg"}
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update(theirs)
+        write_report(folder)
+        assert {name: matplotlib.rcParams[name] for name in theirs} == theirs
+    for name in PICTURES:
+        assert (folder / name).read_bytes() == (original / name).read_bytes()
+
+
+PICTURE = """
+import sys
+from pathlib import Path
+from diversevit_fast.experiment import write_report
+from diversevit_fast.experiment.plots import rehearse
+rehearse()
+write_report(Path(sys.argv[1]))
+import matplotlib
+assert "matplotlib.pyplot" not in sys.modules
+print(matplotlib.rcParams._get("backend"))
+"""
+
+
+@pytest.mark.parametrize("backend", ["module://not_installed", "tkagg"])
+def test_pictures_need_no_backend_of_the_environment(backend, folder, original):
+    """A notebook sets one that the ``!`` cell's Python may not have."""
+    env = {**os.environ, "MPLBACKEND": backend}
+    command = [sys.executable, "-c", PICTURE, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "report.html").read_bytes() == (original / "report.html").read_bytes()
+    assert backend != "tkagg" or done.stdout == "tkagg\n"  # for the caller's pyplot
+
+
+def test_a_drawing_that_fails_is_one_line_and_said_first(folder, monkeypatch):
+    def fail(_):
+        raise RuntimeError("no fonts\nat all")
+
+    monkeypatch.setattr(plots, "_png", fail)
+    with pytest.raises(
+        UsageError, match="matplotlib: expected one that draws, got RuntimeError: no"
+    ):
+        plots.rehearse()
+    with pytest.raises(UsageError, match=r"report: .*\(RuntimeError: no fonts at all\)"):
+        write_report(folder)
 
 
 def test_table_holds_the_numbers_of_the_metrics(original):

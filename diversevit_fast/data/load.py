@@ -1,6 +1,7 @@
 """All five splits of a data set, by name."""
 
 import os
+import reprlib
 from collections.abc import Mapping
 
 import torch
@@ -38,8 +39,10 @@ def load_splits(
     """
     if name not in NAMES:
         raise expected("name", f"one of {', '.join(NAMES)}", repr(name), "pick one of these")
-    if not (isinstance(seed, int) and 0 <= seed < 2**63):
-        raise expected("seed", "an integer from 0 to 2**63 - 1", repr(seed), "pass such a number")
+    if not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63):
+        raise expected(
+            "seed", "an integer from 0 to 2**63 - 1", reprlib.repr(seed), "pass such a number"
+        )
     if name == "mnist-cifar" and source is None:
         raise expected("source", "an .npz file or a torchvision folder", "None", PREPARE)
     if name == "digits-photos" and source is not None:

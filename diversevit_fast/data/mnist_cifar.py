@@ -5,19 +5,23 @@ automobile (label 0) or a truck (label 1). Train images come from the train sour
 sources are cut in validation (20 %) and test (80 %).
 """
 
+import lzma
 import os
 import pickle
+import reprlib
+import struct
 import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..errors import expected, require
+from ..errors import UsageError, expected, require
+from ..files import FileError, reading, write_atomically, writing
 from .dominoes import (
     Dominoes,
     Pool,
@@ -39,12 +43,15 @@ KEYS = tuple(
 )
 DAMAGED_NPZ = (  # what zipfile and numpy raise for broken files, found by breaking them
     *(OSError, EOFError, ValueError, RuntimeError, SyntaxError),
-    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error, struct.error),
+    *(ArithmeticError, LookupError, TypeError, lzma.LZMAError),
 )
 DAMAGED_FOLDER = (  # the same for torchvision; a failed download is an OSError
-    *(OSError, EOFError, ValueError, RuntimeError, AssertionError, KeyError),
+    *(OSError, EOFError, ValueError, RuntimeError, AssertionError, LookupError),
+    *(ArithmeticError, AttributeError, TypeError, ImportError, zlib.error, struct.error),
     pickle.PickleError,
 )
+MOST_IMAGES = 10**6  # of one array: CIFAR-10 and MNIST have 60,000 each
 PREPARE = "make one with diversevit_fast.data.prepare_mnist_cifar(root, out, download=True)"
 
 
@@ -132,16 +139,13 @@ def prepare_mnist_cifar(
         for part in ("train", "test")
         for field, array in _from_torchvision(root, part, download, "root")._asdict().items()
     }
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(temporary, out)
-    except OSError as refused:
-        raise expected("out", "a writable path", f"{out} ({refused})", "pick another") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, lambda file: np.savez_compressed(file, **arrays))
+    except FileError as refused:
+        got = f"{out} ({refused.reason})"
+        raise expected("out", "a writable path", got, "pick another") from None
     return out
 
 
@@ -151,36 +155,61 @@ def _read(source: Path, part: str, download: bool) -> Sources:
     if source.is_dir() or (download and source.suffix != ".npz"):
         return _from_torchvision(source, part, download, "source")
     wanted = "an .npz file or a torchvision folder"
-    raise expected("source", wanted, f"{source}, which does not exist", PREPARE)
+    got = f"{source}, which {'is neither' if source.exists() else 'does not exist'}"
+    raise expected("source", wanted, got, PREPARE)
 
 
 def _from_npz(path: Path, part: str) -> Sources:
     wanted = [key for key in KEYS if part in key.split("_")]
-    if not zipfile.is_zipfile(path):
+    with reading(path), path.open("rb") as file:
+        archive = zipfile.is_zipfile(file)
+    if not archive:
         raise expected("source", "an .npz archive", f"{path}, no whole zip archive", PREPARE)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             absent = [key for key in KEYS if key not in stored]
-            arrays = None if absent else [stored[key] for key in wanted]
+            if absent:
+                keys, missing = ", ".join(KEYS), ", ".join(absent)
+                raise expected("source", f"arrays {keys}", f"no {missing}", PREPARE)
+            for key in wanted:
+                _check_form("source", key, *_header(stored.zip, key))
+            arrays = [stored[key] for key in wanted]
+    except UsageError:
+        raise
+    except MemoryError:
+        with reading(path):  # not the file's fault either
+            raise
     except DAMAGED_NPZ as broken:
+        if isinstance(broken, OSError) and broken.errno:
+            with reading(path):  # the system's fault, not the file's
+                raise
         raise expected("source", "a readable .npz archive", f"{path} ({broken})", PREPARE) from None
-    if arrays is None:
-        raise expected("source", f"arrays {', '.join(KEYS)}", f"no {', '.join(absent)}", PREPARE)
-    for key, array in zip(wanted, arrays, strict=True):
-        _check_form(key, array)
     sources = Sources(*arrays)
     _check_labels("source", f"mnist_{part}", sources.mnist_images, sources.mnist_labels)
     _check_labels("source", f"cifar_{part}", sources.cifar_images, sources.cifar_labels)
     return sources
 
 
-def _check_form(key: str, array: np.ndarray) -> None:
+def _header(archive: Any, key: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype that an array of an ``.npz`` claims to have, at the price of a few bytes."""
+    with archive.open(f"{key}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}
+        shape, _, dtype = read.get(version, np.lib.format.read_array_header_2_0)(file)
+    if dtype.hasobject:
+        raise ValueError(f"{key} holds Python objects, which are not loaded")
+    return shape, dtype
+
+
+def _check_form(argument: str, key: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     tail = IMAGE_SHAPES[key.partition("_")[0]] if key.endswith("images") else ()
-    if array.dtype != np.uint8 or array.ndim != 1 + len(tail) or array.shape[1:] != tail:
-        shape = ", ".join(["n", *map(str, tail)])
-        raise expected(
-            "source", f"{key} as uint8 [{shape}]", f"{array.dtype} {list(array.shape)}", PREPARE
-        )
+    if dtype != np.uint8 or len(shape) != 1 + len(tail) or shape[1:] != tail:
+        listed = ", ".join(["n", *map(str, tail)])
+        got = f"{dtype} {reprlib.repr(list(shape))}"
+        raise expected(argument, f"{key} as uint8 [{listed}]", got, PREPARE)
+    if not 0 <= shape[0] <= MOST_IMAGES:
+        wanted = f"at most {MOST_IMAGES} items in {key}"
+        raise expected(argument, wanted, reprlib.repr(shape[0]), PREPARE)
 
 
 def _check_labels(argument: str, name: str, images: np.ndarray, labels: np.ndarray) -> None:
@@ -208,6 +237,14 @@ def _from_torchvision(root: Path, part: str, download: bool, argument: str) -> S
             argument, "a folder with torchvision's MNIST and CIFAR-10", f"{root} ({bad})", cure
         ) from None
     digit_classes, photo_classes = mnist.targets.numpy(), np.asarray(cifar.targets)
+    for name, images, labels in (
+        ("mnist", mnist.data.numpy(), digit_classes),
+        ("cifar", cifar.data, photo_classes),
+    ):
+        _check_form(argument, f"{name}_{part}_images", images.shape, images.dtype)
+        if labels.shape != images.shape[:1]:
+            got = f"{len(images)} images and labels {list(labels.shape)}"
+            raise expected(argument, f"as many labels as images in {name}", got, PREPARE)
     digits, photos = digit_classes <= 1, np.isin(photo_classes, (AUTOMOBILE, TRUCK))
     sources = Sources(
         mnist.data.numpy()[digits],

@@ -1,7 +1,8 @@
 """The paper's experiment end to end: train ERM and DiverseViT, select heads, write a report.
 
-Data flow: ``config`` (what to run) -> ``run`` (folder, resume) -> ``train`` (one method and seed)
--> ``evaluate`` (every head on every split) -> ``metrics`` (rows, selection) -> ``plots`` ->
+Data flow: ``config`` (what to run) -> ``run`` (and resume; ``folder`` is how its files live) ->
+``train`` (one method and seed) -> ``evaluate`` (every head on every split) -> ``metrics`` (rows,
+selection) -> ``plots`` ->
 ``report``. ``distributed`` (and ``sharded``, its checkpoints) lets several ranks train as one process
 does. ``commands`` puts the command line in front. The rest of the library imports nothing
 of this.

@@ -1,14 +1,17 @@
 """The commands of ``diversevit``, as a typer app; ``cli.main`` turns errors into one line."""
 
+import os
+import reprlib
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import expected
+from ..files import writing
 from . import options as o
+from .config import MOST_SEEDS, is_path
 
 _BY_RANKS = ("run", "train")  # commands that torchrun's ranks can share
 
@@ -71,8 +74,9 @@ def run(
         return _work(lambda console: finish(resume, console=console))
     if seed is not None and seeds is not None:
         raise expected("seed", "--seed or --seeds", "both", "drop one")
-    if seeds is not None and seeds < 1:
-        raise expected("seeds", "a number of seeds, at least 1", seeds, "try --seeds 2")
+    if seeds is not None and not 1 <= seeds <= MOST_SEEDS:
+        wanted = f"a number of seeds, at least 1 and at most {MOST_SEEDS}"
+        raise expected("seeds", wanted, seeds, "try --seeds 2")
     chosen = {} if seeds is None else {"seeds": tuple(range(seeds))}
     chosen |= {} if seed is None else {"seeds": (seed,)}
     _start(_settings_of(ctx) | chosen, config, out)
@@ -126,8 +130,9 @@ def evaluate(
     """Accuracy of all heads and of each head of the last layer alone, on every split."""
     from .weights import load_model, show_evaluation, splits_for
 
+    options = _settings_of(ctx)
     model = load_model(weights)
-    splits, named = splits_for(Path(weights), _settings_of(ctx), config, model)
+    splits, named = splits_for(Path(weights), options, config, model)
     show_evaluation(model, splits, f"{weights} on {named}")
 
 
@@ -136,7 +141,7 @@ def select_heads(
     ctx: typer.Context,
     weights: o.Weights,
     search: Annotated[str, typer.Option(help="single, greedy or exhaustive.")] = "single",
-    score: Annotated[str, typer.Option(help="accuracy or worst_group.")] = "accuracy",
+    score: Annotated[str, typer.Option(help="accuracy, worst_group or confidence.")] = "accuracy",
     save: Annotated[
         str | None, typer.Option(help="New file for the model without the other heads.")
     ] = None,
@@ -148,12 +153,18 @@ def select_heads(
     config: o.DataConfig = None,
 ) -> None:
     """Choose heads of the last layer on OOD validation; say what they reach on the test sets."""
-    from .weights import load_model, save_pruned, show_selection, splits_for
+    from .weights import SCORES, SEARCHES, load_model, save_pruned, show_selection, splits_for
 
-    if save is not None and Path(save).exists():
-        raise expected("save", "a new file", f"{save}, which exists", "choose another name")
+    for name, value, words in (("search", search, SEARCHES), ("score", score, SCORES)):
+        if value not in words:
+            raise expected(
+                name, f"one of {', '.join(words)}", reprlib.repr(value), "check the spelling"
+            )
+    if save is not None:
+        _check_new("save", save)
+    options = _settings_of(ctx)
     model = load_model(weights)
-    splits, named = splits_for(Path(weights), _settings_of(ctx), config, model)
+    splits, named = splits_for(Path(weights), options, config, model)
     best = show_selection(model, splits, f"{weights} on {named}", search, score)
     if save is not None:
         save_pruned(model, best, save)
@@ -186,9 +197,26 @@ def prepare(
     """Write MNIST-CIFAR's images to one file that later runs take as --source."""
     from ..data import prepare_mnist_cifar
 
-    if Path(out).exists():
-        raise expected("out", "a new file", f"{out}, which exists", "choose another name")
+    if not is_path(root):
+        raise expected("root", "torchvision's data folder", repr(root), "name it")
+    _check_new("out", out)
     typer.echo(prepare_mnist_cifar(root, out, download=download))
+
+
+def _check_new(option: str, name: str) -> None:
+    """Refuse a file that is there, or whose folder is not one to write into."""
+    path, cure = Path(name), "choose another name"
+    if not is_path(name):
+        raise expected(option, "a new file", repr(name), cure)
+    with writing(path):
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            pass
+        else:
+            raise expected(option, "a new file", f"{name}, which exists", cure)
+        if path.parent.exists() and not os.access(path.parent, os.W_OK | os.X_OK):
+            raise expected(option, "a folder to write into", path.parent, "choose another")
 
 
 def _settings_of(ctx: typer.Context) -> dict[str, Any]:
@@ -201,7 +229,7 @@ def _settings_of(ctx: typer.Context) -> dict[str, Any]:
         try:
             given["layers"] = tuple(int(part) for part in given["layers"].split(","))
         except ValueError:
-            got = repr(given["layers"])
+            got = reprlib.repr(given["layers"])
             raise expected("layers", "last, all or numbers such as 0,-1", got, "mend it") from None
     return given
 
@@ -211,8 +239,7 @@ def _start(options: dict[str, Any], config: str | None, out: str | None) -> None
     from .run import run
 
     settings = resolve(options, config)
-    folder = out or Path("runs") / f"{settings.data}-{datetime.now():%Y%m%d-%H%M%S}"
-    _work(lambda console: run(settings, folder, console=console))
+    _work(lambda console: run(settings, out, console=console))
 
 
 def _work(job: Callable[[Any], Path]) -> None:
@@ -226,12 +253,13 @@ def _work(job: Callable[[Any], Path]) -> None:
     console = Console()
     try:
         folder = job(console)
+        close_ranks()
+        if first_rank():
+            show_comparison(folder, console)
     except ReportedError:
         raise typer.Exit(2) from None
-    except Interrupted as interrupted:
+    except KeyboardInterrupt as interrupted:  # an ``Interrupted``, or before there was a folder
         if first_rank():
-            typer.echo(interrupted, err=True)
+            said = interrupted if isinstance(interrupted, Interrupted) else "interrupted"
+            typer.echo(said, err=True)
         raise typer.Exit(130) from None
-    close_ranks()
-    if first_rank():
-        show_comparison(folder, console)

@@ -1,7 +1,9 @@
 """What a run is made of: presets, config file, options; the last one that speaks wins."""
 
 import json
-import math
+import os
+import reprlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 from ..data.load import NAMES
 from ..errors import UsageError, expected
+from ..files import FileError, read_bytes
+from ..models.sizes import check_sizes, check_switch
 
 METHODS = ("erm", "diversevit")
 MODEL_KEYS = (
@@ -20,6 +24,10 @@ MODEL_KEYS = (
     "mlp_dim",
     "last_residual",
 )
+
+LARGEST_JSON = 64 * 2**20  # bytes; cosines.json of a thousand trainings with 16 heads has 5 MiB
+MOST_SEEDS = 1000
+MOST_THREADS = 1024  # OpenMP aborts the process where the system starts no more of them
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"epochs": 100, "batch_size": 80, "lr": 1e-3, "erm_lr": 1e-4, "penalty_weight": 100.0},
@@ -44,9 +52,11 @@ class Settings:
         preset: the preset the settings started from (a label; the values below decide).
         data: name of a data set of ``diversevit_fast.data``.
         source, download, correlation, samples: passed to ``diversevit_fast.data.load_splits``.
-        data_seed: seed of the data, one for all ``seeds``: none trains on another's test images.
+        data_seed: seed of the data, one for all ``seeds``: none trains on another's test images. Below
+            2**63.
         methods: which of ``"erm"`` (penalty weight 0) and ``"diversevit"`` to train.
-        seeds: one training per method and seed; decides initial weights and the order of batches.
+        seeds: one training per method and seed; decides initial weights and the order of batches. Below
+            2**32: generators look at 32 bits, so a larger one would repeat a smaller one's weights.
         epochs: the learning rate falls tenfold after 70 % and again after 80 % of them.
         batch_size: samples per step.
         lr, erm_lr: Adam's initial learning rate of DiverseViT and of ERM.
@@ -90,6 +100,8 @@ class Settings:
             _check(entry.name, getattr(self, entry.name))
         if unknown := [key for key in self.model if key not in MODEL_KEYS]:
             raise _unknown([f"model.{key}" for key in unknown], MODEL_KEYS)
+        check_sizes({k: v for k, v in self.model.items() if k != "last_residual"})
+        check_switch("last_residual", self.model.get("last_residual", False))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
@@ -127,7 +139,9 @@ def resolve(options: Mapping[str, Any], config: str | Path | None = None) -> Set
     filed = {} if config is None else read_config(config)
     preset = given.get("preset", filed.get("preset", "quick"))
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise expected("preset", f"one of {', '.join(PRESETS)}", repr(preset), "check the spelling")
+        raise expected(
+            "preset", f"one of {', '.join(PRESETS)}", reprlib.repr(preset), "check the spelling"
+        )
     return Settings.from_json({**PRESETS[preset], **filed, **given, "preset": preset})
 
 
@@ -148,14 +162,17 @@ def read_json(path: Path, argument: str) -> dict[str, Any]:
     """A JSON object read from ``path``.
 
     Raises:
-        UsageError: no such file, no JSON, or no JSON object.
+        UsageError: no such file, one too large, no JSON, a key given twice, or no JSON object.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise expected(
-            argument, "a readable file", f"{path} ({error.strerror})", "check it"
-        ) from None
+        text = read_bytes(path, LARGEST_JSON).decode("utf-8-sig")
+        values = json.loads(text, object_pairs_hook=_once)
+    except FileError as refused:
+        got = f"{path} ({refused.reason})"
+        raise expected(argument, "a readable file", got, "check it") from None
+    except RecursionError:
+        got = f"{path} (nested too deeply)"
+        raise expected(argument, "a JSON file", got, "mend the file") from None
     except ValueError as error:
         raise expected(argument, "a JSON file", f"{path} ({error})", "mend the file") from None
     if not isinstance(values, dict):
@@ -163,17 +180,28 @@ def read_json(path: Path, argument: str) -> dict[str, Any]:
     return values
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of two that do not, one would win unseen."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {reprlib.repr(twice)} is there twice")
+    return values
+
+
 def _unknown(keys: list[str], names: Any) -> UsageError:
-    return expected("config", f"keys among {', '.join(names)}", ", ".join(keys), "remove or rename")
+    listed = ", ".join(reprlib.repr(key).strip("'") for key in keys[:3])
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return expected("config", f"keys among {', '.join(names)}", listed + more, "remove or rename")
 
 
-def _whole(low: int) -> Callable[[Any], bool]:
-    return lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= low
+def _whole(low: int, high: int = 10**9) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, int) and not isinstance(x, bool) and low <= x <= high
 
 
-def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[[Any], bool]:
+def _number(low: float, high: float, *, open_low: bool = False) -> Callable[[Any], bool]:
     def fits(x: Any) -> bool:
-        if isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x):
+        if isinstance(x, bool) or not isinstance(x, (int, float)):  # NaN fails below
             return False
         return x <= high and (x > low if open_low else x >= low)
 
@@ -192,35 +220,50 @@ def _text(x: Any) -> bool:
     return isinstance(x, str)
 
 
+def is_path(x: Any) -> bool:
+    """A text that can be the name of a file."""
+    try:
+        return isinstance(x, str) and x != "" and b"\0" not in os.fsencode(x)
+    except UnicodeEncodeError:
+        return False
+
+
 def _flag(x: Any) -> bool:
     return isinstance(x, bool)
 
 
+_HUGE = 1e30  # Adam's step is ten times the rate at first, and float32 ends at 3e38
 _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "preset": (_text, "the name of a preset"),
     "data": (lambda x: x in NAMES, f"one of {', '.join(NAMES)}"),
-    "source": (_maybe(_text), "a path"),
+    "source": (_maybe(is_path), "a path"),
     "download": (_flag, "true or false"),
     "correlation": (_maybe(_number(0, 1)), "a number from 0 to 1"),
-    "samples": (_maybe(_whole(1)), "a whole number of at least 1"),
-    "data_seed": (_whole(0), "a whole number of at least 0"),
+    "samples": (
+        lambda x: x is None or (_whole(2)(x) and x % 2 == 0),
+        "a positive even number of at most 10**9",
+    ),
+    "data_seed": (_whole(0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"),
     "methods": (_several(METHODS.__contains__), "different methods among erm, diversevit"),
-    "seeds": (_several(_whole(0)), "different whole numbers of at least 0"),
-    "epochs": (_whole(1), "a whole number of at least 1"),
-    "batch_size": (_whole(1), "a whole number of at least 1"),
-    "lr": (_number(0, open_low=True), "a number above 0"),
-    "erm_lr": (_number(0, open_low=True), "a number above 0"),
-    "penalty_weight": (_number(0), "a number of at least 0"),
+    "seeds": (
+        lambda x: _several(_whole(0, 2**32 - 1))(x) and len(x) <= MOST_SEEDS,
+        f"different whole numbers from 0 to 2**32 - 1, {MOST_SEEDS} at most",
+    ),
+    "epochs": (_whole(1), "a whole number of at least 1, of at most 10**9"),
+    "batch_size": (_whole(1), "a whole number of at least 1, of at most 10**9"),
+    "lr": (_number(0, _HUGE, open_low=True), "a number above 0, of at most 1e30"),
+    "erm_lr": (_number(0, _HUGE, open_low=True), "a number above 0, of at most 1e30"),
+    "penalty_weight": (_number(0, 1e18), "a number of at least 0, of at most 1e18"),
     "layers": (
-        lambda x: x in ("last", "all") or _several(lambda i: isinstance(i, int))(x),
+        lambda x: x in ("last", "all") or _several(lambda i: type(i) is int)(x),
         "last, all or different layer numbers such as 0,-1",
     ),
     "wrt": (("input", "output").__contains__, "input or output"),
     "granularity": (("token", "sample").__contains__, "token or sample"),
-    "every": (_whole(1), "a whole number of at least 1"),
+    "every": (_whole(1), "a whole number of at least 1, of at most 10**9"),
     "fraction": (_number(0, 1, open_low=True), "a number above 0 and at most 1"),
     "model": (lambda x: isinstance(x, dict), "an object of DiverseViT's arguments"),
-    "threads": (_maybe(_whole(1)), "a whole number of at least 1"),
+    "threads": (_maybe(_whole(1, MOST_THREADS)), f"a whole number from 1 to {MOST_THREADS}"),
     "device": (_text, "auto, cpu or a PyTorch device"),
     "tensorboard": (_flag, "true or false"),
     "fsdp": (_flag, "true or false"),
@@ -230,4 +273,4 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
 def _check(name: str, value: Any) -> None:
     fits, wanted = _CHECKS[name]
     if not fits(value):
-        raise expected(name, wanted, repr(value), "change the option or the config file")
+        raise expected(name, wanted, reprlib.repr(value), "change the option or the config file")

@@ -9,6 +9,7 @@ preparing) is agreed on by all ranks before any of them acts, so none waits for 
 import atexit
 import gc
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError, UsageError, expected
+from ..files import FileError
 from .machine import choose_device
 
 T = TypeVar("T")
@@ -266,7 +268,7 @@ def resume_command(folder: Path, ranks: OneProcess) -> str:
     """What to type to finish the run in ``folder`` as it was started."""
     local = os.environ.get("LOCAL_WORLD_SIZE", ranks.count)
     start = TORCHRUN.format(local) if ranks.launched else "diversevit"
-    return f"{start} run --resume {folder}"
+    return f"{start} run --resume {shlex.quote(str(folder))}"
 
 
 def shard(model: Any, device: torch.device) -> nn.Module:
@@ -290,6 +292,8 @@ def _attempt(job: Callable[[], T]) -> tuple[T | None, UsageError | None]:
     """What ``job`` returns or, as a one-line error that can travel, raises."""
     try:
         return job(), None
+    except FileError as failure:
+        return None, failure
     except (UsageError, UnsupportedError, OSError) as failure:
         return None, UsageError(str(failure))
 

@@ -1,27 +1,82 @@
-"""Files that are whole or absent: a temporary name first, then ``os.replace``."""
+"""A run's own files: text, JSON, and content under a checksum."""
 
+import hashlib
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..files import read_bytes, reading, write_atomically
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then move it there."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+_MARK = b"\nsha256:"
+_SEAL = len(_MARK) + 64  # at the end of a file, where PyTorch's own reader does not look
+
+
+class DamagedError(Exception):
+    """The content is not what was written."""
 
 
 def write_text(path: Path, text: str) -> None:
     """``text`` in UTF-8."""
-    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+    data = text.encode("utf-8")
+    write_atomically(path, lambda file: file.write(data))
 
 
 def write_json(path: Path, values: Any) -> None:
     """``values`` as indented JSON."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(values, indent=2, ensure_ascii=not _is_text(values)) + "\n"
+    write_text(path, text)
+
+
+def write_sealed(path: Path, content: bytes) -> None:
+    """``content``, and its checksum behind it."""
+    seal = _MARK + hashlib.sha256(content).hexdigest().encode("ascii")
+    write_atomically(path, lambda file: (file.write(content), file.write(seal)))
+
+
+def read_sealed(path: Path) -> tuple[bytes, bool]:
+    """What ``write_sealed`` wrote to ``path``, True; or another file's content, False.
+
+    Raises:
+        FileError: the file cannot be read.
+        DamagedError: the content does not fit the checksum.
+    """
+    data = read_bytes(path)
+    content, seal = data[:-_SEAL], data[-_SEAL:]
+    if not seal.startswith(_MARK):
+        return data, False
+    if seal[len(_MARK) :] != hashlib.sha256(content).hexdigest().encode("ascii"):
+        raise DamagedError
+    return content, True
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        FileError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with reading(path), path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def out_of_memory(failure: BaseException) -> bool:
+    """Whether Python or PyTorch raised ``failure`` because memory was not enough."""
+    said = ("allocate memory", "out of memory")
+    return isinstance(failure, MemoryError) or any(sign in str(failure) for sign in said)
+
+
+def printable(name: str) -> str:
+    """``name`` as text: a path may hold bytes that are none."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _is_text(values: Any) -> bool:
+    """Whether UTF-8 can hold it; a path's bytes that are no text have to be escaped."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -2,13 +2,22 @@
 
 import os
 import platform
+import reprlib
+import threading
+import warnings
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import backends
 from ..errors import expected
+from ..models import DiverseViT
+from ..models.restore import skeleton
+from ..models.sizes import training_bytes
+from .config import Settings
 
 PACKAGES = (
     "diversevit-fast",
@@ -40,6 +49,14 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
 
 
+def changes(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The line that says which versions are others than they were."""
+    listed = ", ".join(
+        f"{name} {v or 'none'} (was {before.get(name) or 'none'})" for name, v in now.items()
+    )
+    return f"{what} {listed}: the rest may differ in rounding from a run that was not interrupted"
+
+
 def describe_machine() -> dict[str, str | int]:
     """Processor, cores and operating system; the GPU where there is one."""
     facts: dict[str, str | int] = {
@@ -56,19 +73,70 @@ def choose_device(name: str) -> torch.device:
     """``"auto"``: CUDA where the GPU kernels can run, else the CPU.
 
     Raises:
-        UsageError: PyTorch does not know the device or cannot use it.
+        UsageError: PyTorch does not know the device or cannot compute on it.
     """
     if name == "auto":
         fast = torch.cuda.is_available() and backends.unavailable()["triton"] is None
         return torch.device("cuda" if fast else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise expected(
-            "device", "auto, or a device of this machine", repr(name), "use cpu"
-        ) from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old kinds
+            device = torch.device(name)
+            computes = torch.ones(1, device=device).add(1).item() == 2  # meta has no numbers
+    except Exception:  # each kind of device that is not there raises another
+        computes = False
+    if not computes:
+        wanted = "auto, or a device of this machine"
+        raise expected("device", wanted, reprlib.repr(name), "use cpu")
     return device
+
+
+def check_model(settings: Settings, dataset: Any, device: torch.device) -> None:
+    """Refuse a model whose training a device can never hold, before anything of it is made.
+
+    Raises:
+        UsageError: sizes that make no model, or the device's whole memory is less than the least it takes.
+    """
+    given = {"image_size": tuple(dataset.image_size), "num_classes": dataset.num_classes}
+    config = skeleton(DiverseViT, {**given, **settings.model}).config
+    needed = training_bytes(config, min(settings.batch_size, len(dataset)))
+    there = _memory_of(device)
+    if there is not None and needed > there:
+        wanted = f"a model that fits {device.type}'s memory of {there / 1e9:.0f} GB"
+        got = f"one whose training takes {needed / 1e9:.3g} GB"
+        raise expected("model", wanted, got, "make it, or the batches, smaller")
+
+
+def check_threads(count: int) -> None:
+    """Refuse more threads than the system lets this process start: OpenMP would abort it.
+
+    Raises:
+        UsageError: one of ``count - 1`` more threads did not start.
+    """
+    gate = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(count - 1):
+            thread = threading.Thread(target=gate.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        cure = f"use --threads {max(1, len(started) // 2)}"
+        raise expected("threads", "as many as the system lets us start", count, cure) from None
+    finally:
+        gate.set()
+        for thread in started:
+            thread.join()
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """In bytes; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on this system
+        return None
 
 
 def _processor() -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, expected
+from ..files import read_bytes, there
 from .files import write_text
 
 Row = dict[str, Any]
@@ -59,15 +60,17 @@ def read_csv(path: Path) -> list[Row]:
     """The rows of a file that ``write_csv`` wrote.
 
     Raises:
-        UsageError: no such file, other columns, an unfit cell, or rows missing.
+        UsageError: no such file, one that cannot be read, other columns, an unfit cell, or rows missing.
     """
+    if not there(path):
+        raise _damaged("a readable file", f"no {path}")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != list(COLUMNS):
-                raise _damaged("the columns of a run", f"{reader.fieldnames} in {path}")
-            rows = [_parse(row, f"{path}, line {reader.line_num}") for row in reader]
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path).decode("utf-8")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        if reader.fieldnames != list(COLUMNS):
+            raise _damaged("the columns of a run", f"{reader.fieldnames} in {path}")
+        rows = [_parse(row, f"{path}, line {reader.line_num}") for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
         raise _damaged("a readable file", f"{path} ({error})") from None
     cells: dict[tuple, set[tuple]] = {}
     for r in rows:

@@ -1,12 +1,20 @@
-"""The three pictures of a report, drawn from rows and cosines alone, as PNG files."""
+"""The three pictures of a report, drawn from rows and cosines alone, as PNG files.
 
+They look alike wherever they are drawn: by Agg, in matplotlib's own style and ours, whatever
+``MPLBACKEND`` or a ``matplotlibrc`` says. Neither these nor pyplot's figures are touched.
+"""
+
+import io
+import os
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import require
-from .files import write_atomically
+from ..errors import UsageError, expected, require
+from ..files import write_atomically
 from .metrics import SELECTED, Row, of_run, present
 from .progress import NAMES
 
@@ -34,10 +42,59 @@ PICTURES = ("curves.png", "heads.png", "cosines.png")
 
 def draw(rows: Sequence[Row], cosines: Mapping[str, Any], folder: Path) -> None:
     """Write ``PICTURES`` into ``folder``."""
-    with require("matplotlib", extra="train").rc_context(_STYLE):
+    with _own_style():
         figures = (_curves(rows), _heads(rows), _cosines(cosines))
         for name, figure in zip(PICTURES, figures, strict=True):
-            write_atomically(folder / name, lambda path, f=figure: f.savefig(path, format="png"))
+            data = _png(figure)
+            write_atomically(folder / name, lambda file, data=data: file.write(data))
+
+
+def rehearse() -> None:
+    """Draw next to nothing, so that what keeps matplotlib from drawing is said before a training.
+
+    Raises:
+        UsageError: it is not installed, or cannot draw.
+    """
+    try:
+        with _own_style():
+            figure = _figure(1, 1)
+            figure.subplots().set_title("0")
+            _png(figure)
+    except UsageError:
+        raise
+    except Exception as failure:  # of whatever this installation is made
+        got = f"{type(failure).__name__}: {failure}"
+        raise expected("matplotlib", "one that draws", got, "mend its installation") from None
+
+
+@contextmanager
+def _own_style() -> Iterator[None]:
+    matplotlib = _matplotlib()
+    style = require("matplotlib.style", extra="train")
+    with matplotlib.rc_context(), style.context(["default", _STYLE]):
+        yield
+
+
+def _matplotlib() -> Any:
+    """The module: a backend in the environment that it does not know keeps it from being imported."""
+    if "matplotlib" in sys.modules or "MPLBACKEND" not in os.environ:
+        return require("matplotlib", extra="train")
+    backend = os.environ.pop("MPLBACKEND")
+    try:
+        matplotlib = require("matplotlib", extra="train")
+    finally:
+        os.environ["MPLBACKEND"] = backend
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend  # pyplot's, if the caller uses that
+    return matplotlib
+
+
+def _png(figure: Any) -> bytes:
+    agg = require("matplotlib.backends.backend_agg", extra="train")
+    picture = io.BytesIO()
+    agg.FigureCanvasAgg(figure)  # the figure's canvas from here on
+    figure.savefig(picture, format="png", backend="agg")
+    return picture.getvalue()
 
 
 def _figure(width: float, height: float) -> Any:

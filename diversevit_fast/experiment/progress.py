@@ -1,11 +1,14 @@
 """What a run shows while it works: a live bar on a terminal, plain lines elsewhere, event files."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..errors import require
+from ..files import own_folder
 from .metrics import Row
 from .state import Task
 
@@ -49,8 +52,11 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._writer is not None:
-            self._writer.close()
+        self._close()
+
+    def noted(self, line: str) -> None:
+        """Say what the reader should know."""
+        self._print(line)
 
     def started(self, task: Task, epoch: int, epochs: int, steps: int) -> None:
         self._epochs, self._done, self._step = epochs, epoch * steps, 0
@@ -61,11 +67,9 @@ class Progress:
             self._bar.reset(self._line, total=epochs * steps, description=_title(task), note="")
             self._bar.update(self._line, completed=self._done)
         if self._events is not None:
-            if self._writer is not None:
-                self._writer.close()
-            module = require("torch.utils.tensorboard", extra="train")
-            folder = str(self._events / str(task))
-            self._writer = module.SummaryWriter(folder, purge_step=epoch + 1)
+            self._close()
+            with self._dispensable():
+                self._open(self._events, task, epoch)
 
     def stepped(self, task: Task, loss: float, penalty: float | None) -> None:
         self._step += 1
@@ -90,15 +94,41 @@ class Progress:
             f"OOD {at['val_ood', 'all']:.3f}, best head OOD {best:.3f}"
         )
         if self._writer is not None:
-            for row in rows:
-                for name in ("accuracy", "worst_group", "loss", "penalty"):
-                    if row.get(name) is not None:
-                        tag = f"{name}/{row['split']}/heads {row['heads']}"
-                        self._writer.add_scalar(tag, row[name], epoch)
-            self._writer.flush()
+            with self._dispensable():
+                self._record(epoch, rows)
+
+    def _open(self, events: Path, task: Task, epoch: int) -> None:
+        module = require("torch.utils.tensorboard", extra="train")
+        folder = events / str(task)
+        for path in (events, folder):
+            own_folder(path)
+        self._writer = module.SummaryWriter(str(folder), purge_step=epoch + 1)
+
+    def _record(self, epoch: int, rows: list[Row]) -> None:
+        for row in rows:
+            for name in ("accuracy", "worst_group", "loss", "penalty"):
+                if row.get(name) is not None:
+                    tag = f"{name}/{row['split']}/heads {row['heads']}"
+                    self._writer.add_scalar(tag, row[name], epoch)
+        self._writer.flush()
+
+    def _close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with self._dispensable():
+                writer.close()
+
+    @contextmanager
+    def _dispensable(self) -> Iterator[None]:
+        """Inside are the event files: a run goes on without them."""
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as failure:
+            self._writer = self._events = None
+            self._print(f"no more event files: {' '.join(str(failure).split())}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def _title(task: Task) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, expected, require
+from ..files import writing
 from .config import Settings, read_json
-from .files import write_text
+from .files import out_of_memory, printable, write_text
 from .metrics import Claim, Line, Row, compare, judge, present, read_csv
 from .plots import PICTURES, draw
 from .progress import NAMES
@@ -40,7 +41,7 @@ def write_report(folder: Path) -> Path:
     rows = read_csv(folder / "metrics.csv")
     record = read_json(folder / "config.json", "config.json")
     cosines = read_json(folder / "cosines.json", "cosines.json")
-    jinja = require("jinja2", extra="train")
+    require("jinja2", extra="train")
     try:
         lines = compare(rows)
         settings = Settings.from_json(record["settings"])
@@ -49,9 +50,13 @@ def write_report(folder: Path) -> Path:
         page = _render(folder.name, rows, lines, claim, settings, record, cosines, folder)
     except UsageError:
         raise
-    except (LookupError, TypeError, ValueError, StopIteration, jinja.TemplateError) as failure:
+    except Exception as failure:  # values that are no run's can break anything
+        if out_of_memory(failure):
+            with writing(folder / "report.html"):
+                raise MemoryError from None
         got = f"incomplete ones ({type(failure).__name__}: {failure})"
-        raise expected("report", f"the files of a run in {folder}", got, "repeat the run") from None
+        cure = "mend that, or repeat the run"
+        raise expected("report", f"the files of a run in {folder}", got, cure) from None
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
@@ -77,7 +82,7 @@ def _render(
     environment.filters["names"] = NAMES.get
     methods, seeds = present(rows)
     return environment.get_template("report.html.jinja").render(
-        title=name.removesuffix(".partial"),
+        title=printable(name.removesuffix(".partial")),
         settings=settings,
         record=record,
         methods=methods,

@@ -4,30 +4,35 @@ While it runs everything lies in ``<out>.partial``; the folder takes its name at
 run loses at most the current epoch: ``resume`` goes on from the last checkpoint, to the same end.
 """
 
+import dataclasses
 import hashlib
 import io
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data import load_splits
-from ..errors import expected, require
+from ..errors import UsageError, expected, require
+from ..files import FileError, there
 from ..models import DiverseViT
-from .config import Settings, read_json
+from ..terminal import steady_console
+from . import folder as folders
+from .config import MOST_THREADS, Settings, read_json
 from .distributed import OneProcess, noticing_lost_ranks, open_ranks, resume_command
-from .files import write_json
-from .machine import describe_machine, versions
+from .files import out_of_memory, write_json
+from .folder import Lock, Place
+from .machine import changes, check_model, check_threads, describe_machine, versions
 from .metrics import Row, write_csv
+from .plots import rehearse
 from .progress import Progress
 from .report import write_report
 from .state import State, Task
 from .train import head_diversity, train
-
-_CHECKPOINTS = "checkpoints"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -38,7 +43,7 @@ class Interrupted(KeyboardInterrupt):
         self.folder = folder
 
 
-def run(settings: Settings, out: str | Path, *, console: Any = None) -> Path:
+def run(settings: Settings, out: str | Path | None = None, *, console: Any = None) -> Path:
     """Train, evaluate, select heads, report; everything lands in the new folder ``out``.
 
     Under ``torchrun`` all ranks call this and train together; rank 0's ``out`` counts, and it alone
@@ -46,21 +51,23 @@ def run(settings: Settings, out: str | Path, *, console: Any = None) -> Path:
 
     Args:
         settings: see ``resolve``.
-        out: a folder that does not exist yet; on several machines one that they share.
-        console: a rich console; a new one on standard output if None. Only rank 0 uses it.
+        out: a folder that does not exist yet; on several machines one that they share. If None, one
+            below ``runs`` that no other run has, however many start at once.
+        console: a rich console; a new one on standard output if None. Only rank 0 uses it, and no
+            error of it stops the run.
 
     Returns:
         The folder: ``report.html``, ``metrics.csv``, ``config.json``, plots and weights.
 
     Raises:
-        UsageError: the folder exists, the data are missing, the loss diverged, ...
+        UsageError: the folder exists, the data are missing, the loss diverged, the disk is full, ...
         Interrupted: Ctrl-C.
     """
-    with open_ranks(settings.device, fsdp=settings.fsdp) as ranks:
-        out = ranks.on_first(lambda: Path(out))
-        partial = out.with_name(f"{out.name}.partial")
-        ranks.on_first(lambda: _check_new(out, partial))
-        splits, prints = _prepare(settings, ranks)
+    if settings.source is not None:  # the run may be resumed from elsewhere
+        settings = dataclasses.replace(settings, source=os.path.abspath(settings.source))
+    with open_ranks(settings.device, fsdp=settings.fsdp) as ranks, Lock() as lock:
+        wanted = ranks.on_first(lambda: None if out is None else _new_place(out))
+        splits, prints = _prepare(settings, ranks, settings.threads)
         record = {
             "settings": settings.to_json(),
             "splits": prints,
@@ -69,74 +76,125 @@ def run(settings: Settings, out: str | Path, *, console: Any = None) -> Path:
             "threads": settings.threads or torch.get_num_threads(),
             **({"ranks": [ranks.count]} if ranks.launched else {}),
         }
-        ranks.on_first(lambda: _create(partial, record))
-        return _continue(settings, splits, record, partial, out, console, ranks)
+        places = [wanted] if wanted else _default_places(settings)
+        place = ranks.on_first(lambda: folders.create(places, record, lock))
+        return _continue(settings, splits, record, place, console, ranks)
 
 
 def resume(folder: str | Path, *, console: Any = None) -> Path:
     """Finish a run that was killed or interrupted; on a CPU bit for bit as if it had not been.
 
     What several ranks left unfinished can be finished by another number of ranks, or by one process,
-    to the same end but for rounding (and for what ``fraction`` draws).
+    to the same end but for rounding (and for what ``fraction`` draws). Other versions of the packages
+    than it began with are said in a line.
 
     Args:
         folder: the run's ``out``, with or without ``.partial``.
 
     Raises:
-        UsageError: nothing to resume, or a checkpoint, the configuration or the data do not fit.
+        UsageError: nothing to resume, another process is at it, or a checkpoint, the configuration or
+            the data do not fit or cannot be read.
+        Interrupted: Ctrl-C.
     """
-    folder = Path(folder)
-    out = folder.with_name(folder.name.removesuffix(".partial"))
-    partial = out.with_name(f"{out.name}.partial")
-    record = _read_record(out, partial)
+    place = Place.of(folder)
+    if place.finished and folders.untidy(place):  # the process died after it gave the name
+        folders.tidy(place)
+        return place.out
+    record = _read_record(place)
     settings = Settings.from_json(record["settings"])
-    with open_ranks(settings.device) as ranks:
-        splits, prints = _prepare(settings, ranks)
+    with open_ranks(settings.device) as ranks, Lock() as lock:
+        ranks.on_first(lambda: lock.take(place.partial))
+        if ranks.on_first(lambda: place.whole(_tasks(settings))):
+            ranks.on_first(lambda: folders.give_name(place))
+            return place.out
+        splits, prints = _prepare(settings, ranks, record["threads"])
         if record.get("splits") != prints:
             cure = "restore the data it started with, or start a new run"
-            got = expected("data", f"the data that {partial} started with", "other data", cure)
+            got = expected(
+                "data", f"the data that {place.partial} started with", "other data", cure
+            )
             raise ranks.agreed(got)
-        counts = record.get("ranks", [1])
-        if counts[-1] != ranks.count:
-            record["ranks"] = [*counts, ranks.count]
-            ranks.on_first(lambda: write_json(partial / "config.json", record))
-        return _continue(settings, splits, record, partial, out, console, ranks)
+        ranks.together(lambda: folders.check_record(place, record))
+        notes = _note_changes(record, ranks)
+        if notes:
+            ranks.on_first(lambda: folders.write_record(place.record, record))
+        return _continue(settings, splits, record, place, console, ranks, notes)
 
 
-def _check_new(out: Path, partial: Path) -> None:
-    for folder, cure in (
-        (out, "choose another --out"),
-        (partial, f"continue with --resume {out}, or choose another --out"),
-    ):
-        if folder.exists():
-            raise expected("out", "a new folder", f"{folder}, which exists", cure)
+def _new_place(out: str | Path) -> Place:
+    place = Place.of(out)
+    if place.out != Path(out) and Path(out).name == place.partial.name:
+        cure = f"say --resume {out} to go on with a run, or choose another --out"
+        raise expected("out", "a name that does not end as an unfinished run's does", out, cure)
+    folders.check_new(place)
+    return place
 
 
-def _create(partial: Path, record: Mapping[str, Any]) -> None:
-    partial.mkdir(parents=True)
-    write_json(partial / "config.json", record)
+def _default_places(settings: Settings) -> Iterator[Place]:
+    """``runs/<data>-<date>``, and what to try where another run has it."""
+    name = f"{settings.data}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in count(1):
+        yield Place(Path("runs") / (name if number == 1 else f"{name}-{number}"))
 
 
-def _read_record(out: Path, partial: Path) -> dict[str, Any]:
+def _tasks(settings: Settings) -> list[Task]:
+    """Every training of a run, in order."""
+    return [Task(method, seed) for seed in settings.seeds for method in settings.methods]
+
+
+def _read_record(place: Place) -> dict[str, Any]:
     """``config.json`` of an unfinished run."""
-    if not partial.is_dir():
-        finished = (out / "report.html").exists()
-        got = f"{out}, which is finished" if finished else f"no folder {partial}"
-        cure = "open its report.html" if finished else "check the path, or start a run with --out"
-        raise expected("resume", "an unfinished run", got, cure)
-    if out.exists():
+    if not there(place.partial):
+        got = f"{place.out}, which is finished" if place.finished else f"no folder {place.partial}"
+        cure = "check the path, or start a run with --out"
         raise expected(
-            "resume", f"no finished folder {out}", "one that exists", "move it away first"
+            "resume", "an unfinished run", got, "open its report.html" if place.finished else cure
         )
-    record = read_json(partial / "config.json", "resume")
-    if not isinstance(record.get("settings"), dict):
-        got = f"{partial / 'config.json'} without settings"
-        raise expected("resume", "the configuration of a run", got, "start a new run")
+    if there(place.out):
+        raise expected(
+            "resume", f"no finished folder {place.out}", "one that exists", "move it away first"
+        )
+    record = read_json(place.record, "resume")
+    ranks = record.get("ranks", [1])
+    for name, fits in (
+        ("settings", isinstance(record.get("settings"), dict)),
+        ("threads", type(record.get("threads")) is int and 0 < record["threads"] <= MOST_THREADS),
+        (
+            "ranks",
+            isinstance(ranks, list) and ranks and all(type(n) is int and n > 0 for n in ranks),
+        ),
+        ("versions", isinstance(record.get("versions"), dict)),
+        ("resumed_with", isinstance(record.get("resumed_with", {}), dict)),
+        ("machine", isinstance(record.get("machine"), dict)),
+    ):
+        if not fits:
+            got = f"{place.record} without {name}"
+            raise expected("resume", "the configuration of a run", got, "start a new run")
     return record
 
 
+def _note_changes(record: dict[str, Any], ranks: OneProcess) -> list[str]:
+    """Enter in ``record`` what is otherwise than when the run began; the lines that say so."""
+    counts, notes = record.get("ranks", [1]), []
+    if counts[-1] != ranks.count:
+        record["ranks"] = [*counts, ranks.count]
+        notes.append(f"resumed by {ranks.count} instead of {counts[-1]} ranks")
+    known = _platform(record["versions"], record["machine"]) | record.get("resumed_with", {})
+    now = _platform(versions(), describe_machine())
+    new = {name: version for name, version in now.items() if known.get(name) != version}
+    if new:
+        record["resumed_with"] = record.get("resumed_with", {}) | new
+        notes.append(changes("resumed with", known, new))
+    return notes
+
+
+def _platform(versions: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
+    """What rounding depends on, by name."""
+    return {**versions, **{name: machine.get(name) for name in ("processor", "gpu")}}
+
+
 def _prepare(
-    settings: Settings, ranks: OneProcess
+    settings: Settings, ranks: OneProcess, threads: int | None
 ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
     """The data, the same on every rank, and their fingerprints; refuses what cannot be trained."""
     if settings.download:
@@ -144,7 +202,9 @@ def _prepare(
 
     def prepare() -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
         _require_extras(settings)
+        check_threads(threads or 1)
         splits = _load(settings)
+        check_model(settings, splits["train"], ranks.device)
         rehearsal = State.fresh(settings, Task("diversevit", 0), splits["train"], ranks.device)
         head_diversity(settings, rehearsal.model)
         return splits, {name: fingerprint(dataset) for name, dataset in splits.items()}
@@ -171,9 +231,10 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
 
 def _require_extras(settings: Settings) -> None:
     """Say what is missing before the training rather than after it."""
-    wanted = ["matplotlib", "jinja2", "safetensors", "rich"]
+    wanted = ["jinja2", "safetensors", "rich"]
     for module in wanted + ["tensorboard"] * settings.tensorboard:
         require(module, extra="train")
+    rehearse()
 
 
 def _load(settings: Settings) -> Mapping[str, Any]:
@@ -191,47 +252,54 @@ def _continue(
     settings: Settings,
     splits: Mapping[str, Any],
     record: Mapping[str, Any],
-    partial: Path,
-    out: Path,
+    place: Place,
     console: Any,
     ranks: OneProcess,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Train what is not trained yet, write the artefacts, give the folder its name."""
-    checkpoints = partial / _CHECKPOINTS
-    ranks.on_first(lambda: checkpoints.mkdir(exist_ok=True))
     before = torch.get_num_threads()
     torch.set_num_threads(record["threads"])
-    command = resume_command(partial, ranks)
+    command = resume_command(place.partial, ranks)
     try:
+        ranks.on_first(lambda: folders.prepare(place))
         with noticing_lost_ranks(ranks, f"continue with: {command}"):
-            rows, cosines = _train_all(settings, splits, partial, console, ranks)
-            ranks.on_first(lambda: _finish(rows, cosines, partial, out))
+            rows, cosines = _train_all(settings, splits, place, console, ranks, notes)
+            ranks.on_first(lambda: _finish(rows, cosines, place, command))
     except KeyboardInterrupt:
-        raise Interrupted(partial, command) from None
+        raise Interrupted(place.partial, command) from None
+    except FileError as failure:
+        raise FileError(f"{failure}, then continue with: {command}") from None
+    except (MemoryError, RuntimeError) as failure:
+        if not out_of_memory(failure):
+            raise
+        cure = f"free some, then continue with: {command}"
+        raise expected("memory", "enough for this run", "too little", cure) from None
     finally:
         torch.set_num_threads(before)
-    return out
+    return place.out
 
 
 def _train_all(
     settings: Settings,
     splits: Mapping[str, Any],
-    partial: Path,
+    place: Place,
     console: Any,
     ranks: OneProcess,
+    notes: Sequence[str],
 ) -> tuple[list[Row], dict[str, Any]]:
     """Every method on every seed: the rows of ``metrics.csv`` and ``cosines.json``."""
-    events = partial / "tensorboard" if settings.tensorboard and ranks.first else None
+    events = place.partial / "tensorboard" if settings.tensorboard and ranks.first else None
     rows, cosines = [], {}
-    with Progress(_console(console, ranks), events) as progress:
-        for seed in settings.seeds:
-            for method in settings.methods:
-                task = Task(method, seed)
-                path = partial / _CHECKPOINTS / f"{task}.pt"
-                state = train(settings, task, splits, path, progress, ranks)
-                ranks.on_first(lambda: _save_weights(state, task, partial))  # noqa: B023
-                rows += state.rows
-                cosines[str(task)] = state.cosines
+    with steady_console(_console(console, ranks)) as steady, Progress(steady, events) as progress:
+        for note in notes:
+            progress.noted(note)
+        for task in _tasks(settings):
+            path = place.checkpoints / f"{task}.pt"
+            state = train(settings, task, splits, path, progress, ranks)
+            ranks.on_first(lambda: _save_weights(state, task, place.partial))  # noqa: B023
+            rows += state.rows
+            cosines[str(task)] = state.cosines
     return rows, cosines
 
 
@@ -243,12 +311,17 @@ def _console(console: Any, ranks: OneProcess) -> Any:
     return console or make()
 
 
-def _finish(rows: list[Row], cosines: Mapping[str, Any], partial: Path, out: Path) -> None:
-    write_csv(rows, partial / "metrics.csv")
-    write_json(partial / "cosines.json", cosines)
-    write_report(partial)
-    shutil.rmtree(partial / _CHECKPOINTS)
-    os.rename(partial, out)
+def _finish(rows: list[Row], cosines: Mapping[str, Any], place: Place, command: str) -> None:
+    write_csv(rows, place.partial / "metrics.csv")
+    write_json(place.partial / "cosines.json", cosines)
+    try:
+        write_report(place.partial)
+    except FileError:
+        raise
+    except UsageError as failure:
+        kept = f"everything is trained and kept, continue with: {command}"
+        raise expected("report", "one of this run", f"an error ({failure})", kept) from None
+    folders.give_name(place)
 
 
 def _save_weights(state: State, task: Task, folder: Path) -> None:

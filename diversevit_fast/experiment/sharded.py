@@ -1,16 +1,20 @@
 """Checkpoints of several ranks: a folder that each rank writes its part of, and any number can read.
 
-``<task>/epoch-000007/`` holds PyTorch's distributed checkpoint of weights and optimizer, and ``history.pt``.
-It is written under another name and renamed when it is whole; then the one before is removed.
+``<task>/epoch-000007/`` holds PyTorch's distributed checkpoint of weights and optimizer, and ``history.pt``,
+with the checksums of all of it. It is written under a name that nobody can guess and renamed when it is
+whole; then the one before is removed.
 """
 
 import dataclasses
 import enum
 import io
+import os
 import pickle
+import re
+import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,14 +24,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from ..errors import expected
+from ..errors import UsageError
+from ..files import names_in, own_folder, reading, sync_folder, there, writing
 from .config import Settings
 from .distributed import OneProcess
-from .files import write_atomically
-from .state import State, Task, foreign, read
+from .files import digest_of
+from .state import State, Task, foreign, read, write_content
 
 _HISTORY = "history.pt"
-_UNFINISHED = ".partial"
 
 
 def save(state: State, settings: Settings, task: Task, folder: Path, ranks: OneProcess) -> None:
@@ -37,34 +41,52 @@ def save(state: State, settings: Settings, task: Task, folder: Path, ranks: OneP
         UsageError: it could not be written, on any rank.
     """
     whole = folder / f"epoch-{state.epoch:06}"
-    partial = whole.with_name(f"{whole.name}{_UNFINISHED}")
-    ranks.on_first(lambda: _emptied(partial))
+    partial = ranks.on_first(lambda: _new_folder(folder))
     try:
         with _unwarned():
             dcp.save(_tensors(state), checkpoint_id=partial, no_dist=not ranks.launched)
     except CheckpointException as failure:
-        got = "; ".join(str(error[0]) for error in failure.failures.values())
-        cure = "mend that, then resume"
-        raise ranks.agreed(expected("checkpoint", f"a writable {folder}", got, cure)) from None
-    history = state.history(settings, task)
-
-    def finish() -> None:
-        write_atomically(partial / _HISTORY, lambda file: torch.save(history, file))
-        partial.rename(whole)
-        for other in folder.iterdir():
-            if other != whole:
-                shutil.rmtree(other)
-
-    ranks.on_first(finish)
+        ranks.on_first(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise ranks.agreed(_refused(failure, partial, writing)) from None
+    ranks.on_first(lambda: _finish(partial, whole, state.history(settings, task)))
 
 
-def restore(state: State, settings: Settings, task: Task, folder: Path, ranks: OneProcess) -> None:
+def _new_folder(folder: Path) -> Path:
+    own_folder(folder)
+    partial = folder / f".{secrets.token_hex(8)}.partial"
+    with writing(partial):
+        partial.mkdir()
+    return partial
+
+
+def _finish(partial: Path, whole: Path, history: dict[str, Any]) -> None:
+    """Add checksums and history, then let the checkpoint replace the one before."""
+    files = {path.name: digest_of(path) for path in sorted(partial.iterdir())}
+    write_content(partial / _HISTORY, {**history, "files": files})
+    with writing(whole):
+        if whole.exists():  # damaged, and resumed from the one before
+            shutil.rmtree(whole)
+        os.rename(partial, whole)
+        sync_folder(whole.parent)
+    for other in whole.parent.iterdir():
+        if other != whole:
+            shutil.rmtree(other, ignore_errors=True)  # else with the next one
+
+
+def restore(
+    state: State,
+    settings: Settings,
+    task: Task,
+    folder: Path,
+    ranks: OneProcess,
+    note: Callable[[str], object],
+) -> None:
     """Continue from the last whole checkpoint in ``folder``, if there is one, whoever wrote it.
 
-    Only tensors and plain values are unpickled.
+    Only tensors and plain values are unpickled. ``note`` is told where there were no checksums to check.
 
     Raises:
-        UsageError: it is damaged, or belongs to another run.
+        UsageError: it cannot be read, is damaged, or belongs to another run.
     """
     found = ranks.on_first(lambda: _epochs(folder))
     if not found:
@@ -72,7 +94,13 @@ def restore(state: State, settings: Settings, task: Task, folder: Path, ranks: O
     last = found[-1]
 
     def check() -> None:
-        state.accept(read(last / _HISTORY), settings, task, last)
+        _check_there(last / _HISTORY)
+        history = read(last / _HISTORY)
+        state.accept(history, settings, task, last)
+        if "files" in history:
+            _check_files(last, history["files"], ranks)
+        else:
+            note(f"{last} is of an older version, without checksums: damage would not be noticed")
         _check_metadata(last)
 
     ranks.together(check)
@@ -88,7 +116,9 @@ def restore(state: State, settings: Settings, task: Task, folder: Path, ranks: O
             model_state_dict=tensors["model"],
             optim_state_dict=tensors["optimizer"],
         )
-    except (CheckpointException, KeyError, RuntimeError, ValueError) as failure:
+    except CheckpointException as failure:
+        raise ranks.agreed(_refused(failure, last, reading)) from None
+    except (KeyError, RuntimeError, ValueError) as failure:
         raise ranks.agreed(foreign(last, type(failure).__name__)) from None
     ranks.collect(state.trained, state.model)
 
@@ -98,16 +128,45 @@ def _tensors(state: State) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer}
 
 
-def _emptied(partial: Path) -> None:
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+def _check_files(folder: Path, files: dict[str, str], ranks: OneProcess) -> None:
+    """Hold this rank's share of the files against their checksums."""
+    for name in sorted(files)[ranks.rank :: ranks.count]:
+        path = folder / name
+        _check_there(path)
+        if digest_of(path) != files[name]:
+            raise foreign(path, "a damaged one, which does not fit its checksum")
+
+
+def _check_there(path: Path) -> None:
+    if not there(path):
+        raise foreign(path, "nothing there")
+
+
+def _refused(failure: CheckpointException, folder: Path, doing: Any) -> UsageError:
+    """What the system said, if it was the system; else that the checkpoint is no good.
+
+    Raises:
+        KeyboardInterrupt: it was that.
+    """
+    causes = [error[0] for error in failure.failures.values()]
+    for cause in causes:
+        if not isinstance(cause, Exception):
+            raise cause  # Ctrl-C
+    try:
+        with doing(folder):
+            for cause in causes:
+                if isinstance(cause, (OSError, MemoryError)):
+                    raise cause
+    except UsageError as said:
+        return said
+    kinds = ", ".join(sorted({type(cause).__name__ for cause in causes}))
+    return foreign(folder, kinds)
 
 
 def _epochs(folder: Path) -> list[Path]:
     """The whole checkpoints, the last one last."""
-    found = folder.glob("epoch-*") if folder.is_dir() else ()
-    return sorted(path for path in found if path.suffix != _UNFINISHED)
+    names = names_in(folder) if there(folder) else ()
+    return [folder / name for name in names if re.fullmatch(r"epoch-\d+", name)]
 
 
 @contextmanager
@@ -150,7 +209,9 @@ def _check_metadata(folder: Path) -> None:
     """Raise unless the index, which PyTorch unpickles whatever it holds, is an index."""
     path = folder / ".metadata"
     try:
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             _MetadataOnly(file).load()
+    except UsageError:
+        raise
     except Exception as failure:  # on a damaged file the unpickler can raise anything
         raise foreign(path, type(failure).__name__) from None

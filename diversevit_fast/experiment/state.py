@@ -1,6 +1,8 @@
 """One training's whole state, as a checkpoint: weights, optimizer, epoch, rows, best so far."""
 
+import io
 import json
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,14 @@ import torch
 from torch import nn
 
 from ..errors import UsageError, expected
+from ..files import FileError, reading, writing
 from ..models import DiverseViT
 from .config import Settings
-from .files import write_atomically
+from .files import DamagedError, out_of_memory, read_sealed, write_sealed
 from .metrics import SELECTED, Row
 
-_FORMAT = 1
+_FORMAT = 2
+_UNSEALED = 1  # the format that had no checksum
 _NOT_DECISIVE = (
     "methods",
     "seeds",
@@ -85,13 +89,13 @@ class State:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        write_atomically(path, lambda file: torch.save(content, file))
+        write_content(path, content)
 
     def restore(self, settings: Settings, task: Task, path: Path) -> None:
         """Continue from the checkpoint in ``path``; only tensors and plain values are unpickled.
 
         Raises:
-            UsageError: the file is damaged, or belongs to another run.
+            UsageError: the file cannot be read, is damaged, or belongs to another run.
         """
         content = read(path)
         self.accept(content, settings, task, path)
@@ -118,7 +122,7 @@ class State:
         Raises:
             UsageError: it is none, or another run's.
         """
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        if not isinstance(content, dict) or content.get("format") not in (_FORMAT, _UNSEALED):
             raise foreign(path, "another format")
         if content.get("run") != _identity(settings, task):
             raise foreign(path, "the checkpoint of another run")
@@ -134,16 +138,57 @@ def adam(model: nn.Module, settings: Settings, task: Task) -> torch.optim.Optimi
     return torch.optim.Adam(model.parameters(), lr=settings.base_lr(task.method))
 
 
-def read(path: Path) -> Any:
-    """What ``torch.save`` wrote to ``path``; only tensors and plain values are unpickled.
+def write_content(path: Path, content: dict[str, Any]) -> None:
+    """Write what ``read`` reads; an error leaves what was there.
 
     Raises:
-        UsageError: the file is damaged.
+        FileError: the system refuses.
+    """
+    file = io.BytesIO()
+    with writing(path):
+        torch.save(content, file)
+    write_sealed(path, file.getvalue())
+
+
+def read(path: Path) -> Any:
+    """What ``write_content`` wrote to ``path``; only tensors and plain values are unpickled.
+
+    A file of before there were checksums is held against those that its parts have.
+
+    Raises:
+        UsageError: the file cannot be read, or is damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        data, sealed = read_sealed(path)
+    except DamagedError:
+        raise foreign(path, "a damaged one, which does not fit its checksum") from None
+    try:
+        if not sealed:
+            _check_parts(data)
+        with reading(path):
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except FileError:
+        raise
     except Exception as failure:  # on a damaged file the unpickler can raise anything
-        raise foreign(path, type(failure).__name__) from None
+        if out_of_memory(failure):
+            with reading(path):
+                raise MemoryError from None
+        raise foreign(path, _unreadable(failure, sealed)) from None
+    if not sealed and isinstance(content, dict) and content.get("format") == _FORMAT:
+        raise foreign(path, "a damaged one, without its checksum")
+    return content
+
+
+def _check_parts(data: bytes) -> None:
+    with zipfile.ZipFile(io.BytesIO(data)) as parts:
+        if parts.testzip() is not None:
+            raise zipfile.BadZipFile
+
+
+def _unreadable(failure: Exception, sealed: bool) -> str:
+    if sealed:
+        return f"one that PyTorch {torch.__version__} does not load ({type(failure).__name__})"
+    return f"a damaged one ({type(failure).__name__})"
 
 
 def foreign(path: Path, got: str) -> UsageError:

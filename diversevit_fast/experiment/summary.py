@@ -27,4 +27,5 @@ def show_comparison(folder: Path, console: Any) -> None:
     console.print(table)
     claim = judge(lines, splits["test_ood"]["samples"])
     console.print(claim_sentence(claim, len(present(rows)[1])), highlight=False)
-    console.print(f"{folder / 'report.html'}", highlight=False, soft_wrap=True)
+    page = str(folder / "report.html")
+    console.print(page, highlight=False, soft_wrap=True, markup=False, emoji=False)

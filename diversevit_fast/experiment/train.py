@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..data import batches
 from ..diversity import HeadDiversity
 from ..errors import UsageError, expected
+from ..files import there
 from .config import Settings
 from .distributed import OneProcess
 from .evaluate import evaluate_splits, likeness
@@ -33,6 +34,7 @@ _LIKENESS_IMAGES = 128  # the first of ID validation: penalty and cosines are me
 class Watcher(Protocol):
     """Whoever wants to know how training goes."""
 
+    def noted(self, line: str) -> None: ...
     def started(self, task: Task, epoch: int, epochs: int, steps: int) -> None: ...
     def stepped(self, task: Task, loss: float, penalty: float | None) -> None: ...
     def epoch_done(self, task: Task, epoch: int, rows: list[Row]) -> None: ...
@@ -52,10 +54,11 @@ def train(
         checkpoint: one process's file ``<task>.pt``; that of several ranks is the folder ``<task>``.
 
     Raises:
-        UsageError: the checkpoint is damaged or of another run, or the loss is not finite.
+        UsageError: the checkpoint cannot be read or written, is damaged or of another run, or the
+            loss is not finite.
     """
     state = State.fresh(settings, task, splits["train"], ranks.device)
-    save = _open_checkpoint(settings, task, state, checkpoint, ranks)
+    save = _open_checkpoint(settings, task, state, checkpoint, ranks, watcher.noted)
     diversity = head_diversity(settings, state.model)
     sample = next(iter(batches(splits["val_id"], _LIKENESS_IMAGES)))[0].to(ranks.device)
     if not state.cosines:
@@ -85,23 +88,28 @@ def train(
 
 
 def _open_checkpoint(
-    settings: Settings, task: Task, state: State, path: Path, ranks: OneProcess
+    settings: Settings,
+    task: Task,
+    state: State,
+    path: Path,
+    ranks: OneProcess,
+    note: Callable[[str], object],
 ) -> Callable[[], None]:
     """Give ``state`` what the ranks train and what the checkpoint holds; what saves the next one."""
     folder = path.with_suffix("")
-    if not ranks.launched and not folder.exists():
-        if path.exists():
+    if not ranks.launched and not there(folder):
+        if there(path):
             state.restore(settings, task, path)
         return lambda: state.save(settings, task, path)
     from . import sharded  # takes a second to import
 
-    if ranks.on_first(path.exists):
+    if ranks.on_first(lambda: there(path)):
         cure = "resume without torchrun, or delete it to train that seed from the start"
         raise ranks.agreed(expected("checkpoint", "one that ranks wrote", path, cure))
     if ranks.launched:
         state.trained = ranks.distribute(state.model, settings.fsdp)
         state.optimizer = adam(state.trained, settings, task)
-    sharded.restore(state, settings, task, folder, ranks)
+    sharded.restore(state, settings, task, folder, ranks, note)
     return lambda: sharded.save(state, settings, task, folder, ranks)
 
 

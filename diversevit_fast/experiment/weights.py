@@ -4,23 +4,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data import batches, load_splits
 from ..errors import expected, require
 from ..models import DiverseViT
 from ..pruning import keep_heads, prune_heads
 from ..selection import HeadChoice, select_heads
-from .config import read_config, resolve
+from .config import is_path, read_config, resolve
 from .evaluate import evaluate, evaluate_splits
 from .metrics import EVALUATED, Row
 
+SEARCHES = ("single", "greedy", "exhaustive")
+SCORES = ("accuracy", "worst_group", "confidence")
 _SHOWN = 10  # choices of heads listed by ``select-heads``
 _LEGEND = "accuracy (accuracy of the worst group)"
 _DATA_KEYS = ("data", "source", "correlation", "samples", "data_seed", "download")
 
 
 def load_model(path: str) -> DiverseViT:
-    """The model in a ``.safetensors`` file, in evaluation mode."""
-    return DiverseViT.load(path).eval()
+    """The model in a ``.safetensors`` file, in evaluation mode.
+
+    Raises:
+        UsageError: another file, or weights that are not float32 or not finite.
+    """
+    model = DiverseViT.load(path).eval()
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype != torch.float32:
+            cure = "save them in that dtype"
+            raise expected("weights", "tensors of dtype torch.float32", f"{tensor.dtype}", cure)
+        if not tensor.isfinite().all():
+            cure = "take those of another training"
+            raise expected("weights", "finite numbers", f"NaN or infinity in {name}", cure)
+    return model
 
 
 def splits_for(
@@ -34,6 +50,8 @@ def splits_for(
     Raises:
         UsageError: the data are missing or do not fit the model.
     """
+    if config is not None and not is_path(config):
+        raise expected("config", "a JSON file", repr(config), "name one, or leave it out")
     beside = weights.parent / "config.json"
     if config is None and "data" not in options and beside.exists():
         config = str(beside)
@@ -47,10 +65,13 @@ def splits_for(
         samples=settings.samples,
         download=settings.download,
     )
-    height, width = splits["test_id"].image_size
-    if (height, width) != tuple(model.config["image_size"]):
-        wanted = f"images of {model.config['image_size']} pixels, the model's size"
-        raise expected("data", wanted, (height, width), "give the weights' own data")
+    data, cure = splits["test_id"], "give the weights' own data"
+    images = (data.images.shape[1], *data.image_size)
+    wished = (model.config["channels"], *model.config["image_size"])
+    if images != wished:
+        raise expected("data", f"images {list(wished)}, as the model's", list(images), cure)
+    if (classes := model.config["num_classes"]) != data.num_classes:
+        raise expected("data", f"{classes} classes, as the model's", data.num_classes, cure)
     return splits, settings.data + (f" (as in {config})" if config else "")
 
 
@@ -115,6 +136,6 @@ def _table(*columns: str) -> Any:
 
 def _print(title: str, table: Any, note: str) -> None:
     console = require("rich.console", extra="train").Console()
-    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    console.print(title, highlight=False, markup=False, emoji=False, soft_wrap=True)
     console.print(table)
     console.print(note, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import require
 from ..ops import attention
 from ..ops.packed_attention import taken_apart
+from ..unfused import Unfused, watched
 
 _layers: Any = require("timm.layers", extra="train")
 
@@ -21,7 +22,8 @@ _layers: Any = require("timm.layers", extra="train")
 class Attention(_layers.Attention):
     """``timm.layers.Attention``, arguments and ``state_dict`` included, differentiable twice.
 
-    ``attn_drop`` above 0 is refused in training; qk norm, scale norm and the gate are as timm's.
+    ``attn_drop`` above 0 is refused in training; qk norm, scale norm and the gate are as timm's. With
+    ``fused_attn=False`` hooks on ``attn_drop`` run, as timm's.
     """
 
     def forward(
@@ -37,7 +39,9 @@ class Attention(_layers.Attention):
         """
         B, N, _ = x.shape
         q, k, v = taken_apart(self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim))
-        heads = attention(
+        # inside a context fused_attn is True: that asks again when it sees the call
+        attend = Unfused(self) if not self.fused_attn and watched(self) else attention
+        heads = attend(
             *(self.q_norm(q), self.k_norm(k), v),
             attn_mask=attn_mask,
             dropout_p=self.attn_drop.p if self.training else 0.0,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import nn as dnn
 from ..errors import expected
 from . import published, store
+from .sizes import check_config
 
 
 class Block(nn.Module):
@@ -79,7 +80,8 @@ class DiverseViT(nn.Module):
     ``config`` holds these arguments.
 
     Raises:
-        UsageError: a size is not a positive integer, or the image is not a whole number of patches.
+        UsageError: a size is not a positive integer or beyond reason, or the image is not a whole number of
+            patches.
     """
 
     def __init__(
@@ -96,7 +98,8 @@ class DiverseViT(nn.Module):
         last_residual: bool = False,
     ):
         super().__init__()
-        sizes = {
+        config = {
+            "image_size": image_size,
             "patch_size": patch_size,
             "channels": channels,
             "num_classes": num_classes,
@@ -105,16 +108,11 @@ class DiverseViT(nn.Module):
             "num_heads": num_heads,
             "head_dim": head_dim,
             "mlp_dim": mlp_dim,
-        }
-        _check_sizes(image_size, sizes)
-        if not isinstance(last_residual, bool):
-            raise expected("last_residual", "True or False", repr(last_residual), "pass a bool")
-        height, width = image_size
-        self.config: dict[str, Any] = {
-            "image_size": (height, width),
-            **sizes,
             "last_residual": last_residual,
         }
+        check_config(config)
+        height, width = image_size
+        self.config: dict[str, Any] = {**config, "image_size": (height, width)}
         patches = (height // patch_size) * (width // patch_size)
         self.patch_embed = nn.Linear(patch_size**2 * channels, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
@@ -152,7 +150,7 @@ class DiverseViT(nn.Module):
         """
         self._check_images(images)
         x = self.patch_embed(to_patches(images, self.config["patch_size"]))
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         for block in self.blocks[:-1]:
             x = block(x)
         return x
@@ -247,18 +245,3 @@ def to_patches(images: Tensor, size: int) -> Tensor:
     grid = images.reshape(B, C, height // size, size, width // size, size)
     patches = (height // size) * (width // size)
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(B, patches, size * size * C)
-
-
-def _check_sizes(image_size: Sequence[int], sizes: dict[str, int]) -> None:
-    for name, size in sizes.items():
-        if not _positive(size):
-            raise expected(name, "an integer of at least 1", repr(size), "pass a positive integer")
-    patch = sizes["patch_size"]
-    pair = isinstance(image_size, Sequence) and len(image_size) == 2
-    if not pair or not all(_positive(n) and n % patch == 0 for n in image_size):
-        wanted = f"(height, width), positive multiples of patch_size={patch}"
-        raise expected("image_size", wanted, repr(image_size), "resize the images or the patches")
-
-
-def _positive(size: object) -> bool:
-    return isinstance(size, int) and not isinstance(size, bool) and size >= 1

@@ -4,6 +4,7 @@ The published weights are a plain ``torch.save`` of a state dict. In both, patch
 row, column, channel and the rows of ``to_qkv`` (q, k, v), head, channel: only names change.
 """
 
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import expected
+from ..files import read_bytes
 from ..weight_files import StrPath, existing_file, listing, misfit
 from .restore import check_tensors, skeleton
 
@@ -89,9 +91,9 @@ def published_names(depth: int) -> dict[str, str]:
 
 def _read(path: StrPath) -> Mapping[str, Any]:
     """The state dict in the file, bare or under one of ``_NESTS``."""
-    file = existing_file(path)
+    data = read_bytes(existing_file(path))
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as failure:  # on a foreign file the unpickler can raise anything
         cure = "re-save the weights with torch.save(model.state_dict(), path)"
         got = f"one that weights-only loading refuses ({type(failure).__name__})"

@@ -34,7 +34,7 @@ def load(path: StrPath, build: "type[DiverseViT]") -> "DiverseViT":
         model = skeleton(build, config, kept)
     except KeyError as missing:
         raise misfit(path, f"metadata {missing}", "a file without", cure) from None
-    except (AttributeError, TypeError, ValueError) as failure:
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as failure:
         if isinstance(failure, UsageError):
             raise misfit(path, "a valid configuration", f"({failure})", cure) from None
         got = f"one that does not parse ({type(failure).__name__})"

@@ -17,8 +17,10 @@ from .. import reference
 from ..backends import cast_for_autocast, launch
 from ..errors import UnsupportedError, expected
 from .checks import check_alike, check_tensor, shape_error
-from .ladder import Rung, in_forward_mode, last_rung
+from .ladder import Rung, any_order, plainly
+from .onnx import decomposes, exported_attention, exporting_to_onnx
 from .packed_attention import packed_attention, whole_of
+from .third_order import Places, Stage, differentiated, plain_curvature
 
 
 def attention(
@@ -34,8 +36,8 @@ def attention(
     """Scaled dot-product attention, exactly ``F.scaled_dot_product_attention``, twice differentiable.
 
     Forward, backward and double backward keep O(N) memory. Inside a forward-mode level
-    (``torch.func.jvp``, ``forward_ad``) the composite formula of ``reference`` is used: right to any
-    order, N x N memory.
+    (``torch.func.jvp``, ``forward_ad``) and on the backend ``"reference"`` the plain formula is used:
+    right to any order, N x N memory.
 
     Args:
         q: ``[..., H, Nq, d]``.
@@ -72,13 +74,16 @@ def attention(
     q, k, v = cast_for_autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
     check_alike(q=q, k=k, v=v)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    whole = whole_of(q, k, v) if attn_mask is None else None
+    if exporting_to_onnx():
+        return exported_attention(q, k, v, attn_mask, is_causal, scale, enable_gqa)
+    plain = any_order()
+    whole = whole_of(q, k, v) if attn_mask is None and not plain else None
     if whole is not None:
         return packed_attention(whole, is_causal, scale)
     q4, k4, v4, lead = _as_samples(q, k, v, enable_gqa)
     mask = None if attn_mask is None else _mask_as_samples(attn_mask, lead, q4, k4)
-    if in_forward_mode():
-        o = reference.attention(q4, k4, v4, mask, is_causal, scale)
+    if plain:
+        o = plainly(reference.attention, q4, k4, v4, mask, is_causal, scale)
     else:
         o = _d0(q4, k4, v4, mask, is_causal, scale)[0]
     return o if o.shape[:2] == lead else o.reshape(*lead, *o.shape[2:])
@@ -269,10 +274,49 @@ def _d1_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         return (None,) * 10
     *dd, ddmask = cotangents
     ddmask = ddmask if ctx.mask_grad else None
+    mask_grad = ctx.needs_input_grad[3]  # of its own: dq may be differentiated in a mask d1 was not
     gq, gk, gv, gdo, gmask = _d2(
-        *ctx.saved_tensors, *dd, ddmask, ctx.is_causal, ctx.scale, ctx.mask_grad
+        *ctx.saved_tensors, *dd, ddmask, ctx.is_causal, ctx.scale, mask_grad
     )
-    return gq, gk, gv, gmask if ctx.mask_grad else None, None, None, gdo, None, None, None
+    return gq, gk, gv, gmask if mask_grad else None, None, None, gdo, None, None, None
+
+
+def _save_d2(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.is_causal, ctx.scale, ctx.mask_grad = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _d2_derivative(
+    ctx: Any,
+    uq: Tensor | None,
+    uk: Tensor | None,
+    uv: Tensor | None,
+    v: Tensor | None,
+    umask: Tensor | None,
+) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    *given, do, dq, _, _, _, ddmask = tensors  # q, k, v, mask and what the forward kept
+    kind = (ctx.is_causal, ctx.scale)
+
+    def second(dy: Any, dd: Any) -> tuple[Tensor, ...]:
+        kept = dq if dy[0] is do else None
+        mask_grad = ctx.needs_input_grad[3] or ddmask is not None
+        gq, gk, gv, _, gmask = _d2(*given, *dy, kept, *dd, *kind, mask_grad)
+        return gq, gk, gv, gmask
+
+    def curvature(a: Any, u: Any) -> Any:
+        def formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return reference.attention(q, k, v, mask, ctx.is_causal, ctx.scale)
+
+        return plain_curvature(formula, given[:4], a, u)
+
+    stage = Stage(lambda dy: _d1(*given, dy, *kind, ddmask is not None), second, curvature)
+    u = (uq, uk, uv, umask if ctx.mask_grad else None)
+    return *differentiated("attention", ctx, tensors, _PLACES, stage, u, (v,)), None, None, None
+
+
+_PLACES = Places(slice(0, 4), slice(-6, -5), slice(-4, None))
 
 
 def _fold_samples(
@@ -301,8 +345,14 @@ def _fold_samples(
     return tuple(results), (0,) * len(results)
 
 
-_d2 = last_rung("attention", attention_double_backward_operator, _fold_samples)
+_d2 = Rung(
+    attention_double_backward_operator,
+    save=_save_d2,
+    derivative=_d2_derivative,
+    batch=_fold_samples,
+)
 _d1 = Rung(
     attention_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=_fold_samples
 )
 _d0 = Rung(attention_operator, save=_save_d0, derivative=_d0_derivative, batch=_fold_samples)
+decomposes(attention_operator, reference.attention_forward)

@@ -7,20 +7,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import reference
 from ..backends import launch
 from .checks import check_choice, check_tensor
-from .ladder import Rung, in_forward_mode, last_rung
+from .ladder import Rung, any_order, plainly
+from .onnx import decomposes, exporting_to_onnx
+from .third_order import Places, Stage, differentiated
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """Gaussian error linear unit, exactly ``F.gelu``, twice differentiable and fused.
 
     Half types are computed in float32. Autocast leaves the dtype of x alone, as with PyTorch's own.
-    Inside a forward-mode level (``torch.func.jvp``, ``forward_ad``) the composite formula of
-    ``reference`` is used: right to any order, but not fused.
+    Inside a forward-mode level (``torch.func.jvp``, ``forward_ad``) and on the backend ``"reference"`` the
+    plain formula is used: right to any order, but not fused.
 
     Args:
         x: any shape.
@@ -37,8 +40,10 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         return handle_torch_function(gelu, (x,), x, approximate=approximate)
     check_tensor("x", x)
     check_choice("approximate", approximate, ("none", "tanh"))
-    if in_forward_mode():
-        return reference.gelu(x, approximate)
+    if exporting_to_onnx():
+        return F.gelu(x, approximate=approximate)
+    if any_order():
+        return plainly(reference.gelu, x, approximate)
     return _d0(x, approximate)
 
 
@@ -96,6 +101,24 @@ def _d1_derivative(ctx: Any, ddx: Tensor | None) -> tuple[Any, ...]:
     return *_d2(*ctx.saved_tensors, ddx, ctx.approximate), None
 
 
+def _d2_derivative(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    x = tensors[0]
+
+    def second(dy: Any, dd: Any) -> tuple[Tensor, ...]:
+        return _d2(x, *dy, *dd, ctx.approximate)[:1]
+
+    stage = Stage(
+        first=lambda dy: (_d1(x, dy, ctx.approximate),),
+        second=second,
+        curvature=second,  # elementwise, so that (52) is the product of (26) in another order
+    )
+    return *differentiated("gelu", ctx, tensors, _PLACES, stage, (u,), (v,)), None
+
+
+_PLACES = Places(slice(0, 1), slice(1, 2), slice(2, 3))
+
+
 def _batch_elementwise(
     call: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
@@ -110,6 +133,9 @@ def _batch_elementwise(
     return result, (0,) * len(result) if isinstance(result, tuple) else 0
 
 
-_d2 = last_rung("gelu", gelu_double_backward_operator, _batch_elementwise)
+_d2 = Rung(
+    gelu_double_backward_operator, save=_save, derivative=_d2_derivative, batch=_batch_elementwise
+)
 _d1 = Rung(gelu_backward_operator, save=_save, derivative=_d1_derivative, batch=_batch_elementwise)
 _d0 = Rung(gelu_operator, save=_save, derivative=_d0_derivative, batch=_batch_elementwise)
+decomposes(gelu_operator, reference.gelu_forward)

@@ -16,7 +16,9 @@ from .. import reference
 from ..backends import launch
 from ..errors import expected
 from .checks import check_choice, check_tensor, shape_error
-from .ladder import Rung, batch_by_loop, in_forward_mode, last_rung
+from .ladder import Rung, any_order, batch_by_loop, plainly
+from .onnx import decomposes, exporting_to_onnx
+from .third_order import Places, Stage, differentiated, plain_curvature
 
 GRANULARITIES = ("token", "sample")
 REDUCTIONS = ("all", "pairs")
@@ -33,7 +35,7 @@ def head_penalty(
     """Mean squared cosine between the gradients of different heads, twice differentiable.
 
     0 where every two heads are orthogonal. Under autocast it is computed in the dtype given. Inside a
-    forward-mode level the composite formula of ``reference`` is used: right to any order.
+    forward-mode level and on the backend ``"reference"`` the plain formula is used: right to any order.
 
     Args:
         grads: ``[B, H, N, E]``, any strides.
@@ -68,9 +70,8 @@ def head_penalty(
     if grads.ndim != 4 or grads.numel() == 0:
         raise shape_error("grads", "[B, H, N, E], none of them zero", grads, "check its axes")
     check_kind(granularity, reduction, eps, grads.shape[1], grads.dtype)
-    if in_forward_mode():
-        with torch.autocast(grads.device.type, enabled=False):
-            penalty, cosines = reference.head_penalty(grads, granularity, reduction, eps)
+    if any_order() or exporting_to_onnx():
+        penalty, cosines = plainly(reference.head_penalty, grads, granularity, reduction, eps)
     else:
         penalty, cosines, _ = _d0(grads, granularity, reduction, float(eps))
     return (penalty, cosines) if return_cosines else penalty
@@ -193,7 +194,7 @@ def _d0_derivative(
     return _d1(*ctx.saved_tensors, dpenalty, dcosines, *ctx.kind), None, None, None
 
 
-def _save_d1(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, granularity, reduction, eps = inputs
     ctx.kind = (granularity, reduction, eps)
     ctx.save_for_backward(*tensors)
@@ -212,8 +213,34 @@ def _d1_derivative(ctx: Any, ddgrads: Tensor | None) -> tuple[Any, ...]:
     return ggrads, None, None, *given, None, None, None
 
 
-_d2 = last_rung("head_penalty", head_penalty_double_backward_operator, batch_by_loop)
+def _d2_derivative(
+    ctx: Any, u: Tensor | None, vpenalty: Tensor | None, vcosines: Tensor | None
+) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    grads, cosines, norms, *_ = tensors
+    kind, given = ctx.kind, (grads, cosines, norms)
+
+    def second(dy: Any, dd: Any) -> tuple[Tensor, ...]:
+        return _d2(*given, *dy, *dd, *kind)[:1]
+
+    def curvature(a: Any, u: Any) -> Any:
+        return plain_curvature(lambda x: reference.head_penalty(x, *kind), (grads,), a, u)
+
+    stage = Stage(lambda *dy: (_d1(*given, *dy, *kind),), second, curvature)
+    v = (vpenalty, vcosines)
+    return *differentiated("head_penalty", ctx, tensors, _PLACES, stage, (u,), v), None, None, None
+
+
+_PLACES = Places(slice(0, 1), slice(3, 5), slice(5, 6))
+
+_d2 = Rung(
+    head_penalty_double_backward_operator,
+    save=_save,
+    derivative=_d2_derivative,
+    batch=batch_by_loop,
+)
 _d1 = Rung(
-    head_penalty_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=batch_by_loop
+    head_penalty_backward_operator, save=_save, derivative=_d1_derivative, batch=batch_by_loop
 )
 _d0 = Rung(head_penalty_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop)
+decomposes(head_penalty_operator, reference.head_penalty_forward)

@@ -1,4 +1,4 @@
-"""The derivative ladder: each rung's registered derivative is the next rung, and the last one raises.
+"""The derivative ladder: each rung's registered derivative is the next rung, the last one's ``third_order``.
 
 A rung is one ``torch.library`` operator and two ``autograd.Function`` with the same two methods:
 
@@ -7,18 +7,20 @@ A rung is one ``torch.library`` operator and two ``autograd.Function`` with the 
 * where nobody watches, the operator's function is called as it stands, and the plain function records it
   where a gradient is wanted. That spares Python, which between large tensors always runs from cold caches.
 
-Forward-mode derivatives have no rung: public functions use the composite formula inside a forward-mode
-level, and a rung that meets a tangent all the same raises.
+Forward-mode derivatives have no rung: public functions use the plain formula inside a forward-mode
+level, and a rung that meets a tangent all the same raises. On the backend "reference" no operator is
+recorded at all: autograd differentiates the plain formulas, to any order.
 """
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..backends import chosen_backend
 from ..errors import UnsupportedError
 
 Save = Callable[[Any, tuple[Any, ...], Any], None]
@@ -120,6 +122,17 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def any_order() -> bool:
+    """Whether ``reference``'s formula is used as it stands: in forward mode, and on its own backend."""
+    return in_forward_mode() or chosen_backend() == "reference"
+
+
+def plainly(formula: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+    """``formula(x, *args)`` in the dtypes given, as an operator computes it under autocast too."""
+    with torch.autocast(x.device.type, enabled=False):
+        return formula(x, *args)
+
+
 def refuse_tangents(args: Sequence[Any]) -> None:
     """Raise if a tensor carries a forward-mode tangent, which an operator would drop silently."""
     if not in_forward_mode():
@@ -130,21 +143,6 @@ def refuse_tangents(args: Sequence[Any]) -> None:
                 "forward-mode derivative of a backward pass recorded outside the forward-mode "
                 "level; compute the forward pass inside it, where the composite formula is used"
             )
-
-
-def last_rung(name: str, operator: torch.library.CustomOpDef, batch: Batch) -> Rung:
-    """A rung that keeps nothing and whose derivative raises; ``name`` is the operator's public one."""
-
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing."""
-
-    def derivative(ctx: Any, *cotangents: Tensor | None) -> NoReturn:
-        raise UnsupportedError(
-            f"{name} is differentiable twice, not three times; "
-            f"use diversevit_fast.reference.{name} for higher orders"
-        )
-
-    return Rung(operator, save=save, derivative=derivative, batch=batch)
 
 
 def batch_by_loop(

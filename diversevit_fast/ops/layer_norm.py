@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import reference
 from ..backends import launch
 from ..errors import expected
 from .checks import check_tensor, shape_error
-from .ladder import Rung, batch_by_loop, in_forward_mode, last_rung
+from .ladder import Rung, any_order, batch_by_loop, plainly
+from .onnx import decomposes, exporting_to_onnx
+from .third_order import Places, Stage, differentiated, plain_curvature
 
 
 def layer_norm(
@@ -30,8 +33,8 @@ def layer_norm(
 
     Statistics are kept in float32 (float64 for float64). Under autocast the result is float32 on a
     GPU and has the dtype of x on a CPU, as PyTorch's own. Inside a forward-mode level
-    (``torch.func.jvp``, ``forward_ad``) the composite formula of ``reference`` is used: right to
-    any order, but not fused.
+    (``torch.func.jvp``, ``forward_ad``) and on the backend ``"reference"`` the plain formula is used:
+    right to any order, but not fused.
 
     Args:
         x: ``[..., *normalized_shape]``.
@@ -64,8 +67,10 @@ def layer_norm(
     x, weight, bias = _cast_for_autocast(x, weight, bias)
     _check_parameter("weight", weight, shape, x, half_as_float=True)
     _check_parameter("bias", bias, shape, x if weight is None else weight, half_as_float=False)
-    if in_forward_mode():
-        return reference.layer_norm(x, shape, weight, bias, eps)
+    if exporting_to_onnx():
+        return F.layer_norm(x, shape, weight, bias, eps)
+    if any_order():
+        return plainly(reference.layer_norm, x, shape, weight, bias, eps)
     return _d0(x, weight, bias, len(shape), float(eps))[0]
 
 
@@ -220,8 +225,60 @@ def _d1_derivative(
     return gx, gw if weight_grad else None, None, None, gdy, None, None, None
 
 
-_d2 = last_rung("layer_norm", layer_norm_double_backward_operator, batch_by_loop)
+def _save_d2(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.axes, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _d2_derivative(
+    ctx: Any, ux: Tensor | None, uw: Tensor | None, v: Tensor | None
+) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    x, weight, mean, rstd, *_, ddw, ddb = tensors
+    axes, given = ctx.axes, (x, weight, mean, rstd)
+
+    def first(dy: Tensor) -> Any:
+        return _d1(*given, dy, axes, ddw is not None, ddb is not None)
+
+    def second(dy: Any, dd: Any) -> tuple[Tensor | None, ...]:
+        weight_grad = weight is not None and dd[0] is not None
+        gx, gw, _ = _d2(*given, *dy, *dd, axes, weight_grad)
+        return None if dd[0] is None and dd[1] is None else gx, gw if weight_grad else None
+
+    def curvature(a: Any, u: Any) -> Any:
+        eps = _eps_of(x, rstd, axes)
+
+        def formula(x: Tensor, weight: Tensor | None) -> Tensor:
+            return reference.layer_norm_forward(x, weight, None, axes, eps)[0]
+
+        return plain_curvature(formula, (x, weight), a[:2], u[:2])
+
+    stage = Stage(first, second, curvature)
+    return (
+        *differentiated("layer_norm", ctx, tensors, _PLACES, stage, (ux, uw, None), (v,)),
+        None,
+        None,
+    )
+
+
+def _eps_of(x: Tensor, rstd: Tensor, axes: int) -> Any:
+    """What was added to the variance, which no rung after the first is told; a constant."""
+    with torch.no_grad():
+        square = rstd.reshape(*rstd.shape, *[1] * axes).square()
+        wide = x.to(square.dtype)
+        return 1 / square - wide.var(tuple(range(-axes, 0)), correction=0, keepdim=True)
+
+
+_PLACES = Places(slice(0, 2), slice(4, 5), slice(5, 8))
+_d2 = Rung(
+    layer_norm_double_backward_operator,
+    save=_save_d2,
+    derivative=_d2_derivative,
+    batch=batch_by_loop,
+)
 _d1 = Rung(
     layer_norm_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=batch_by_loop
 )
 _d0 = Rung(layer_norm_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop)
+decomposes(layer_norm_operator, reference.layer_norm_forward)

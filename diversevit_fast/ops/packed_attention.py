@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..backends import launch
-from .ladder import Rung, batch_by_loop, in_forward_mode, last_rung
+from .ladder import Rung, batch_by_loop, in_forward_mode
+from .third_order import Places, Stage, differentiated, plain_curvature
 
 
 class _Part(NamedTuple):
@@ -185,7 +187,40 @@ def _d1_derivative(ctx: Any, ddqkv: Tensor | None) -> tuple[Any, ...]:
     return gqkv, None, None, gdo, None, None
 
 
-_d2 = last_rung("attention", packed_attention_double_backward_operator, batch_by_loop)
+def _save_d2(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.is_causal, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _d2_derivative(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    qkv, o, lse, do, dqkv, _ = tensors
+    kind, given = (ctx.is_causal, ctx.scale), (qkv, o, lse)
+
+    def second(dy: Any, dd: Any) -> tuple[Tensor, ...]:
+        kept = dqkv if dy[0] is do else None
+        return _d2(*given, *dy, kept, *dd, *kind)[:1]
+
+    def curvature(a: Any, u: Any) -> Any:
+        def formula(qkv: Tensor) -> Tensor:
+            q, k, v = _apart(qkv)
+            return reference.attention(q, k, v, None, ctx.is_causal, ctx.scale)
+
+        return plain_curvature(formula, (qkv,), a, u)
+
+    stage = Stage(lambda dy: (_d1(*given, dy, *kind),), second, curvature)
+    return *differentiated("attention", ctx, tensors, _PLACES, stage, (u,), (v,)), None, None
+
+
+_PLACES = Places(slice(0, 1), slice(3, 4), slice(5, 6))
+
+_d2 = Rung(
+    packed_attention_double_backward_operator,
+    save=_save_d2,
+    derivative=_d2_derivative,
+    batch=batch_by_loop,
+)
 _d1 = Rung(
     packed_attention_backward_operator,
     save=_save_d1,

@@ -16,7 +16,9 @@ from ..backends import launch
 from ..errors import expected
 from .checks import check_alike, check_tensor, shape_error
 from .head_penalty import check_kind, cotangents_fake, present, statistics_fake
-from .ladder import Rung, batch_by_loop, in_forward_mode, last_rung
+from .ladder import Rung, any_order, batch_by_loop, plainly
+from .onnx import decomposes, exporting_to_onnx
+from .third_order import Places, Stage, differentiated, plain_curvature
 
 
 def routed_head_penalty(
@@ -66,9 +68,8 @@ def routed_head_penalty(
     _check(grad_qkv, weight_qkv)
     check_kind(granularity, reduction, eps, grad_qkv.shape[3], grad_qkv.dtype)
     kind = (granularity, reduction, float(eps))
-    if in_forward_mode():
-        with torch.autocast(grad_qkv.device.type, enabled=False):
-            penalty, cosines = reference.routed_head_penalty(grad_qkv, weight_qkv, *kind)
+    if any_order() or exporting_to_onnx():
+        penalty, cosines = plainly(reference.routed_head_penalty, grad_qkv, weight_qkv, *kind)
     else:
         penalty, cosines, _ = _d0(grad_qkv, weight_qkv, *kind)
     return (penalty, cosines) if return_cosines else penalty
@@ -181,7 +182,7 @@ def _d0_derivative(
     return *_d1(*ctx.saved_tensors, dpenalty, dcosines, *ctx.kind), None, None, None
 
 
-def _save_d1(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, granularity, reduction, eps = inputs
     ctx.kind = (granularity, reduction, eps)
     ctx.save_for_backward(*tensors)
@@ -200,13 +201,51 @@ def _d1_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     return *grads, None, None, *given, None, None, None
 
 
-_d2 = last_rung("routed_head_penalty", routed_head_penalty_double_backward_operator, batch_by_loop)
+def _d2_derivative(
+    ctx: Any,
+    ugrad_qkv: Tensor | None,
+    uweight: Tensor | None,
+    vpenalty: Tensor | None,
+    vcosines: Tensor | None,
+) -> tuple[Any, ...]:
+    tensors = ctx.saved_tensors
+    grad_qkv, weight, cosines, norms, *_ = tensors
+    kind, given = ctx.kind, (grad_qkv, weight, cosines, norms)
+
+    def second(dy: Any, dd: Any) -> tuple[Tensor, ...]:
+        return _d2(*given, *dy, *dd, *kind)[:2]
+
+    def curvature(a: Any, u: Any) -> Any:
+        def formula(grad_qkv: Tensor, weight: Tensor) -> Any:
+            return reference.routed_head_penalty(grad_qkv, weight, *kind)
+
+        return plain_curvature(formula, (grad_qkv, weight), a, u)
+
+    stage = Stage(lambda *dy: _d1(*given, *dy, *kind), second, curvature)
+    u, v = (ugrad_qkv, uweight), (vpenalty, vcosines)
+    return (
+        *differentiated("routed_head_penalty", ctx, tensors, _PLACES, stage, u, v),
+        None,
+        None,
+        None,
+    )
+
+
+_PLACES = Places(slice(0, 2), slice(4, 6), slice(6, 8))
+
+_d2 = Rung(
+    routed_head_penalty_double_backward_operator,
+    save=_save,
+    derivative=_d2_derivative,
+    batch=batch_by_loop,
+)
 _d1 = Rung(
     routed_head_penalty_backward_operator,
-    save=_save_d1,
+    save=_save,
     derivative=_d1_derivative,
     batch=batch_by_loop,
 )
 _d0 = Rung(
     routed_head_penalty_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop
 )
+decomposes(routed_head_penalty_operator, reference.routed_head_penalty_forward)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
+from ..forks import kernel_threads
 from .native import library
 
 _Int = ctypes.c_int64
@@ -65,7 +66,7 @@ def call(
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(accumulation_dtype(q.dtype))
     (B, H, Nq, d), (_, Hkv, Nk, dv) = q.shape, v.shape
-    sizes = (B, H, Hkv, Nq, Nk, d, dv, is_causal, torch.get_num_threads())
+    sizes = (B, H, Hkv, Nq, Nk, d, dv, is_causal, kernel_threads())
     request = _Call(
         **dict(zip(_SIZES, sizes, strict=True)),
         scale=scale,

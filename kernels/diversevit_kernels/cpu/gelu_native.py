@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..forks import kernel_threads
 from .native import library
 from .pool import pooled
 
@@ -38,7 +39,7 @@ def call(rung: str, approximate: str, *results: str, **operands: Tensor) -> tupl
     x = dense["x"]
     made = {name: pooled(x, *x.shape) for name in results}
     request = _Call(
-        *(x.numel(), torch.get_num_threads(), approximate == "tanh"),
+        *(x.numel(), kernel_threads(), approximate == "tanh"),
         **{name: t.data_ptr() for name, t in (*dense.items(), *made.items())},
     )
     functions: Any = library("gelu")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..forks import kernel_threads
 from .native import library
 from .pool import pooled
 
@@ -46,7 +47,7 @@ def call(rung: str, x: Tensor, axes: int, eps: float = 0.0, **tensors: Tensor | 
     }  # alive until the end
     split = x.ndim - axes
     request = _Call(
-        *(math.prod(x.shape[:split]), math.prod(x.shape[split:]), torch.get_num_threads(), eps),
+        *(math.prod(x.shape[:split]), math.prod(x.shape[split:]), kernel_threads(), eps),
         **{name: t.data_ptr() for name, t in dense.items()},
     )
     functions: Any = library("layer_norm")

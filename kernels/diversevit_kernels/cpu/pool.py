@@ -13,15 +13,15 @@ Linux results are PyTorch's own.
 import ctypes
 import math
 import mmap
-import os
 import sys
 from collections import deque
 from contextlib import suppress
 from functools import cache
-from threading import Lock
 
 import torch
 from torch import Tensor
+
+from ..forks import ForkSafe
 
 WORTH = 1 << 20
 """Bytes from which a result is pooled. Less comes from the heap, whose pages stay."""
@@ -32,13 +32,9 @@ _GRAIN = 1 << 16
 _ENABLED = sys.platform.startswith("linux")
 _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 
-_waiting: list[mmap.mmap] = []  # guarded by _lock; the one freed last is last
+_waiting: list[mmap.mmap] = []  # guarded by _guard; the one freed last is last
 _freed: deque[mmap.mmap] = deque()  # on their way to _waiting: a finalizer must not wait for a lock
-_lock = Lock()
-if _ENABLED:  # no child is forked while the lock is held by a thread that it does not get
-    os.register_at_fork(
-        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-    )
+_guard = ForkSafe()
 
 
 def pooled(like: Tensor, *shape: int) -> Tensor:
@@ -73,20 +69,20 @@ def _lease_of(size: int) -> type[_Lease]:
 
 def release() -> None:
     """Give all memory that waits back to the system."""
-    with _lock:
+    with _guard.lock:
         _freed.clear()
         _waiting.clear()
 
 
 def waiting() -> int:
     """Bytes that wait for a result."""
-    with _lock:
+    with _guard.lock:
         _tidy()
         return sum(map(len, _waiting))
 
 
 def _taken(size: int) -> mmap.mmap | None:
-    with _lock:
+    with _guard.lock:
         _tidy()
         for i in reversed(range(len(_waiting))):
             if len(_waiting[i]) == size:
@@ -108,11 +104,12 @@ def _mapped(size: int) -> mmap.mmap | None:
 def _give_back(block: mmap.mmap) -> None:
     """A result's storage is freed. This may interrupt any thread, one inside the lock too: then that one tidies."""
     _freed.append(block)
-    if _lock.acquire(blocking=False):
+    lock = _guard.lock
+    if lock.acquire(blocking=False):
         try:
             _tidy()
         finally:
-            _lock.release()
+            lock.release()
 
 
 def _tidy() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import accumulation_dtype
+from ..forks import kernel_threads
 from ..grouping import Grouping
 from .native import library
 from .pool import pooled
@@ -73,7 +74,7 @@ def backward(g: Grouping, grad_qkv: Tensor, weight: Tensor, m: Tensor) -> tuple[
 
 def _call(functions: Any, name: str, g: Grouping, r: Tensor, w: Tensor, **tensors: Tensor) -> int:
     r, w = (x if x.stride(-1) == 1 else x.contiguous() for x in (r, w))
-    sizes = (g.B, g.N, g.H, r.shape[-1], w.shape[-1], g.by_token, torch.get_num_threads())
+    sizes = (g.B, g.N, g.H, r.shape[-1], w.shape[-1], g.by_token, kernel_threads())
     dr = tensors.pop("dgrad_qkv", None)
     request = _Call(
         **dict(zip(_SIZES, sizes, strict=True)),

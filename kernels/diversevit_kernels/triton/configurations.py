@@ -1,13 +1,12 @@
 """Launch configurations: one table keyed by kernel, architecture, element size and width.
 
-Nothing outside this file looks at the device or at the environment. The first row that matches is
+Nothing else in this package looks at the device or at the environment. The first row that matches is
 taken; each row is justified by ``python -m benchmarks.compile_report`` (no spill in a main loop, at most
 64 bytes of stack, shared memory within the chip's limit) and Hopper's rows for attention up to width 128 and for the
 routed penalty by an H200 besides: there tiles of 64 rows on 4 warps, one warpgroup, took half of the time that
 they took on 8 and less. ``SPILLING`` lists what spills and was the fastest.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..environment import switch
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
 
-_autotune = os.environ.get("DIVERSEVIT_AUTOTUNE") == "1"
+_autotune = switch("DIVERSEVIT_AUTOTUNE", default=False)
 _pretended: str | None = None
 
 

@@ -1,0 +1,268 @@
+"""The life of a run's folder: made under a lock, partial while the run goes on, named when it is whole.
+
+Everything a death can leave behind is one of: nothing, a partial folder to resume, a whole one that has
+still to take its name, or a named one with checkpoints that nobody needs any more.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, expected
+from ..files import FileError, is_leftover, own_folder, probe, sync_folder, there, writing
+from .files import write_json
+from .state import Task
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None
+
+_PARTIAL = ".partial"
+_LOCK = ".lock"
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
+_BUSY = (errno.EWOULDBLOCK, errno.EACCES)  # others: a file system that has no locks
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lies: ``partial`` while it goes on, ``out`` when it is finished."""
+
+    out: Path
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike[str]) -> "Place":
+        """The place of a run that is named by ``out`` or by ``partial``.
+
+        Raises:
+            UsageError: a path that no folder can have.
+        """
+        path = Path(folder)
+        if path.name in ("", ".."):
+            path = Path(os.path.abspath(path))
+        name = path.name.removesuffix(_PARTIAL)
+        if not name or "\0" in str(path):
+            raise expected("out", "the name of a folder", repr(str(folder)), "name another")
+        return cls(path.with_name(name))
+
+    @property
+    def partial(self) -> Path:
+        return self.out.with_name(f"{self.out.name}{_PARTIAL}")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.partial / "checkpoints"
+
+    @property
+    def record(self) -> Path:
+        return self.partial / "config.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was finished: the report is the last that is written."""
+        return not there(self.partial) and there(self.out / "report.html")
+
+    def whole(self, tasks: Iterable[Task]) -> bool:
+        """Whether ``partial`` holds all of the finished run, and lacks nothing but its name."""
+        names = {"metrics.csv", "cosines.json", "report.html"}
+        names |= {f"{task}{last}.safetensors" for task in tasks for last in ("", "-last")}
+        return all(there(self.partial / name) for name in names)
+
+
+class Lock:
+    """Held by the one process that works on a run's folder; the system releases it when that ends."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def take(self, folder: Path) -> None:
+        """Lock ``folder``.
+
+        Raises:
+            UsageError: another process holds it, or the folder has gone.
+        """
+        path = folder / _LOCK
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+        with writing(path):
+            self._descriptor = os.open(path, flags, 0o666)
+        try:
+            self._lock(folder)
+            self._sign()
+        except BaseException:
+            self.release()
+            raise
+        held = os.fstat(self._descriptor)
+        if not path.exists() or not os.path.samestat(held, path.stat()):
+            self.release()
+            got = f"{folder}, which another process has just finished"
+            raise expected("resume", "an unfinished run", got, "open its report.html")
+
+    def release(self) -> None:
+        """Let others work on it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _sign(self) -> None:
+        """Say in the file who holds it, where that is possible."""
+        with suppress(OSError):
+            if self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 1:
+                os.ftruncate(self._descriptor, 0)  # not what is a file of somebody's as well
+                os.write(self._descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
+
+    def _lock(self, folder: Path) -> None:
+        if fcntl is None or self._descriptor is None:
+            return
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as failure:
+            if failure.errno not in _BUSY:
+                return
+            holder = os.read(self._descriptor, 300).decode(errors="replace") or "another"
+            got = f"{folder}, on which process {holder} is at work"
+            raise expected("resume", "a run that nobody works on", got, "wait for it") from None
+
+
+def check_new(place: Place) -> None:
+    """Refuse a place where something is.
+
+    Raises:
+        UsageError: something is there, or cannot be looked at.
+    """
+    for folder, cure in (
+        (place.out, "choose another --out"),
+        (place.partial, f"continue with --resume {place.out}, or choose another --out"),
+    ):
+        if there(folder):
+            raise expected("out", "a new folder", f"{folder}, which exists", cure)
+
+
+def create(places: Iterable[Place], record: Mapping[str, Any], lock: Lock) -> Place:
+    """Make the partial folder of the first of ``places`` that is free, with its ``config.json``.
+
+    It appears with all of that, and locked: nobody finds it half made.
+
+    Raises:
+        UsageError: none is free, or the system refuses.
+    """
+    taken: UsageError | None = None
+    for place in places:
+        try:
+            check_new(place)
+            _create(place, record, lock)
+        except FileError:
+            raise
+        except UsageError as failure:
+            taken = failure
+        else:
+            return place
+    raise taken or expected("out", "a folder", "none", "name one")
+
+
+def _create(place: Place, record: Mapping[str, Any], lock: Lock) -> None:
+    new = place.partial.with_name(f".{secrets.token_hex(8)}{_PARTIAL}")
+    with writing(place.partial):
+        place.partial.parent.mkdir(parents=True, exist_ok=True)
+        os.mkdir(new)
+        try:
+            lock.take(new)
+            write_record(new / place.record.name, record)
+            os.mkdir(new / place.checkpoints.name)
+            os.rename(new, place.partial)
+        except BaseException as failure:
+            lock.release()
+            shutil.rmtree(new, ignore_errors=True)
+            if isinstance(failure, OSError) and failure.errno in _TAKEN:
+                check_new(place)
+            raise
+        sync_folder(place.partial.parent)
+
+
+def give_name(place: Place) -> None:
+    """Let the whole folder take its name; only then remove what a finished run does not need.
+
+    Raises:
+        UsageError: the system refuses, say because there is an ``out`` already.
+    """
+    sweep(place.partial)
+    try:
+        os.rename(place.partial, place.out)
+    except OSError as failure:
+        wanted = f"a free name {place.out} for the finished run in {place.partial}"
+        cure = f"mend that, then: diversevit run --resume {place.partial}"
+        raise expected("out", wanted, failure.strerror, cure) from None
+    with suppress(FileError, OSError):
+        sync_folder(place.out.parent)
+    tidy(place)
+
+
+def tidy(place: Place) -> None:
+    """Remove what a finished run does not need, as far as it goes."""
+    shutil.rmtree(place.out / place.checkpoints.name, ignore_errors=True)
+    sweep(place.out)
+    with suppress(OSError):
+        (place.out / _LOCK).unlink()
+
+
+def untidy(place: Place) -> bool:
+    """Whether ``tidy`` has something to do."""
+    return any(there(place.out / name) for name in (_LOCK, place.checkpoints.name))
+
+
+def prepare(place: Place) -> None:
+    """Make an unfinished folder ready to go on: its checkpoints' own folder, nothing half written.
+
+    Raises:
+        FileError: the system refuses to write there, or somebody put a link there.
+    """
+    sweep(place.partial)
+    own_folder(place.checkpoints)
+    sweep(place.checkpoints)
+    for folder in (place.partial, place.checkpoints):
+        probe(folder)  # before an epoch is spent
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in ``folder``."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if is_leftover(path):
+                with suppress(OSError):
+                    path.unlink()
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write ``config.json`` with a checksum of all else that it says."""
+    write_json(path, {**record, "sha256": _digest(record)})
+
+
+def check_record(place: Place, record: Mapping[str, Any]) -> None:
+    """Refuse a ``config.json`` that is not as it was written; one without a checksum is older.
+
+    Raises:
+        UsageError: it was changed or damaged.
+    """
+    if record.get("sha256", _digest(record)) != _digest(record):
+        got = "one that does not fit its checksum: it was changed or damaged"
+        wanted = f"{place.record} as the run wrote it"
+        raise expected("resume", wanted, got, "restore it, or start a new run")
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    said = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,187 @@
+"""Files that are whole or absent; and errors that say whether a file could not be read, or what is in it.
+
+New content goes to a temporary file beside its place, under a name that nobody can guess, is brought
+to the disk and then takes the place. Neither follows a link that somebody put there before.
+"""
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import UsageError, expected
+
+StrPath = str | os.PathLike[str]
+_TEMPORARY = ".tmp"
+_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}  # a file system without it
+
+
+class FileError(UsageError):
+    """The system refused to read or to write a file: no word about what the file holds.
+
+    Attributes:
+        reason: what it said.
+    """
+
+    reason = ""
+
+
+@contextmanager
+def writing(path: StrPath) -> Iterator[None]:
+    """Inside, what the system refuses is said of ``path``.
+
+    Raises:
+        FileError: it was refused (permission, a full disk, a limit), or memory was not enough.
+    """
+    with _said(path, "a place that can be written"):
+        yield
+
+
+@contextmanager
+def reading(path: StrPath) -> Iterator[None]:
+    """As ``writing``, for a file that is read."""
+    with _said(path, "a file that can be read"):
+        yield
+
+
+def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a new file, which then is ``path``; after an error ``path`` is as it was.
+
+    Raises:
+        FileError: as ``writing``.
+    """
+    path = Path(path)
+    with writing(path):
+        temporary, descriptor = _new_file(path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                _sync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
+
+
+def there(path: StrPath) -> bool:
+    """Whether a name is taken, if only by a link to nowhere.
+
+    Raises:
+        FileError: the system does not let us see, which is no answer.
+    """
+    with _said(path, "a place that can be looked into"):
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def names_in(folder: StrPath) -> list[str]:
+    """The names in ``folder``, sorted.
+
+    Raises:
+        FileError: the system does not let us see.
+    """
+    with _said(folder, "a folder that can be read"):
+        return sorted(os.listdir(folder))
+
+
+def probe(folder: Path) -> None:
+    """Find out now whether files can be written in ``folder``.
+
+    Raises:
+        FileError: they cannot.
+    """
+    with writing(folder):
+        path, descriptor = _new_file(folder)
+        os.close(descriptor)
+        path.unlink()
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether ``path`` is a temporary file of ``write_atomically``, whose process died."""
+    name = path.name
+    return name.startswith(".") and name.endswith(_TEMPORARY) and len(name) == len(_TEMPORARY) + 17
+
+
+def own_folder(path: Path) -> None:
+    """Make the folder ``path`` unless it is there.
+
+    Raises:
+        FileError: the system refuses, or something else is there, such as a link to elsewhere.
+    """
+    with writing(path):
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise OSError(errno.ENOTDIR, "a link, or no folder") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in ``folder`` to the disk."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return  # one may write into a folder that one may not read
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(path: StrPath, most: int | None = None) -> bytes:
+    """The whole content of the file ``path``.
+
+    Raises:
+        FileError: it cannot be read, or has more than ``most`` bytes; that says nothing about its content.
+    """
+    with reading(path):
+        # a pipe would be waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "a device or a pipe")
+            data = file.read() if most is None else file.read(most + 1)
+            if most is not None and len(data) > most:
+                raise OSError(errno.EFBIG, f"more than {most} bytes")
+            return data
+
+
+def _new_file(folder: Path) -> tuple[Path, int]:
+    """A file that was not there before, open for writing."""
+    path = folder / f".{secrets.token_hex(8)}{_TEMPORARY}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+    return path, os.open(path, flags, 0o666)
+
+
+@contextmanager
+def _said(path: StrPath, wanted: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as failure:
+        raise _refused(path, wanted, failure.strerror or str(failure), "mend that") from None
+    except MemoryError:
+        raise _refused(path, wanted, "too little memory for it", "free some") from None
+
+
+def _refused(path: StrPath, wanted: str, reason: str, cure: str) -> FileError:
+    refused = FileError(str(expected(str(path), wanted, reason, f"{cure} first")))
+    refused.reason = reason
+    return refused
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as failure:
+        if failure.errno not in _NO_SYNC:
+            raise

@@ -1,0 +1,55 @@
+"""What ``torch.onnx.export`` sees in place of this library's operators: PyTorch's, which both exporters translate.
+
+Of a module, what the public functions compute while it is exported; of an ``ExportedProgram``, which holds our
+operators already, their decompositions.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
+
+
+def exporting_to_onnx() -> bool:
+    """Whether ``torch.onnx.export`` looks on, which knows PyTorch's operators and none of ours."""
+    traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return traced and torch.onnx.is_in_onnx_export()
+
+
+def decomposes(operator: torch.library.CustomOpDef, formula: Callable[..., Any]) -> None:
+    """In an ``ExportedProgram``, ``operator`` is ``formula`` to the exporter; PyTorch itself leaves it as it is."""
+    register_decomposition(operator._opoverload)(formula)
+
+
+def exported_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    enable_gqa: bool,
+) -> Tensor:
+    """(1)-(2) with the arguments of ``attention``, zeros in rows that attend to nothing.
+
+    The exporters' own translations of ``F.scaled_dot_product_attention`` give NaN there for an additive
+    mask and for a negative scale, and take neither three axes nor, all of them, grouped heads.
+    """
+    if enable_gqa:
+        k, v = (_repeated(x, q.shape[-3] // x.shape[-3]) for x in (k, v))
+    s = (scale * q) @ k.transpose(-2, -1)
+    if is_causal:
+        mask = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
+    if mask is None:
+        return s.softmax(-1) @ v
+    s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
+    empty = s.amax(-1, keepdim=True) == -torch.inf
+    return s.softmax(-1).masked_fill(empty, 0.0).to(v.dtype) @ v
+
+
+def _repeated(x: Tensor, group: int) -> Tensor:
+    """Each head ``group`` times in a row: [..., H, N, d] -> [..., H group, N, d]."""
+    x = x.unsqueeze(-3)
+    return x.expand(*[-1] * (x.ndim - 3), group, -1, -1).flatten(-4, -3)

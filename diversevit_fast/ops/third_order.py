@@ -1,0 +1,123 @@
+"""The derivative of a double backward: right in what is linear in it, refused in what is not.
+
+Of a stage y = f(x) the double backward maps x, the cotangent dy and a direction A to gx = dy f''(x) A and
+gdy = f'(x) A. Hessian-vector products by reverse mode alone (``torch.autograd.functional.hvp``, the graph of
+``functional.jvp``) differentiate that in A, in dy, and gdy alone in x: second derivatives of f, all of them,
+which the rungs there are compute. Only gx in x is a third one. Equations (50)-(52) of ``kernels/README.md``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+
+Tensors = Sequence[Tensor | None]
+
+
+class Places(NamedTuple):
+    """Where among a double backward's tensors the three kinds stand that have derivatives."""
+
+    inputs: slice  # x
+    cotangents: slice  # dy
+    directions: slice  # A, in the order of x
+
+
+class Stage(NamedTuple):
+    """What (50)-(52) are made of; results are in the order of x, None or anything where there is none."""
+
+    first: Callable[..., Tensors]  # V, of the kinds of dy -> V f'(x)
+    second: Callable[[Tensors, Tensors], Tensors]  # dy, A -> dy f''(x) A
+    curvature: Callable[[Tensors, Tensors], Tensors]  # A, U -> f''(x)[A, U]
+
+
+def differentiated(
+    name: str,
+    ctx: Any,
+    tensors: Tensors,
+    places: Places,
+    stage: Stage,
+    u: Tensors,
+    v: Tensors,
+) -> list[Tensor | None]:
+    """The gradients of a double backward's tensors.
+
+    Args:
+        name: the public operator's.
+        tensors: all that the double backward was given, None included.
+        u: the cotangents of gx.
+        v: the cotangents of gdy.
+
+    Raises:
+        UnsupportedError: a third derivative of f is asked for.
+    """
+    wanted = _wanted(ctx, tensors)
+    curved, pulled = (any(x is not None for x in given) for given in (u, v))
+    if curved and any(wanted[places.inputs]):
+        raise UnsupportedError(
+            f"{name} is differentiable twice, not three times; run forward and backward inside "
+            "dvf.use_backend('reference') for any order (plain PyTorch, N x N memory)"
+        )
+    dy, a = tensors[places.cotangents], tensors[places.directions]
+    grads: list[Tensor | None] = [None] * len(tensors)
+    if pulled and any(wanted[places.inputs]):
+        grads[places.inputs] = _chosen(stage.second(v, a), wanted[places.inputs])  # (51)
+    if curved and any(wanted[places.cotangents]):
+        grads[places.cotangents] = _chosen(stage.curvature(a, u), wanted[places.cotangents])  # (52)
+    if any(wanted[places.directions]):
+        of_gx = _chosen(stage.second(dy, u) if curved else (), wanted[places.directions])
+        of_gdy = _chosen(stage.first(*v) if pulled else (), wanted[places.directions])
+        grads[places.directions] = map(_sum, of_gx, of_gdy)  # (50)
+    return grads
+
+
+def plain_curvature(f: Callable[..., Any], x: Tensors, a: Tensors, u: Tensors) -> Tensors:
+    """(52)  f''(x)[A, U] of a plain formula, by two forward modes; a result for each of f's."""
+    pairs = [
+        (i, y, *(torch.zeros_like(y) if z is None else z for z in (along, other)))
+        for i, (y, along, other) in enumerate(zip(x, a, u, strict=True))
+        if y is not None and not (along is None and other is None)
+    ]
+    places, values, along, other = (tuple(kind) for kind in zip(*pairs, strict=True))
+
+    def of_moved(*moved: Tensor) -> Any:
+        full = [*x]
+        for place, y in zip(places, moved, strict=True):
+            full[place] = y
+        return f(*full)
+
+    def slope(*moved: Tensor) -> Any:
+        return torch.func.jvp(of_moved, moved, along)[1]
+
+    with torch.autocast(values[0].device.type, enabled=False):
+        result = torch.func.jvp(slope, values, other)[1]
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _wanted(ctx: Any, tensors: Tensors) -> list[bool]:
+    """Of which tensors the running backward pass asks for the gradient.
+
+    ``ctx.needs_input_grad`` says which have one, be it asked for or not.
+    """
+    edges = iter(ctx.next_functions)
+    return [x is not None and _will_run(next(edges)[0]) for x in tensors]
+
+
+def _will_run(node: Any) -> bool:
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that autograd.grad was asked for, or an engine that does not say
+        return True
+
+
+def _chosen(grads: Tensors, wanted: Sequence[bool]) -> list[Tensor | None]:
+    missing = (None,) * (len(wanted) - len(grads))
+    return [x if w else None for x, w in zip((*grads, *missing), wanted, strict=True)]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a + b

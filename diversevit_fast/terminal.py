@@ -1,0 +1,123 @@
+"""Text for people, which never stops the work: characters degrade, a stream that fails goes quiet."""
+
+import codecs
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+_PLAIN = {"±": "+-", "’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "−": "-"}
+_PLAIN |= {"×": "x", "…": "...", "→": "->", "━": "-", "─": "-", "╸": "-", "╺": " ", "•": "*"}
+_DEGRADE = "diversevit-degrade"
+
+
+class Steady:
+    """A text stream around ``stream`` that can always be written to.
+
+    A character that the encoding lacks becomes a plainer one; a byte of a file name that is no text
+    stays the byte it is. After the first error of ``stream`` (a closed pipe, a full disk) nothing
+    more is written.
+
+    Attributes:
+        lost: that error, or None.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self.lost: Exception | None = None
+
+    def write(self, text: str) -> int:
+        """All of ``text``, as far as it goes."""
+        self._attempt(lambda: self._write(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Every line, as ``write``."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """What was written reaches the file, if it can."""
+        self._attempt(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def settle(self) -> None:
+        """Flush; and let the interpreter's own flush at its end find nothing to complain of."""
+        self.flush()
+        if self.lost is not None:
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+    def _attempt(self, job: Callable[[], object]) -> None:
+        if self.lost is None:
+            try:
+                job()
+            except (OSError, ValueError) as failure:  # a ValueError: its owner has closed the file
+                self.lost = failure
+
+    def _write(self, text: str) -> None:
+        encoding = getattr(self._stream, "encoding", None)
+        try:
+            if encoding is not None:  # else it holds text, not bytes
+                text.encode(encoding)
+        except UnicodeEncodeError:
+            raw = text.encode(encoding, _DEGRADE)
+            buffer = getattr(self._stream, "buffer", None)
+            if buffer is None:
+                self._stream.write(raw.decode(encoding, "replace"))
+                return
+            self._stream.flush()
+            buffer.write(raw)
+            buffer.flush()
+        else:
+            self._stream.write(text)
+
+
+def steady(stream: Any) -> Any:
+    """``stream`` as one that never fails; nothing for nothing."""
+    return stream if stream is None or isinstance(stream, Steady) else Steady(stream)
+
+
+@contextmanager
+def steady_streams() -> Iterator[None]:
+    """Inside, this process's standard output and errors never fail."""
+    before = sys.stdout, sys.stderr
+    during = sys.stdout, sys.stderr = steady(before[0]), steady(before[1])
+    try:
+        yield
+    finally:
+        for stream in during:
+            if isinstance(stream, Steady):
+                stream.settle()
+        sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def steady_console(console: Any) -> Iterator[Any]:
+    """Inside, what is printed on the rich ``console`` raises nothing."""
+    before = console._file  # None: standard output, whatever that is at the time
+    console.file = steady(console.file)
+    try:
+        yield console
+    finally:
+        console._file = before
+
+
+def _degrade(failure: UnicodeError) -> tuple[str | bytes, int]:
+    """What stands for the first character that cannot be encoded."""
+    if not isinstance(failure, UnicodeEncodeError):
+        raise failure
+    character, after = failure.object[failure.start], failure.start + 1
+    if "\udc80" <= character <= "\udcff":  # how Python holds a byte that is no text
+        return bytes([ord(character) - 0xDC00]), after
+    plain = _PLAIN.get(character) or unicodedata.normalize("NFKD", character)
+    return plain.encode("ascii", "ignore").decode() or "?", after
+
+
+codecs.register_error(_DEGRADE, _degrade)
