@@ -36,7 +36,7 @@ def softmax_statistics(s: Tensor) -> tuple[Tensor, Tensor]:
     weight = (s - top).exp()
     total = weight.sum(-1, keepdim=True)
     total = total.masked_fill(total == 0, 1.0)
-    return weight / total, torch.cat((top, 1 / total), -1).mT
+    return weight / total, torch.cat((top.mT, 1 / total.mT), -2)
 
 
 def attention(

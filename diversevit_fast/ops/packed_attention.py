@@ -195,8 +195,8 @@ def _save_d2(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
 
 def _d2_derivative(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
-    qkv, o, lse, do, dqkv, _ = tensors
-    kind, given = (ctx.is_causal, ctx.scale), (qkv, o, lse)
+    qkv, o, softmax, do, dqkv, _ = tensors
+    kind, given = (ctx.is_causal, ctx.scale), (qkv, o, softmax)
 
     def second(dy: Any, dd: Any) -> tuple[Tensor, ...]:
         kept = dqkv if dy[0] is do else None

@@ -41,7 +41,7 @@ def test_counts_of_a_stage(stage):
 
 @interpreted
 def test_compulsory_bytes_of_attention():
-    """d0: q, k, v in, o and lse out; d2 besides: do, ddq, ddk, ddv in, four gradients out."""
+    """d0: q, k, v in, o and the softmax's statistics out; d2 besides: do, ddq, ddk, ddv in, four gradients out."""
     skip_if_missing("attention")
     orders = roofline.count("attention", TOKENS, "sm_90")
     tensor, statistic = TOKENS * 64 * 2, TOKENS * 4

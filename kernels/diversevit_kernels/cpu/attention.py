@@ -8,7 +8,8 @@ Shapes   q, o, do [B, H, Nq, .]; k, v [B, Hkv, Nk, .], H a multiple of Hkv; mask
          bool (True = attend) or additive; the softmax's statistics (1a) [B, H, 2, Nq].
 Dtypes   any floating; scores, statistics and sums in float32 (float64 for float64), products of tiles too.
 Traffic  each input is read once per row tile, each output written once.
-P        is exp(S - top) over its own row sum (1a), which the tile holds; of the statistics the largest score alone is read.
+P        is exp(S - top) over its own row sum (1a), which the tile holds; of the statistics only the largest score
+         is read.
 D        is summed from P o dP, which the tile holds, and not from do o o: where softmax saturates the
          two cancel, whatever o was rounded to. ``o`` is not read.
 Empty    rows, that attend to nothing, have the largest score +inf: exp(S - top) is then 0, and so is their output.

@@ -191,7 +191,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``.
 
-    ``softmax`` is (1a); ``o`` includes ``head_scale``, ``do`` is its cotangent. ``into``: where to write the first three.
+    ``softmax`` is (1a); ``o`` includes ``head_scale``, ``do`` is its cotangent.
+    ``into``: where to write the first three.
     """
     (B, H, Nq, _), Nk = q.shape, k.shape[2]
     reads, static = problem(q, k, v, mask, is_causal, head_scale, softmax, o=o, do=do)

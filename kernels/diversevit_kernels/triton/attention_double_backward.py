@@ -160,8 +160,8 @@ def attention_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(6)-(9): ``gq``, ``gk``, ``gv``, ``gdo``, and ``gmask`` if ``mask_grad``.
 
-    ``softmax`` is (1a); ``o`` includes ``head_scale``, ``do`` is its cotangent, ``dq`` the result of (5): where it is None and read,
-    the backward runs again. An absent cotangent costs nothing: its products are not compiled.
+    ``softmax`` is (1a); ``o`` includes ``head_scale``, ``do`` is its cotangent, ``dq`` the result of (5): where it is
+    None and read, the backward runs again. An absent cotangent costs nothing: its products are not compiled.
     ``into``: where to write the first three.
     """
     (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape

@@ -1,6 +1,6 @@
 """Attention forward on a GPU, (1)-(2): softmax over key tiles with running maxima.
 
-Traffic  a row tile reads its q once and all k, v of its head; o and lse are written once.
+Traffic  a row tile reads its q once and all k, v of its head; o and the softmax's statistics are written once.
 Source   the running softmax is Milakov and Gimelshein's (arXiv 1805.02867), tiled as in FlashAttention-2
          (arXiv 2307.08691).
 """

@@ -157,6 +157,7 @@ def problem(
     )
     read = {name: operand(x) for name, x in {"q": q, "k": k, "v": v, "mask": mask, **more}.items()}
     sizes = {"H": q.shape[1], "Nq": q.shape[2], "Nk": k.shape[2]}
+    softmax = None if softmax is None else softmax.contiguous()
     return Problem(head_scale=scale, softmax=softmax, **sizes, **read), static  # pyright: ignore[reportArgumentType]
 
 

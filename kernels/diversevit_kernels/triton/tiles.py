@@ -16,8 +16,8 @@ INTERPRETED = tl.constexpr(_INTERPRETED)
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b.
 
-    The interpreter's product of bfloat16 tiles is wrong, and one of float32 depends on the tile's shape. So it multiplies
-    in float64 and rounds once: as on a chip, an element is the same number in whatever tile it is made.
+    The interpreter's product of bfloat16 tiles is wrong, and one of float32 depends on the tile's shape. So it
+    multiplies in float64 and rounds once: as on a chip, an element is the same number in whatever tile it is made.
     """
     if INTERPRETED:
         a, b, wide = a.to(tl.float64), b.to(tl.float64), acc.to(tl.float64)

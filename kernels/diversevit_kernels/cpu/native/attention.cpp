@@ -196,6 +196,11 @@ template <class V> struct Sum {
         sum = next;
     }
     V value() const { return sum + lost; }
+    // The mean, of weights that sum up to ``all``; good to an ulp where products and sums are fused.
+    V over(const Sum& all) const {
+        const V whole = all.sum == V{} ? V{} + 1 : all.sum, mean = sum / whole;
+        return mean + (sum - mean * whole + (lost - mean * all.lost)) / whole;
+    }
 };
 
 // Keys 0 to ``keys`` in short runs, each summed by itself before it joins a Sum: what a row sums is good to an ulp.
@@ -341,7 +346,7 @@ template <class S> void slope(const Block& t, const T<S>* tops, T<S> factor, Til
             all += some;
             deltas += some_delta;
         });
-        const Vector<T> share = share_of(all.value()), delta = deltas.value() * share;
+        const Vector<T> share = share_of(all.value()), delta = deltas.over(all);
         for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
                 p[u] = load(s.at(j + u, i)) * share;
@@ -395,7 +400,7 @@ void curvature(const Block& t, const T<S>* tops, T<S> factor, T<S> scale, Tile<S
             deltas += some_delta;
             means += some_mean;
         });
-        const Vector<T> share = share_of(all.value()), delta = deltas.value() * share, mean = means.value() * share;
+        const Vector<T> share = share_of(all.value()), delta = deltas.over(all), mean = means.over(all);
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
             Vector<T> some{};
             for (ptrdiff_t j = first; j < end; j += DEPTH<S>) {
