@@ -201,8 +201,8 @@ class Attachment:
         def project(roles: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return self.projected(layer, roles, x, weight, F.linear(x, weight, bias))
 
-        def attend(*qkv: Tensor, **options: Any) -> Tensor:
-            return self._attend(layer, F.scaled_dot_product_attention, qkv, options)
+        def attend(by: Any, *qkv: Tensor, **options: Any) -> Tensor:
+            return self._attend(layer, by or F.scaled_dot_product_attention, qkv, options)
 
         return multi_head_attention(args, kwargs, project, attend)
 
@@ -220,7 +220,7 @@ class Attachment:
         self._attended = True
         compiling = torch.compiler.is_compiling()
         if not compiling and watched(layer.module, options.get("dropout_p", 0.0)):
-            attend = Unfused(layer.module)
+            attend = Unfused.of(layer.module)
         elif self._made is not None:
             recognise(q, k, v, self._made)
         self._made = None

@@ -4,6 +4,7 @@ Typer is an optional dependency, imported when the command line is used: by ``ma
 this module for ``app``.
 """
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from .errors import UnsupportedError, UsageError, require
 from .terminal import steady_streams
 
+_RUNS = ("run", "train")
 _LONGEST = 4000  # characters of an error: two long paths, but not a whole file given as an option
 _CONTROL = dict.fromkeys(
     (*range(32), *range(127, 160)), " "
@@ -25,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
     (``| head -1``) changes none of it.
     """
     with steady_streams():
-        code = _run(args)
+        code = _check_output(_run(args), sys.argv[1:] if args is None else args)
     sys.exit(code)
 
 
@@ -48,6 +50,22 @@ def _run(args: Sequence[str] | None) -> int:
             raise
         code = _fail(f"{say()} (see diversevit --help)") if say() else 2  # 2: help was shown
     return code if isinstance(code, int) else 0
+
+
+def _check_output(code: int, args: Sequence[str]) -> int:
+    """``code``, unless the answer was lost: on a full disk, not for want of a reader.
+
+    What a run says is not what it makes, so it has not failed.
+    """
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    lost = getattr(sys.stdout, "lost", None)
+    if code or not isinstance(lost, OSError) or lost.errno == errno.EPIPE:
+        return code
+    failed = _fail(
+        f"standard output: expected a place that can be written, got {lost.strerror}; mend that first"
+    )
+    return 0 if args[:1] and args[0] in _RUNS else failed
 
 
 def _out_of_memory(error: Exception) -> bool:

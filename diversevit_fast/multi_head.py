@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .errors import UnsupportedError
 from .ops import attention
 from .ops.packed_attention import taken_apart
-from .unfused import masked_softmax
+from .unfused import Unfused, masked_softmax
 
 Project = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 """(which of "qkv" it makes, x, weight, bias) -> the linear layer's output."""
@@ -27,19 +27,25 @@ def _plain(roles: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return F.linear(x, weight, bias)
 
 
+def _attention(by: Callable[..., Tensor] | None, *qkv: Any, **options: Any) -> Tensor:
+    return (by or attention)(*qkv, **options)
+
+
 def multi_head_attention(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     project: Project = _plain,
-    attend: Callable[..., Tensor] = attention,
+    attend: Callable[..., Tensor] = _attention,
 ) -> tuple[Tensor, Tensor | None]:
     """What ``F.multi_head_attention_forward(*args, **kwargs)`` returns.
 
     Where ``query is key is value`` the projection is one product, whose output ``[B, N, 3 H d]`` is what
-    ``project`` returns; else there is one for each. ``attend`` is called as SDPA is, on ``[B, H, N, d]``.
+    ``project`` returns; else there is one for each. ``attend`` is given what is to compute attention, None
+    for whatever it likes, and then called as SDPA is, on ``[B, H, N, d]``.
 
     With ``need_weights`` the weights are computed beside the output: N x N memory, as PyTorch's. Where a
-    query may attend to nothing they are zero, as attention's output is, and not NaN.
+    query may attend to nothing they are zero, as attention's output is, and not NaN. Of a dropout
+    they are what it left, from which the output is then computed.
 
     Raises:
         UnsupportedError: ``bias_k``, ``bias_v``, ``add_zero_attn``, ``static_k`` or ``static_v``.
@@ -57,9 +63,11 @@ def multi_head_attention(
     mask = _mask(call, q, k)
     causal = call.is_causal and call.key_padding_mask is None and not call.need_weights
     dropout = call.dropout_p if call.training else 0.0
-    heads = attend(q, k, v, attn_mask=None if causal else mask, dropout_p=dropout, is_causal=causal)
+    dropped = Unfused(partial(F.dropout, p=dropout)) if call.need_weights and dropout else None
+    options = {"attn_mask": None if causal else mask, "is_causal": causal}
+    heads = attend(dropped, q, k, v, dropout_p=0.0 if dropped else dropout, **options)
     out = F.linear(heads.transpose(1, 2).flatten(2), call.out_proj_weight, call.out_proj_bias)
-    weights = _weights(call, q, k, mask) if call.need_weights else None
+    weights = _weights(call, q, k, mask, dropped) if call.need_weights else None
     if not batched:
         return out[0], None if weights is None else weights[0]
     return out.transpose(0, 1), weights
@@ -114,7 +122,11 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -torch.inf)
 
 
-def _weights(call: Any, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    weights = masked_softmax(scores, mask, partial(F.softmax, dim=-1))
+def _weights(
+    call: Any, q: Tensor, k: Tensor, mask: Tensor | None, dropped: Unfused | None
+) -> Tensor:
+    weights = dropped and dropped.weights
+    if weights is None:
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        weights = masked_softmax(scores, mask, partial(F.softmax, dim=-1))
     return weights.mean(1) if call.average_attn_weights else weights

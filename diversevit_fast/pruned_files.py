@@ -72,7 +72,8 @@ def load_pruned(model: nn.Module, path: StrPath) -> nn.Module:
     """Prune ``model`` as the saved one was and load its weights.
 
     A model that is pruned alike already is loaded into as it is. If anything does not fit, ``model``
-    stays as it was. Pruning makes new parameters: build the optimizer afterwards.
+    stays as it was. Pruning makes new parameters: build the optimizer, and DDP,
+    afterwards.
 
     Args:
         model: of the architecture and dtype that was saved, on any device; its weights do not matter.

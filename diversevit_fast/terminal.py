@@ -63,20 +63,17 @@ class Steady:
 
     def _write(self, text: str) -> None:
         encoding = getattr(self._stream, "encoding", None)
-        try:
-            if encoding is not None:  # else it holds text, not bytes
-                text.encode(encoding)
-        except UnicodeEncodeError:
-            raw = text.encode(encoding, _DEGRADE)
-            buffer = getattr(self._stream, "buffer", None)
-            if buffer is None:
-                self._stream.write(raw.decode(encoding, "replace"))
-                return
-            self._stream.flush()
-            buffer.write(raw)
-            buffer.flush()
-        else:
+        if encoding is None or _fits(text, encoding):  # without one it holds text, not bytes
             self._stream.write(text)
+            return
+        raw = text.encode(encoding, _DEGRADE)
+        buffer = getattr(self._stream, "buffer", None)
+        if buffer is None:
+            self._stream.write(raw.decode(encoding, "replace"))
+            return
+        self._stream.flush()
+        buffer.write(raw)
+        buffer.flush()
 
 
 def steady(stream: Any) -> Any:
@@ -107,6 +104,14 @@ def steady_console(console: Any) -> Iterator[Any]:
         yield console
     finally:
         console._file = before
+
+
+def _fits(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _degrade(failure: UnicodeError) -> tuple[str | bytes, int]:

@@ -6,6 +6,7 @@ their place, would silently not run. So where one of them is watched, attention 
 same steps. It has derivatives of any order, and N x N memory.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +19,22 @@ _INERT = (nn.Dropout, nn.Identity, nn.Softmax)
 
 
 class Unfused:
-    """Attention of one module, called as ``F.scaled_dot_product_attention`` is."""
+    """Attention in steps, called as ``F.scaled_dot_product_attention`` is.
 
-    def __init__(self, module: nn.Module):
-        self._softmax: Any = getattr(module, "softmax", None) or nn.Softmax(-1)
-        self._drop: Any = getattr(module, "attn_drop", None) or nn.Identity()
+    Attributes:
+        weights: of the last call, ``[B, H, Nq, Nk]``, as they met the values.
+    """
+
+    def __init__(self, drop: Callable[[Tensor], Tensor], softmax: Any = None):
+        self._softmax: Any = softmax or nn.Softmax(-1)
+        self._drop = drop
+        self.weights: Tensor | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Unfused":
+        """With the modules that ``module`` has for it."""
+        drop: Any = getattr(module, "attn_drop", None)
+        return cls(drop or nn.Identity(), getattr(module, "softmax", None))
 
     def __call__(
         self,
@@ -35,13 +47,14 @@ class Unfused:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """``[B, H, Nq, d]`` to ``[B, H, Nq, dv]``; what is dropped is the module's affair."""
+        """``[B, H, Nq, d]`` to ``[B, H, Nq, dv]``; what is dropped is not ``dropout_p``'s affair."""
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
         scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
         if is_causal:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        return self._drop(masked_softmax(scores, attn_mask, self._softmax)) @ v
+        self.weights = self._drop(masked_softmax(scores, attn_mask, self._softmax))
+        return self.weights @ v
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None, softmax: Any) -> Tensor:

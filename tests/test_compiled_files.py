@@ -25,6 +25,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "home" / "kept"
     monkeypatch.setenv("DIVERSEVIT_CACHE_DIR", str(path))
     monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setattr(native, "_FLAGS", ("-O0", *native._FLAGS[1:]))  # quick to compile
     monkeypatch.setattr(compiled_files, "_warned", False)
     monkeypatch.setattr(commands, "_hung", [])
     return path

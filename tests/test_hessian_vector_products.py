@@ -405,6 +405,24 @@ def test_a_model_inside_a_context(vit, context, way):
     torch.testing.assert_close(_flattened(got), _flattened(wanted))
 
 
+@pytest.mark.parametrize("way", ["hvp", "derivative_of_jvp"])
+def test_all_parameters_of_a_model(way):
+    model = timm_vit(depth=1)
+    diversity, images = dvf.HeadDiversity(model), images_for(model, 2)
+    names, values = zip(*((n, p.detach()) for n, p in model.named_parameters()), strict=True)
+
+    def loss(*values: Tensor) -> Tensor:
+        with diversity:
+            logits = functional_call(model, dict(zip(names, values, strict=True)), images)
+        return F.cross_entropy(logits, labels_for(images))[None]
+
+    with Formulas():
+        got = WAYS[way](loss, values)
+        with dvf.use_backend("reference"):
+            wanted = WAYS[way](loss, values)
+    torch.testing.assert_close(_flattened(got), _flattened(wanted))
+
+
 def _penalised(model: nn.Module, wrt: str) -> tuple[Function, tuple[Tensor, ...]]:
     """Cross-entropy and penalty as a function of the classifier's parameters."""
     diversity, images = dvf.HeadDiversity(model, layers="all", wrt=wrt), images_for(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vits import diverse_vit, images_for
 
 import diversevit_fast as dvf
+from diversevit_fast.integrations import huggingface
 from diversevit_fast.integrations.timm import Attention
 
 EXPORTERS = {"dynamo": True, "torchscript": False}
@@ -88,9 +89,21 @@ def _timm() -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", attn_layer=Attention, num_classes=5, **sizes)
 
 
+def _transformers() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 24, "intermediate_size": 32}
+    config = ViTConfig(num_hidden_layers=2, num_attention_heads=3, num_labels=5, **sizes)
+    config._attn_implementation = huggingface.register()
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config)
+    return Module(lambda images: model(images).logits, model)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "DiverseViT": (lambda: diverse_vit().float(), (3, 3, 16, 8)),
     "timm": (_timm, (3, 3, 16, 16)),
+    "transformers": (_transformers, (3, 3, 16, 16)),
     "MultiHeadAttention": (lambda: dvf.nn.MultiHeadAttention(8, 2, head_dim=3), (3, 5, 8)),
     "LayerNorm": (lambda: dvf.nn.LayerNorm((5, 8)), (3, 5, 8)),
     "GELU": (dvf.nn.GELU, (3, 5)),

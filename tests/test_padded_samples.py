@@ -125,3 +125,30 @@ def test_an_encoder_of_padded_samples(kind, context):
     assert torch.isfinite(grad).all()
     if grad.requires_grad:
         assert all(torch.isfinite(t).all() for t in torch.autograd.grad(grad.sin().sum(), x))
+
+
+@pytest.mark.parametrize("average", [True, False], ids=["mean", "each head"])
+@pytest.mark.parametrize("context", [dvf.HeadDiversity, dvf.capture_heads, None])
+def test_weights_after_dropout_are_those_that_were_used(context, average):
+    """As PyTorch's: the same output and weights from the same state of the generator."""
+    model = Reader(average, dropout=0.5).double().train()
+    if context is None:  # not a chosen layer: beside one
+        model.other = Reader(dropout=0.0).double()
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(4, TOKENS, WIDTH, generator=g, dtype=torch.float64)
+    torch.manual_seed(2)
+    expect = [model(x), model.weights]
+    theirs = gradients(model, expect[0].sin().sum() + expect[1].square().sum())
+    around = dvf.HeadDiversity(model) if context is None else context(model)
+    with around:
+        if context is None:
+            model.other(x)
+        torch.manual_seed(2)
+        ours = [model(x), model.weights]
+    for a, b in zip(ours, expect, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(
+        gradients(model, ours[0].sin().sum() + ours[1].square().sum()), theirs, strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    assert (expect[1] == 0).any() or average

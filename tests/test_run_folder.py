@@ -161,7 +161,9 @@ class TestDamage:
             whole = path.read_bytes()
             for at in range(0, len(whole), len(whole) // 12):
                 flip(path, at)
-                assert re.search(rf"{path}.*, got a damaged one.*delete it", refused(folder)), at
+                assert re.search(
+                    rf"{path}.*, got a damaged one.*delete it with its folder", refused(folder)
+                ), at
                 path.write_bytes(whole)
             path.unlink()
             assert re.search(rf"{path}.*, got nothing there", refused(folder))

@@ -100,6 +100,19 @@ def test_a_closed_pipe_changes_no_exit_code(monkeypatch):
     assert left.value.code == 0
 
 
+@pytest.mark.parametrize(("command", "code"), [("--help", 2), ("run", 0)])
+def test_an_answer_that_is_lost_is_said(command, code, monkeypatch, capsys):
+    """A run's messages are not what it makes."""
+    monkeypatch.setattr(sys, "stdout", Broken(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == code
+    said = (
+        "error: standard output: expected a place that can be written, got No space left on device"
+    )
+    assert capsys.readouterr().err == f"{said}; mend that first\n"
+
+
 def test_a_console_of_the_callers():
     console = pytest.importorskip("rich.console").Console(
         file=Broken(BrokenPipeError(errno.EPIPE, "gone"))

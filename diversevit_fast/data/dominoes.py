@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from ..errors import UsageError, expected
 
 SPLITS = ("train", "val_id", "val_ood", "test_id", "test_ood")
+IMAGE_SIZE = (64, 32)  # a digit of 32 x 32 pixels above a photograph of as many
 ID_CORRELATION, OOD_CORRELATION = 0.9, 0.5
 
 

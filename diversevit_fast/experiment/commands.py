@@ -65,6 +65,8 @@ def run(
 ) -> None:
     """The experiment end to end: train ERM and DiverseViT, select heads, write a report."""
     if resume is not None:
+        if not is_path(resume):
+            raise expected("resume", "the folder of a run", repr(resume), "name it")
         given = [name for name, value in ctx.params.items() if value is not None]
         if len(given) > 1:
             others = ", ".join(f"--{name.replace('_', '-')}" for name in given if name != "resume")
@@ -239,6 +241,8 @@ def _start(options: dict[str, Any], config: str | None, out: str | None) -> None
     from .run import run
 
     settings = resolve(options, config)
+    if out is not None and not is_path(out):
+        raise expected("out", "the name of a folder", repr(out), "name it, or leave it out")
     _work(lambda console: run(settings, out, console=console))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import backends
+from ..data.dominoes import IMAGE_SIZE, Dominoes
 from ..errors import expected
 from ..models import DiverseViT
 from ..models.restore import skeleton
@@ -91,15 +92,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def check_model(settings: Settings, dataset: Any, device: torch.device) -> None:
+def check_model(settings: Settings, device: torch.device, samples: int = 1) -> None:
     """Refuse a model whose training a device can never hold, before anything of it is made.
+
+    Args:
+        samples: of the training data, as far as they are known.
 
     Raises:
         UsageError: sizes that make no model, or the device's whole memory is less than the least it takes.
     """
-    given = {"image_size": tuple(dataset.image_size), "num_classes": dataset.num_classes}
+    given = {"image_size": IMAGE_SIZE, "num_classes": Dominoes.num_classes}
     config = skeleton(DiverseViT, {**given, **settings.model}).config
-    needed = training_bytes(config, min(settings.batch_size, len(dataset)))
+    needed = training_bytes(config, min(settings.batch_size, samples))
     there = _memory_of(device)
     if there is not None and needed > there:
         wanted = f"a model that fits {device.type}'s memory of {there / 1e9:.0f} GB"

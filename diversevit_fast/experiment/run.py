@@ -197,6 +197,7 @@ def _prepare(
     settings: Settings, ranks: OneProcess, threads: int | None
 ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
     """The data, the same on every rank, and their fingerprints; refuses what cannot be trained."""
+    ranks.together(lambda: check_model(settings, ranks.device))
     if settings.download:
         ranks.on_first(lambda: _load(settings) and None)  # one fetches, the others find the files
 
@@ -204,7 +205,7 @@ def _prepare(
         _require_extras(settings)
         check_threads(threads or 1)
         splits = _load(settings)
-        check_model(settings, splits["train"], ranks.device)
+        check_model(settings, ranks.device, len(splits["train"].labels))
         rehearsal = State.fresh(settings, Task("diversevit", 0), splits["train"], ranks.device)
         head_diversity(settings, rehearsal.model)
         return splits, {name: fingerprint(dataset) for name, dataset in splits.items()}

@@ -32,6 +32,7 @@ from .files import digest_of
 from .state import State, Task, foreign, read, write_content
 
 _HISTORY = "history.pt"
+_WHOLE = "it with its folder"
 
 
 def save(state: State, settings: Settings, task: Task, folder: Path, ranks: OneProcess) -> None:
@@ -95,7 +96,7 @@ def restore(
 
     def check() -> None:
         _check_there(last / _HISTORY)
-        history = read(last / _HISTORY)
+        history = read(last / _HISTORY, _WHOLE)
         state.accept(history, settings, task, last)
         if "files" in history:
             _check_files(last, history["files"], ranks)
@@ -134,12 +135,16 @@ def _check_files(folder: Path, files: dict[str, str], ranks: OneProcess) -> None
         path = folder / name
         _check_there(path)
         if digest_of(path) != files[name]:
-            raise foreign(path, "a damaged one, which does not fit its checksum")
+            raise _foreign(path, "a damaged one, which does not fit its checksum")
+
+
+def _foreign(path: Path, got: str) -> UsageError:
+    return foreign(path, got, _WHOLE)
 
 
 def _check_there(path: Path) -> None:
     if not there(path):
-        raise foreign(path, "nothing there")
+        raise _foreign(path, "nothing there")
 
 
 def _refused(failure: CheckpointException, folder: Path, doing: Any) -> UsageError:
@@ -214,4 +219,4 @@ def _check_metadata(folder: Path) -> None:
     except UsageError:
         raise
     except Exception as failure:  # on a damaged file the unpickler can raise anything
-        raise foreign(path, type(failure).__name__) from None
+        raise _foreign(path, type(failure).__name__) from None

@@ -150,10 +150,11 @@ def write_content(path: Path, content: dict[str, Any]) -> None:
     write_sealed(path, file.getvalue())
 
 
-def read(path: Path) -> Any:
+def read(path: Path, what: str = "it") -> Any:
     """What ``write_content`` wrote to ``path``; only tensors and plain values are unpickled.
 
-    A file of before there were checksums is held against those that its parts have.
+    ``what`` is to be deleted if it is damaged. A file of before there were checksums is held against
+    those that its parts have.
 
     Raises:
         UsageError: the file cannot be read, or is damaged.
@@ -161,7 +162,7 @@ def read(path: Path) -> Any:
     try:
         data, sealed = read_sealed(path)
     except DamagedError:
-        raise foreign(path, "a damaged one, which does not fit its checksum") from None
+        raise foreign(path, "a damaged one, which does not fit its checksum", what) from None
     try:
         if not sealed:
             _check_parts(data)
@@ -173,9 +174,9 @@ def read(path: Path) -> Any:
         if out_of_memory(failure):
             with reading(path):
                 raise MemoryError from None
-        raise foreign(path, _unreadable(failure, sealed)) from None
+        raise foreign(path, _unreadable(failure, sealed), what) from None
     if not sealed and isinstance(content, dict) and content.get("format") == _FORMAT:
-        raise foreign(path, "a damaged one, without its checksum")
+        raise foreign(path, "a damaged one, without its checksum", what)
     return content
 
 
@@ -191,9 +192,9 @@ def _unreadable(failure: Exception, sealed: bool) -> str:
     return f"a damaged one ({type(failure).__name__})"
 
 
-def foreign(path: Path, got: str) -> UsageError:
-    """The error for a checkpoint that this training cannot continue from."""
-    cure = "delete it to train that seed from the start, then resume again"
+def foreign(path: Path, got: str, what: str = "it") -> UsageError:
+    """The error for a checkpoint that this training cannot continue from; deleting ``what`` helps."""
+    cure = f"delete {what} to train that seed from the start, then resume again"
     return expected("checkpoint", f"an intact one of this run in {path}", got, cure)
 
 

@@ -40,7 +40,7 @@ class Attention(_layers.Attention):
         B, N, _ = x.shape
         q, k, v = taken_apart(self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim))
         # inside a context fused_attn is True: that asks again when it sees the call
-        attend = Unfused(self) if not self.fused_attn and watched(self) else attention
+        attend = Unfused.of(self) if not self.fused_attn and watched(self) else attention
         heads = attend(
             *(self.q_norm(q), self.k_norm(k), v),
             attn_mask=attn_mask,

@@ -75,10 +75,8 @@ def _chosen() -> Path:
         return path
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # to be ignored, says its specification
-        home = (
-            os.path.expanduser("~") if os.environ.get("HOME", "~") else ""
-        )  # set to nothing: none
-        base = os.path.join(home, ".cache")
+        homeless = os.environ.get("HOME") == ""  # which expanduser takes for the root folder
+        base = "" if homeless else os.path.join(os.path.expanduser("~"), ".cache")
     if not os.path.isabs(base):
         raise OSError(f"there is no home folder; {_CURE}")
     return Path(base) / "diversevit"
