@@ -27,13 +27,9 @@ def attention_scores(
 
 
 def softmax_statistics(s: Tensor) -> tuple[Tensor, Tensor]:
-    """(1a)  P = softmax(S), and [B, H, 2, Nq]: a row's largest score and 1 / sum of exp(S - largest).
-
-    A row that attends to nothing has P = 0, +inf and 1.
-    """
+    """(1a)  P = softmax(S), and [B, H, 2, Nq]: largest scores and shares; of an empty row P = 0, +inf and 1."""
     top = s.detach().amax(-1, keepdim=True)
-    top = top.masked_fill(top == -torch.inf, torch.inf)
-    weight = (s - top).exp()
+    weight = (s - top.masked_fill_(top == -torch.inf, torch.inf)).exp()
     total = weight.sum(-1, keepdim=True)
     total = total.masked_fill(total == 0, 1.0)
     return weight / total, torch.cat((top.mT, 1 / total.mT), -2)
