@@ -29,7 +29,8 @@ def attention_scores(
 def softmax_statistics(s: Tensor) -> tuple[Tensor, Tensor]:
     """(1a)  P = softmax(S), and [B, H, 2, Nq]: largest scores and shares; of an empty row P = 0, +inf and 1."""
     top = s.detach().amax(-1, keepdim=True)
-    weight = (s - top.masked_fill_(top == -torch.inf, torch.inf)).exp()
+    top = top.masked_fill(top == -torch.inf, torch.inf)
+    weight = (s - top).exp()
     total = weight.sum(-1, keepdim=True)
     total = total.masked_fill(total == 0, 1.0)
     return weight / total, torch.cat((top.mT, 1 / total.mT), -2)
