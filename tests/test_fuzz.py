@@ -34,6 +34,7 @@ pytest.importorskip("typer")
 
 from fuzzing import (  # noqa: E402
     QUICK,
+    VALUES,
     changed,
     command_lines,
     commands,
@@ -162,6 +163,16 @@ def test_every_option_is_tried():
     }
     names = {p.name for command in COMMANDS.values() for p in command.params}
     assert {"seed", "threads", "device", "config", "out", "resume", "save"} <= names
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Settings)] + list(MODEL_KEYS))
+def test_every_key_with_every_odd_value(name, original):
+    with a_copy(original) as tmp:
+        for value in VALUES:
+            tree = {"model": {**RUN["model"], name: value}} if name in MODEL_KEYS else {name: value}
+            (tmp / "odd.json").write_text(json.dumps({**RUN, **tree}))
+            check(tmp, ["run", "--config", "odd.json", "--out", "new"])
+            shutil.rmtree(tmp / "new.partial", ignore_errors=True)
 
 
 @QUICK

@@ -15,9 +15,10 @@ from ..files import FileError, reading, writing
 from ..models import DiverseViT
 from .config import Settings
 from .files import DamagedError, out_of_memory, read_sealed, write_sealed
-from .metrics import SELECTED, Row
+from .metrics import COLUMNS, SELECTED, Row
 
 _FORMAT = 2
+_NEEDED = ("method", "seed", "epoch", "split", "heads", "accuracy")  # in every row
 _UNSEALED = 1  # the format that had no checksum
 _NOT_DECISIVE = (
     "methods",
@@ -129,8 +130,24 @@ class State:
         try:
             for name in ("epoch", "rows", "best", "cosines"):
                 setattr(self, name, content[name])
-        except KeyError as failure:
-            raise foreign(path, f"one that does not fit ({type(failure).__name__})") from None
+            fits = _are_rows(self.rows) and type(self.epoch) is int and self.epoch >= 0
+            fits = fits and isinstance(self.best, dict) and isinstance(self.cosines, dict)
+        except KeyError:
+            fits = False
+        if not fits:
+            raise foreign(path, "one that does not fit")
+
+
+def _are_rows(rows: Any) -> bool:
+    """Whether they are those of ``metrics.csv``: names of columns, and values of their kind or none."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and all(
+            k in COLUMNS and (v is None or isinstance(v, (COLUMNS[k], int))) for k, v in row.items()
+        )
+        and all(isinstance(row.get(k), COLUMNS[k]) for k in _NEEDED)
+        for row in rows
+    )
 
 
 def adam(model: nn.Module, settings: Settings, task: Task) -> torch.optim.Optimizer:
