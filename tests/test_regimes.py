@@ -295,3 +295,15 @@ def test_additive_masks_of_transformers():
     truth = to_second_order(with_uniform_rows(where), p.to(torch.float64))
     for name, ours in to_second_order(attend, p).items():
         assert float((ours - truth[name]).abs().max()) <= 1e-5 * float(truth[name].abs().max())
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.7])
+def test_where_one_key_takes_all_nothing_is_left(scale, path):
+    """As in PyTorch: P is 1 to the last bit and dP - D is 0, whatever the scale rounds."""
+    p = saturated(16, 24, 8, 20, False, 0, torch.float32)
+    q, k, v = p.inputs
+    k[:, :, 5] = 0
+    k[:, :, 5, 0], q[..., 0] = 30.7, 13.1 / scale
+    q, k = (x.requires_grad_() for x in (q, k))
+    out = dvf.attention(q, k, v, scale=scale)
+    assert all(float(g.abs().max()) == 0 for g in torch.autograd.grad(out, (q, k), p.do))

@@ -196,11 +196,6 @@ template <class V> struct Sum {
         sum = next;
     }
     V value() const { return sum + lost; }
-    // The mean, of weights that sum up to ``all``; good to an ulp where products and sums are fused.
-    V over(const Sum& all) const {
-        const V whole = all.sum == V{} ? V{} + 1 : all.sum, mean = sum / whole;
-        return mean + (sum - mean * whole + (lost - mean * all.lost)) / whole;
-    }
 };
 
 // Keys 0 to ``keys`` in short runs, each summed by itself before it joins a Sum: what a row sums is good to an ulp.
@@ -230,7 +225,7 @@ template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* t
             Vector<T> some{}, p[DEPTH<S>];
             for (ptrdiff_t j = first; j < end; j += DEPTH<S>) {
                 for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                    p[u] = exponential(on_its_own<T>(load(s.at(j + u, i)) * factor) - top);
+                    p[u] = exponential(load(s.at(j + u, i)) * factor - top);
                     some += p[u];
                 }
                 s.put(j, i, p);
@@ -338,7 +333,7 @@ template <class S> void slope(const Block& t, const T<S>* tops, T<S> factor, Til
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
             Vector<T> some{}, some_delta{};
             for (ptrdiff_t j = first; j < end; j++) {
-                const Vector<T> x = exponential(on_its_own<T>(load(s.at(j, i)) * factor) - top);
+                const Vector<T> x = exponential(load(s.at(j, i)) * factor - top);
                 store(s.at(j, i), x);
                 some += x;
                 some_delta += x * load(dp.at(j, i));
@@ -346,7 +341,7 @@ template <class S> void slope(const Block& t, const T<S>* tops, T<S> factor, Til
             all += some;
             deltas += some_delta;
         });
-        const Vector<T> share = share_of(all.value()), delta = deltas.over(all);
+        const Vector<T> share = share_of(all.value()), delta = deltas.value() * share;
         for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
                 p[u] = load(s.at(j + u, i)) * share;
@@ -390,7 +385,7 @@ void curvature(const Block& t, const T<S>* tops, T<S> factor, T<S> scale, Tile<S
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
             Vector<T> some{}, some_delta{}, some_mean{};
             for (ptrdiff_t j = first; j < end; j++) {
-                const Vector<T> w = exponential(on_its_own<T>(load(s.at(j, i)) * factor) - top);
+                const Vector<T> w = exponential(load(s.at(j, i)) * factor - top);
                 store(s.at(j, i), w);
                 some += w;
                 some_delta += w * load(dp.at(j, i));
@@ -400,7 +395,7 @@ void curvature(const Block& t, const T<S>* tops, T<S> factor, T<S> scale, Tile<S
             deltas += some_delta;
             means += some_mean;
         });
-        const Vector<T> share = share_of(all.value()), delta = deltas.over(all), mean = means.over(all);
+        const Vector<T> share = share_of(all.value()), delta = deltas.value() * share, mean = means.value() * share;
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
             Vector<T> some{};
             for (ptrdiff_t j = first; j < end; j += DEPTH<S>) {

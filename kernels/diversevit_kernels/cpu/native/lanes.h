@@ -155,21 +155,11 @@ template <bool SECOND, class E> inline Vector<E> zip(Vector<E> a, Vector<E> b) {
     return zip<SECOND, E>(a, b, std::make_index_sequence<LANES<E>>{});
 }
 
-// x, rounded: a product is not fused with the sum it goes into.
-template <class T> inline Vector<T> on_its_own(Vector<T> x) {
-#if defined(__x86_64__)
-    asm("" : "+v"(x));
-#elif defined(__aarch64__)
-    asm("" : "+w"(x));
-#endif
-    return x;
-}
-
 // exp(x) for x <= 88: 2 to the power of x / log 2, by its integer part and a polynomial in the rest (off by 2e-9).
 // Off by a few ulps of 1 + |x|, as any rounding of x makes it. Below -87.3 it is 0; NaN stays NaN.
 inline Vector<float> exponential(Vector<float> x) {
     constexpr float magic = 12582912.0f, scale = 1.44269504f;  // 1.5 * 2^23: adding it rounds to an integer
-    const Vector<float> shifted = x * scale + magic, n = shifted - magic, f = (x * scale - n) + x * 1.92596299e-8f;
+    const Vector<float> shifted = x * scale + magic, n = shifted - magic, f = x * scale - n;
     Vector<float> y = f * 0.000153458094f + 0.00133999312f;
     y = y * f + 0.00961848897f;
     y = y * f + 0.0555032878f;
