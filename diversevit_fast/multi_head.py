@@ -117,8 +117,9 @@ def _mask(call: Any, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in their own dtype: a large one that masks would be -inf in another."""
     if mask.dtype != torch.bool:
-        return mask.to(dtype)
+        return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -torch.inf)
 
 

@@ -62,13 +62,15 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, softmax: Any) -> Tensor:
 
     Args:
         mask: bool (True: attend) or added to the scores; where it is -inf, do not attend.
+            Of a wider dtype than the scores, it is added in its own; the weights are in theirs.
     """
     if mask is None:
         return softmax(scores)
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
     nowhere = (mask.detach() == -torch.inf).all(-1, keepdim=True)
-    return softmax((scores + mask).masked_fill(nowhere, 0.0)).masked_fill(nowhere, 0.0)
+    weights = softmax((scores + mask).masked_fill(nowhere, 0.0)).masked_fill(nowhere, 0.0)
+    return weights.to(scores.dtype)
 
 
 def watched(module: nn.Module, dropout_p: float | None = None) -> bool:

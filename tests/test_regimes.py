@@ -307,3 +307,70 @@ def test_where_one_key_takes_all_nothing_is_left(scale, path):
     q, k = (x.requires_grad_() for x in (q, k))
     out = dvf.attention(q, k, v, scale=scale)
     assert all(float(g.abs().max()) == 0 for g in torch.autograd.grad(out, (q, k), p.do))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["mask", "trained mask"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_least_float64_is_finite_in_scores_of_float32(dtype, trained, path):
+    p = saturated(9, 13, 8, 5, False, 0, dtype)
+    where, mask = masked("one row", None, 9, 13, torch.float64)
+    if trained:
+        p = Problem([*p.inputs, mask], p.do, [*p.dd, torch.ones_like(mask)])
+    ours = to_second_order(lambda q, k, v, m=mask: dvf.attention(q, k, v, m), p)
+    for name, truth in to_second_order(with_uniform_rows(where), p.to(torch.float64)).items():
+        bound = 40 * torch.finfo(dtype).eps * float(truth.abs().max())
+        assert float((ours[name].double() - truth).abs().max()) <= bound, name
+
+
+class Reads(nn.Module):
+    """PyTorch's multi-head attention and a classifier."""
+
+    def __init__(self, need_weights, dropout):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, dropout=dropout, batch_first=True)
+        self.head, self.need_weights = nn.Linear(8, 3), need_weights
+
+    def forward(self, x, **masks):
+        y, self.weights = self.attn(x, x, x, need_weights=self.need_weights, **masks)
+        return self.head(y.mean(1))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("argument", ["key_padding_mask", "attn_mask"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast"])
+def test_float32_masks_of_multi_head_attention_in_half_precision(kind, argument, need_weights):
+    """Large finite numbers that the model's dtype has only as infinity leave rows uniform all the same."""
+    half = torch.bfloat16 if kind != "float16" else torch.float16
+    torch.manual_seed(0)
+    exact = Reads(need_weights, 0.0).double()
+    model = Reads(need_weights, 0.0)
+    model.load_state_dict(exact.state_dict())
+    model = model if kind == "autocast" else model.to(half)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    mask = torch.zeros(3, 5) if argument == "key_padding_mask" else torch.zeros(5, 5)
+    mask[1] = torch.finfo(torch.float32).min
+
+    def results(model, x, mask):
+        x, diversity = x.clone().requires_grad_(), dvf.HeadDiversity(model)
+        with diversity:
+            logits = model(x, **{argument: mask})
+        penalty = diversity.penalty(logits)
+        (dx,) = torch.autograd.grad(logits.float().sin().sum() + penalty, x)
+        return logits, dx, penalty, *((model.weights,) if need_weights else ())
+
+    with torch.autocast("cpu", half, enabled=kind == "autocast"):
+        ours = results(model, x.to(model.head.weight.dtype), mask)
+    for one, two in zip(ours, results(exact, x, mask.double()), strict=True):
+        assert float((one.double() - two).abs().max().detach()) <= 0.03 * float(
+            two.detach().abs().max()
+        )
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_mask_of_weights_that_are_dropped(half):
+    torch.manual_seed(0)
+    model = Reads(True, 0.5).to(half).train()
+    with dvf.HeadDiversity(model, wrt="output"):
+        logits = model(torch.randn(3, 5, 8).to(half), key_padding_mask=torch.full((3, 5), -1e9))
+    assert logits.dtype == model.weights.dtype == half
+    assert set(model.weights.detach().mul(10).round().flatten().tolist()) <= {0.0, 2.0, 4.0}

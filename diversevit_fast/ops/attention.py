@@ -173,7 +173,7 @@ def attention_operator(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """d0, (1)-(2): ``o`` [B, H, Nq, dv] and ``softmax`` [B, H, 2, Nq], (1a)."""
-    return launch("attention", "forward", q, k, v, mask, is_causal, scale)
+    return launch("attention", "forward", q, k, v, _narrow(mask, q), is_causal, scale)
 
 
 @torch.library.custom_op("diversevit::attention_backward", mutates_args=())
@@ -190,9 +190,8 @@ def attention_backward_operator(
     mask_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d1, (3)-(5): ``dq, dk, dv`` and ``dmask`` (no elements unless ``mask_grad``)."""
-    *grads, dmask = launch(
-        "attention", "backward", q, k, v, mask, o, softmax, do, is_causal, scale, mask_grad
-    )
+    tensors = (q, k, v, _narrow(mask, q), o, softmax, do)
+    *grads, dmask = launch("attention", "backward", *tensors, is_causal, scale, mask_grad)
     return *grads, q.new_empty(0) if dmask is None else dmask
 
 
@@ -218,9 +217,17 @@ def attention_double_backward_operator(
 
     ``dq`` is d1's; None: a kernel that reads it makes it again.
     """
-    tensors = (q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, ddmask)
+    tensors = (q, k, v, _narrow(mask, q), o, softmax, do, dq, ddq, ddk, ddv, ddmask)
     *grads, gmask = launch("attention", "double_backward", *tensors, is_causal, scale, mask_grad)
     return *grads, q.new_empty(0) if gmask is None else gmask
+
+
+def _narrow(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """A float64 mask whose finite numbers stay finite in float32, in which other queries' scores are."""
+    if mask is None or mask.dtype != torch.float64 or q.dtype == torch.float64:
+        return mask
+    largest = torch.finfo(torch.float32).max
+    return torch.where(mask.isinf(), mask, mask.clamp(-largest, largest))
 
 
 def _heads_like(x: Tensor, width: int) -> Tensor:
