@@ -10,6 +10,7 @@ Inside a compiled loss (``compile_loss``) the compiler does not see a changed cl
 runs from its first projection to its output projection, both known by their weights.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -254,6 +255,7 @@ class Attachment:
         then does what somebody watches).
         """
 
+        @functools.partial(functools.update_wrapper, wrapped=base.forward, assigned=(), updated=())
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             plain = super(swapped, module).forward  # pyright: ignore (a class made here)
             if self._thread != _this_thread():

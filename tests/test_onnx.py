@@ -1,5 +1,6 @@
 """ONNX export by both exporters, judged by onnxruntime at other batch sizes than the exported one."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -126,6 +127,7 @@ def test_a_scale_of_the_heads(run):
 CONTEXTS = {
     "keep_heads": lambda model: dvf.keep_heads(model, {2: [0], 1: [1, 3]}),
     "capture_heads": dvf.capture_heads,
+    "HeadDiversity": dvf.HeadDiversity,
 }
 
 
@@ -134,6 +136,19 @@ def test_inside_a_context(context, run):
     model = diverse_vit().float().eval()
     with CONTEXTS[context](model):
         _check(run, model, images_for(model).float())
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_exporters_see_the_arguments_of_the_forward(context):
+    """Inside as outside, by name: what is dynamic is said by them."""
+    model = diverse_vit().float().eval()
+    images, outside = images_for(model).float(), inspect.signature(model.forward)
+    with CONTEXTS[context](model), torch.no_grad():
+        assert inspect.signature(model.forward) == outside
+        shapes = {"images": {0: torch.export.Dim.DYNAMIC}}
+        program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+        more = torch.cat([images, images.flip(0)])
+        torch.testing.assert_close(program.module()(more), model(more))
 
 
 def test_a_pruned_model(run):
