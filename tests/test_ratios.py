@@ -96,7 +96,7 @@ class TestCounts:
         size = 4 * 256 * 256
         found = {what: counts.counts[what] for what in ("traffic", "calls")}
         assert found == {
-            "traffic": size + 2 * size + 4 * 256,
+            "traffic": size + 2 * size + 2 * 4 * 256,
             "calls": 2,
         }  # with randn, which writes
 
