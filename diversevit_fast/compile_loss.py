@@ -8,12 +8,15 @@ gradient and AOTAutograd differentiates through it. That needs
 
 import ast
 import functools
+import hashlib
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from . import ops
 from .attach import open_attachments
 from .errors import UnsupportedError, UsageError, expected
 
@@ -68,7 +71,9 @@ def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Lo
             name = type(contexts[0]).__name__
             raise UnsupportedError(f"compile_loss: called inside `with {name}`; enter it inside fn")
         try:
-            with config.patch(trace_autograd_ops=True):
+            keys: Any = torch.compiler.config
+            tag = f"{keys.cache_key_tag}{_operators()}"
+            with config.patch(trace_autograd_ops=True), keys.patch(cache_key_tag=tag):
                 return compiled(*args, **kwargs)
         except exc.FailOnRecompileLimitHit:
             raise UnsupportedError(
@@ -79,6 +84,16 @@ def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Lo
             raise _in_one_line(failure) from failure
 
     return loss  # pyright: ignore[reportReturnType]
+
+
+@functools.cache
+def _operators() -> str:
+    """Which operators these are: Inductor's cache on disk knows only their names, not what they return.
+
+    Of another version of this library it would hold code for tensors of other shapes.
+    """
+    sources = sorted(Path(ops.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def _in_one_line(failure: Exception) -> Exception:

@@ -21,7 +21,7 @@ def require(module: str, *, extra: str) -> ModuleType:
     """Import an optional dependency, or say which extra installs it.
 
     Raises:
-        UsageError: ``module`` is not installed.
+        UsageError: ``module`` is not installed, or fails when it is imported.
     """
     try:
         return importlib.import_module(module)
@@ -34,3 +34,8 @@ def require(module: str, *, extra: str) -> ModuleType:
             "no such module",
             f'pip install "diversevit-fast[{extra}]"',
         ) from None
+    except (MemoryError, ImportError):
+        raise
+    except Exception as failure:  # say, of a variable of the environment that it reads
+        got = f"{type(failure).__name__}: {failure}"
+        raise expected(module, "a package that can be imported", got, "mend that first") from None

@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 
 from diversevit_fast.cli import main
 from diversevit_fast.data import MNISTCIFAR, mnist_cifar
-from diversevit_fast.errors import UsageError
+from diversevit_fast.errors import UsageError, require
 from diversevit_fast.experiment import Settings, machine, resolve
 from diversevit_fast.models import DiverseViT
 from diversevit_fast.models.sizes import MOST_PARAMETERS, parameters, training_bytes
@@ -285,3 +285,55 @@ except ValueError as error:
         pytest.skip("needs Linux")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "too little memory for it" in run.stdout, run.stderr
+
+
+LAUNCH = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "::",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            {name: value}
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+            for value in ("x", "-1", "")
+        ),
+        *({"MASTER_PORT": port} for port in ("abc", "0", "65536", "1" * 5000, "²")),
+        *({"RANK": "2"}, {"WORLD_SIZE": "0"}),
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_an_environment_that_no_launcher_makes(changes, idle, monkeypatch, capsys):
+    for name, value in {**LAUNCH, **changes}.items():
+        monkeypatch.setenv(name, value)
+    said = refused(["run", "--out", "new"], capsys)
+    assert said.startswith("error: ranks: expected what torchrun sets, got ")
+    assert "; start with torchrun, or unset RANK, WORLD_SIZE" in said
+    assert not list(idle.iterdir())
+
+
+def test_ranks_that_cannot_meet(idle, monkeypatch, capsys):
+    for name, value in LAUNCH.items():
+        monkeypatch.setenv(name, value)
+
+    def fail(_):
+        raise torch.distributed.DistNetworkError("The server socket has failed\nto listen")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    said = refused(["run", "--out", "new"], capsys)
+    assert "ranks: expected the others at :::1, got The server socket has failed; start" in said
+
+
+def test_a_package_that_fails_when_it_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "brittle.py").write_text("int('x')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"^brittle: expected a package that can be imported, got V"
+    ):
+        require("brittle", extra="train")

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import sys
 
 import pytest
 import torch
@@ -377,3 +378,29 @@ class TestRefused:
     )
     def test_bad_arguments(self, call, said):
         refused(UsageError, f"^{said}", call)
+
+
+def test_code_kept_on_disk_is_that_of_these_operators(tmp_path, monkeypatch):
+    """Inductor finds it again by the operators' names alone, of whatever version."""
+    tags = []
+
+    def backend(graph, _):
+        tags.append(torch.compiler.config.cache_key_tag)
+        return graph
+
+    def compiled_once():
+        torch._dynamo.reset()
+        with torch.compiler.config.patch(cache_key_tag="mine"):
+            dvf.compile_loss(lambda x: x.sum(), backend=backend)(torch.ones(2))
+            assert torch.compiler.config.cache_key_tag == "mine"
+
+    compiled_once()
+    compiled_once()
+    (tmp_path / "changed.py").write_text("other = 1\n")
+    monkeypatch.setattr(dvf.ops, "__file__", str(tmp_path / "__init__.py"))
+    loss_module = sys.modules[dvf.compile_loss.__module__]
+    loss_module._operators.cache_clear()
+    compiled_once()
+    loss_module._operators.cache_clear()
+    assert all(tag.startswith("mine") for tag in tags)
+    assert tags[0] == tags[1] != tags[2]

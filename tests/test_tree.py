@@ -63,7 +63,7 @@ ALLOWED = {
         ),
     },
     "diversevit_fast.integrations": {"errors", "ops", "backends", "unfused"},
-    "diversevit_fast.compile_loss": {"attach", "errors"},
+    "diversevit_fast.compile_loss": {"attach", "errors", "ops"},
     "diversevit_fast.pruning": {
         *("attach", "attention_modules", "errors", "indices", "parallel", "support", "swap"),
     },

@@ -29,6 +29,8 @@ from .machine import choose_device
 T = TypeVar("T")
 TORCHRUN = "torchrun --nproc-per-node {} --no-python diversevit"
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+_UNSET = f"start with torchrun, or unset {', '.join(_LAUNCH)} to train in one process"
 _FAREWELL = timedelta(seconds=10)  # the most that a rank waits for rank 0 to say what is wrong
 
 
@@ -205,7 +207,8 @@ def open_ranks(device: str, *, fsdp: bool = False) -> Iterator[OneProcess]:
         fsdp: whether FSDP is asked for, which one process without a launcher cannot do.
 
     Raises:
-        UsageError: a device not there for every rank, or ``fsdp`` without ranks.
+        UsageError: a device not there for every rank, ``fsdp`` without ranks, or an environment that is
+            no launcher's.
     """
     if not launched():
         if fsdp:
@@ -213,9 +216,10 @@ def open_ranks(device: str, *, fsdp: bool = False) -> Iterator[OneProcess]:
             raise expected("fsdp", "several ranks", "one process", cure)
         yield OneProcess(choose_device(device))
         return
+    _check_launch()
     chosen, failure = _attempt(lambda: _own_device(device))
     if not dist.is_initialized():
-        dist.init_process_group(_backends(chosen))
+        _meet(_backends(chosen))
         atexit.register(_leave)
     ranks = Ranks(chosen or torch.device("cpu"))
     try:
@@ -286,6 +290,26 @@ def shard(model: Any, device: torch.device) -> nn.Module:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def _check_launch() -> None:
+    """Refuse variables that no launcher sets so."""
+    texts = [os.environ[name] for name in _NUMBERS]
+    known = all(text.isascii() and text.isdecimal() and len(text) < 10 for text in texts)
+    rank, count, _, port = map(int, texts) if known else (0, 0, 0, 0)
+    if not (rank < count and 0 < port < 2**16):
+        got = ", ".join(f"{name}={os.environ[name][:40]!r}" for name in _NUMBERS)
+        raise expected("ranks", "what torchrun sets", got, _UNSET)
+
+
+def _meet(backends: str) -> None:
+    """Find the other ranks."""
+    try:
+        dist.init_process_group(backends)
+    except (ValueError, RuntimeError) as failure:  # PyTorch's errors of a connection are the latter
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        said = str(failure).partition("\n")[0]
+        raise expected("ranks", f"the others at {place}", said, _UNSET) from None
 
 
 def _attempt(job: Callable[[], T]) -> tuple[T | None, UsageError | None]:

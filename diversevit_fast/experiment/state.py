@@ -2,23 +2,25 @@
 
 import io
 import json
+import math
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UsageError, expected
 from ..files import FileError, reading, writing
 from ..models import DiverseViT
 from .config import Settings
 from .files import DamagedError, out_of_memory, read_sealed, write_sealed
-from .metrics import COLUMNS, SELECTED, Row
+from .metrics import COLUMNS, EVALUATED, SELECTED, Row
 
 _FORMAT = 2
-_NEEDED = ("method", "seed", "epoch", "split", "heads", "accuracy")  # in every row
+_NAMES = ("method", "seed", "epoch", "split", "heads")  # of a row
+_NUMBERS = ("accuracy", "worst_group", "loss")  # in every row
 _UNSEALED = 1  # the format that had no checksum
 _NOT_DECISIVE = (
     "methods",
@@ -100,11 +102,13 @@ class State:
         """
         content = read(path)
         self.accept(content, settings, task, path)
-        try:
-            self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as failure:
-            raise foreign(path, f"one that does not fit ({type(failure).__name__})") from None
+        model, optimizer = content.get("model"), content.get("optimizer")
+        moments = optimizer.get("state") if isinstance(optimizer, dict) else None
+        fresh = self.optimizer.state_dict()["param_groups"]
+        if not _alike(model, self.model.state_dict()) or not _alike(moments, self._moments()):
+            raise foreign(path, "one that does not fit")
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict({"state": moments, "param_groups": fresh})
 
     def history(self, settings: Settings, task: Task) -> dict[str, Any]:
         """All of a checkpoint but the weights and the optimizer's state."""
@@ -123,30 +127,75 @@ class State:
         Raises:
             UsageError: it is none, or another run's.
         """
-        if not isinstance(content, dict) or content.get("format") not in (_FORMAT, _UNSEALED):
+        known = (json.dumps(number) for number in (_FORMAT, _UNSEALED))
+        if not isinstance(content, dict) or repr(content.get("format")) not in known:
             raise foreign(path, "another format")
-        if content.get("run") != _identity(settings, task):
+        held: list[Any] = [content.get(k) for k in ("run", "epoch", "rows", "best", "cosines")]
+        run, epoch, rows, best, cosines = held
+        if not isinstance(run, str) or run != _identity(settings, task):
             raise foreign(path, "the checkpoint of another run")
-        try:
-            for name in ("epoch", "rows", "best", "cosines"):
-                setattr(self, name, content[name])
-            fits = _are_rows(self.rows) and type(self.epoch) is int and self.epoch >= 0
-            fits = fits and isinstance(self.best, dict) and isinstance(self.cosines, dict)
-        except KeyError:
-            fits = False
-        if not fits:
+        if (
+            not _is_epoch(epoch, settings.epochs)
+            or not _are_rows(rows, task, epoch, heads := self.model.config["num_heads"])
+            or not _alike(best, {"epoch": 1, "weights": self.model.state_dict()})
+            or not _is_epoch(best["epoch"], epoch)
+            or not _alike(cosines, dict.fromkeys(("before", "after"), [[0.0] * heads] * heads))
+        ):
             raise foreign(path, "one that does not fit")
+        self.epoch, self.rows, self.best, self.cosines = epoch, rows, best, cosines
+
+    def _moments(self) -> dict[int, dict[str, Tensor]]:
+        """Something like what the optimizer knows of each parameter after a step."""
+        return {
+            i: {"step": torch.zeros(()), "exp_avg": p.detach(), "exp_avg_sq": p.detach()}
+            for i, p in enumerate(self.model.parameters())
+        }
 
 
-def _are_rows(rows: Any) -> bool:
-    """Whether they are those of ``metrics.csv``: names of columns, and values of their kind or none."""
-    return isinstance(rows, list) and all(
-        isinstance(row, dict)
-        and all(
-            k in COLUMNS and (v is None or isinstance(v, (COLUMNS[k], int))) for k, v in row.items()
+def _alike(value: Any, pattern: Any) -> bool:
+    """Whether ``value`` is built as ``pattern``: the same types, keys, lengths, shapes and dtypes."""
+    if isinstance(pattern, Tensor):  # a checkpoint is read into the CPU's memory
+        return (
+            isinstance(value, Tensor)
+            and value.device.type == "cpu"
+            and value.layout == pattern.layout
+            and (value.dtype, value.shape) == (pattern.dtype, pattern.shape)
         )
-        and all(isinstance(row.get(k), COLUMNS[k]) for k in _NEEDED)
-        for row in rows
+    if isinstance(pattern, dict):
+        return (
+            isinstance(value, dict)
+            and value.keys() == pattern.keys()
+            and all(_alike(value[name], pattern[name]) for name in pattern)
+        )
+    if type(value) is not type(pattern):
+        return False
+    return not isinstance(pattern, list) or (
+        len(value) == len(pattern) and all(map(_alike, value, pattern))
+    )
+
+
+def _is_epoch(value: Any, last: int) -> bool:
+    return type(value) is int and 1 <= value <= last
+
+
+def _are_rows(rows: Any, task: Task, epochs: int, heads: int) -> bool:
+    """Whether they are the rows of ``metrics.csv`` of ``task`` after ``epochs`` epochs."""
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
+        return False
+    found = [tuple(row[name] for name in _NAMES) for row in rows]
+    choices = [("train", "all")]
+    choices += [(split, str(i)) for split in EVALUATED for i in ("all", *range(heads))]
+    wanted = [(*vars(task).values(), epoch + 1, *c) for epoch in range(epochs) for c in choices]
+    return sorted(found) == sorted(wanted)
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it has names of columns, and values of their kind or none; its numbers are some."""
+    return (
+        isinstance(row, dict)
+        and all(k in COLUMNS and type(v) in (COLUMNS[k], int, type(None)) for k, v in row.items())
+        and all(type(row.get(k)) is COLUMNS[k] for k in (*_NAMES, *_NUMBERS))
+        and all(math.isfinite(row[k]) for k in _NUMBERS)
     )
 
 
