@@ -91,9 +91,9 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
         run = rows.fused(rows.FORWARD, q, k)
-        p, top, share = rows.forward(run, s.clone())
+        p, softmax = rows.forward(run, s.clone())
 known = [str(w.message) for w in caught if "diversevit" in str(w.message)]
-print(len(known), run is not None, float(share.sum()), *known)
+print(len(known), run is not None, float(softmax.sum()), *known)
 """
 
 

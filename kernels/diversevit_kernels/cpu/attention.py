@@ -93,8 +93,9 @@ class _Loader:
             self._kept[name] = self.scratch.load(name, x[t.b, t.hk])
         return self._kept[name].view(shape)[:, t.keys]
 
-    def statistic(self, x: Tensor, t: _Tile) -> Tensor:
-        return x[t.b, t.h, t.rows].reshape(t.pairs, t.stacked, 1)
+    def largest(self, softmax: Tensor, t: _Tile) -> Tensor:
+        """The largest scores of (1a), [pairs, stacked rows, 1]."""
+        return softmax[t.b, t.h, 0, t.rows].reshape(t.pairs, t.stacked, 1)
 
     def scores(self, name: str, t: _Tile) -> Tensor:
         return self.scratch.get(name, t.pairs, t.stacked, t.keys.stop)
@@ -168,11 +169,10 @@ def attention_forward(
     for t in _tiles(q, k, is_causal):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         s = _scores(load.scores("s", t), load.queries("q", q, t), kt, mask, is_causal, scale, t)
-        p, *statistics = rowwise.forward(run, s)
+        p, statistics = rowwise.forward(run, s)
         ot = torch.bmm(p, vt, out=load.scratch.get("o", t.pairs, t.stacked, v.shape[-1]))
         o[t.b, t.h, t.rows] = _by_head(ot, t)
-        for i, x in enumerate(statistics):
-            softmax[t.b, t.h, i, t.rows] = _by_head(x, t).squeeze(-1)
+        softmax[t.b, t.h, :, t.rows] = _by_head(statistics, t).mT
     return o, softmax
 
 
@@ -207,9 +207,7 @@ def attention_backward(
         qt, dot = load.queries("q", q, t), load.queries("do", do, t)
         s = _scores(load.scores("p", t), qt, kt, mask, is_causal, scale, t)
         dp = torch.bmm(dot, vt.mT, out=load.scores("ds", t))
-        p, ds = rowwise.backward(
-            run, s, load.statistic(softmax[:, :, 0], t), dp, partial(load.scores, t=t)
-        )
+        p, ds = rowwise.backward(run, s, load.largest(softmax, t), dp, partial(load.scores, t=t))
 
         dvt, dkt = load.accumulator("dv", v, t), load.accumulator("dk", k, t)
         load.add(dvt, p, dot, t)
@@ -272,9 +270,7 @@ def attention_double_backward(
         x = _score_cotangent(load, t, qt, kt, a, b, ddmask, scale)
         y = None if c is None else torch.bmm(dot, c.mT, out=load.scores("y", t))
         buffer = partial(load.scores, t=t)
-        p, ds, e, r = rowwise.double_backward(
-            run, s, load.statistic(softmax[:, :, 0], t), dp, x, y, buffer
-        )
+        p, ds, e, r = rowwise.double_backward(run, s, load.largest(softmax, t), dp, x, y, buffer)
 
         gkt, gvt = load.accumulator("gk", k, t), load.accumulator("gv", v, t)
         load.add(gkt, r, qt, t, alpha=scale)

@@ -4,7 +4,7 @@ Inductor compiles each rung's part to one formula, a few passes over rows that a
 (``inductor``). Where a formula is not compiled, or a cotangent is absent, the same is done in place, operator by
 operator.
 
-Shapes   tiles s, p, dp, ds, x, y, e, r [pairs, rows, keys]; statistics [pairs, rows, 1].
+Shapes   tiles s, p, dp, ds, x, y, e, r [pairs, rows, keys]; a statistic [pairs, rows, 1].
 Dtypes   the accumulation dtype; compiled in float32 alone.
 P        is exp(S - top) over its own row sum, (1a); ``top``, the largest score, is +inf where a row attends to nothing.
 """
@@ -21,14 +21,14 @@ Buffer = Callable[[str], Tensor]
 """Scratch memory of a tile's shape, by name."""
 
 
-def _forward(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(1a), (1)-(2): ``p`` of scores [rows, keys], the largest of a row and the share of each of its weights."""
+def _forward(s: Tensor) -> tuple[Tensor, Tensor]:
+    """(1a), (1)-(2): of scores [rows, keys] ``p``, and [rows, 2], the largest and the share of a row's weights."""
     top = s.amax(1, keepdim=True)
     top = torch.where(top == -torch.inf, torch.inf, top)
     p = torch.exp(s - top)
     total = p.sum(1, keepdim=True)
     share = 1 / torch.where(total == 0, 1.0, total)
-    return p * share, top, share
+    return p * share, torch.cat((top, share), 1)
 
 
 def _backward(s: Tensor, top: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,23 +86,16 @@ def _call(run: Function, formula: Formula, *operands: Tensor) -> tuple[Tensor, .
     return tuple(x.view(*operands[0].shape[:2], -1) for x in run(*flat))
 
 
-def forward(run: Function | None, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``p`` and (1a), top and share; ``s`` may be overwritten."""
+def forward(run: Function | None, s: Tensor) -> tuple[Tensor, Tensor]:
+    """``p``, and (1a) [pairs, rows, 2], top and share; ``s`` may be overwritten."""
     if run is not None:
-        p, top, share = _call(run, FORWARD, s)
-        return p, top, share
+        p, softmax = _call(run, FORWARD, s)
+        return p, softmax
     top = s.amax(-1, keepdim=True)
     top.masked_fill_(top == -torch.inf, torch.inf)
-    p, share = _shares(s, top)
-    return p, top, share
-
-
-def _shares(s: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
-    """(1a): ``p`` in place of ``s``, and the share."""
     p = s.sub_(top).exp_()
-    total = p.sum(-1, keepdim=True)
-    share = total.masked_fill_(total == 0, 1.0).reciprocal_()
-    return p.mul_(share), share
+    share = p.sum(-1, keepdim=True).clamp_min_(1.0).reciprocal_()  # less than 1 is 0: an empty row
+    return p.mul_(share), torch.cat((top, share), -1)
 
 
 def backward(
@@ -112,7 +105,8 @@ def backward(
     if run is not None:
         p, ds = _call(run, BACKWARD, s, top, dp)
         return p, ds
-    p, _ = _shares(s, top)
+    p = s.sub_(top).exp_()
+    p /= p.sum(-1, keepdim=True).clamp_min_(0.5)  # 0, or 1 and more but for the rounding of S
     delta = torch.mul(p, dp, out=buffer("e")).sum(-1, keepdim=True)
     return p, dp.sub_(delta).mul_(p)
 
