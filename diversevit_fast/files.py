@@ -144,16 +144,25 @@ def read_bytes(path: StrPath, most: int | None = None) -> bytes:
     Raises:
         FileError: it cannot be read, or has more than ``most`` bytes; that says nothing about its content.
     """
-    with reading(path):
-        # a pipe would be waited for
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(errno.EINVAL, "a device or a pipe")
-            data = file.read() if most is None else file.read(most + 1)
-            if most is not None and len(data) > most:
-                raise OSError(errno.EFBIG, f"more than {most} bytes")
-            return data
+    with reading(path), open_plain(path) as file:
+        data = file.read() if most is None else file.read(most + 1)
+        if most is not None and len(data) > most:
+            raise OSError(errno.EFBIG, f"more than {most} bytes")
+        return data
+
+
+def open_plain(path: StrPath) -> BinaryIO:
+    """The file ``path``, open for reading.
+
+    Raises:
+        OSError: the system refuses, or it is a pipe, which would be waited for, or a device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "a device or a pipe")
+    return file
 
 
 def _new_file(folder: Path) -> tuple[Path, int]:

@@ -28,7 +28,7 @@ from diversevit_fast.experiment import train as training
 from diversevit_fast.experiment.folder import Lock, write_record
 from diversevit_fast.experiment.progress import Progress
 from diversevit_fast.experiment.run import Interrupted
-from diversevit_fast.experiment.state import Task
+from diversevit_fast.experiment.state import Task, write_content
 from diversevit_fast.models import DiverseViT
 
 pytest.importorskip("typer")
@@ -333,6 +333,21 @@ class TestUnreadable:
         path.unlink()
         os.mkfifo(path)
         assert "expected a file that can be read, got a device or a pipe" in refused(stopped)
+
+    def test_nor_one_among_the_files_of_ranks(self, original_of_ranks, tmp_path):
+        folder = shutil.copytree(original_of_ranks, tmp_path / "out.partial")
+        last = folder / f"checkpoints/{TASK}/epoch-000001"
+        for path in sorted(last.iterdir()):
+            whole = path.read_bytes()
+            path.unlink()
+            os.mkfifo(path)
+            assert f"{path}: expected a file that can be read, got a device or a" in refused(folder)
+            path.unlink()
+            path.write_bytes(whole)
+        content = torch.load(last / "history.pt", weights_only=True)
+        for listed in ([], None, {1: "x"}, "x"):
+            write_content(last / "history.pt", {**content, "files": listed})
+            assert "got one that does not fit" in refused(folder)
 
     @pytest.mark.parametrize("name", ["weights.safetensors", "data.npz", "metrics.csv"])
     def test_other_files(self, name, unbroken, tmp_path, monkeypatch, capsys):

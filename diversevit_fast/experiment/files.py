@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..files import read_bytes, reading, write_atomically
+from ..files import open_plain, read_bytes, reading, write_atomically
 
 _MARK = b"\nsha256:"
 _SEAL = len(_MARK) + 64  # at the end of a file, where PyTorch's own reader does not look
@@ -56,7 +56,7 @@ def digest_of(path: Path) -> str:
         FileError: the file cannot be read.
     """
     digest = hashlib.sha256()
-    with reading(path), path.open("rb") as file:
+    with reading(path), open_plain(path) as file:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()

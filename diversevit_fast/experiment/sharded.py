@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ..errors import UsageError
-from ..files import names_in, own_folder, reading, sync_folder, there, writing
+from ..files import names_in, open_plain, own_folder, reading, sync_folder, there, writing
 from .config import Settings
 from .distributed import OneProcess
 from .files import digest_of
@@ -131,6 +131,8 @@ def _tensors(state: State) -> dict[str, Any]:
 
 def _check_files(folder: Path, files: dict[str, str], ranks: OneProcess) -> None:
     """Hold this rank's share of the files against their checksums."""
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files):
+        raise _foreign(folder / _HISTORY, "one that does not fit")
     for name in sorted(files)[ranks.rank :: ranks.count]:
         path = folder / name
         _check_there(path)
@@ -214,7 +216,7 @@ def _check_metadata(folder: Path) -> None:
     """Raise unless the index, which PyTorch unpickles whatever it holds, is an index."""
     path = folder / ".metadata"
     try:
-        with reading(path), path.open("rb") as file:
+        with reading(path), open_plain(path) as file:
             _MetadataOnly(file).load()
     except UsageError:
         raise
