@@ -162,17 +162,13 @@ def _refuse_in_use(model: nn.Module, chosen: Sequence[AttentionLayer]) -> None:
 
 
 def _refuse_shared(model: nn.Module, chosen: Sequence[AttentionLayer]) -> None:
-    """Weights of two attention modules, of which the other one would still need them whole."""
-
-    def weights(layer: AttentionLayer) -> set[nn.Parameter]:
-        return {weight for linear in layer.linear for weight in linear.parameters()}
-
-    uses = Counter(weight for layer in attention_layers(model) for weight in weights(layer))
+    """A linear layer of two attention modules, of which the other one would still need it whole."""
+    uses = Counter(linear for layer in attention_layers(model) for linear in layer.linear)
     for layer in chosen:
-        if any(uses[weight] > 1 for weight in weights(layer)):
+        if any(uses[linear] > 1 for linear in layer.linear):
             raise UnsupportedError(
-                f"prune: {layer.name} shares a linear layer's weights with another attention module, which "
-                "needs them whole; use dvf.keep_heads"
+                f"prune: {layer.name} shares a linear layer with another attention module, which needs it "
+                "whole; use dvf.keep_heads"
             )
 
 

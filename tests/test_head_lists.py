@@ -429,11 +429,6 @@ class TestInUse:
         model.blocks[1].attn.proj = model.blocks[0].attn.proj
         self.refused(model, "shares a linear layer")
 
-    def test_a_weight_tied_between_two_layers(self):
-        model = timm_vit()
-        model.blocks[-2].attn.qkv.weight = model.blocks[-1].attn.qkv.weight
-        self.refused(model, "shares a linear layer's weights")
-
     @pytest.mark.parametrize("name", ["qkv", "proj"])
     @pytest.mark.parametrize("wrapped", ["parametrised", "pruned by torch"])
     def test_weights_that_are_not_the_module_s_own(self, wrapped, name):
