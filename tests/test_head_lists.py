@@ -329,7 +329,15 @@ def interrupted_at(n, code):
     return trace
 
 
-def test_an_interrupt_at_any_line_changes_all_or_nothing(monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_at_any_line_changes_all_or_nothing(monkeypatch, interruptible):
     monkeypatch.setattr(pruning, "warn_of_optimizers", lambda _: None)
     setters = (swap.swap, swap._current, dvf.prune_heads)
     code = [f.__code__ for f in (*setters, nn.Module.__setattr__, nn.Module.register_parameter)]
