@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupts import interrupted_after_an_epoch
 from test_experiment import contents
 
 from diversevit_fast.cli import main
@@ -137,14 +138,7 @@ def undisturbed(quick, tmp_path_factory) -> Path:
 def stopped(quick, tmp_path_factory) -> Path:
     """A run that ended after its first epoch."""
     root = tmp_path_factory.mktemp("stopped")
-    done = Progress.epoch_done
-
-    def stop(self, *arguments):
-        done(self, *arguments)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Progress, "epoch_done", stop)
+    with interrupted_after_an_epoch():
         assert start(root) == 130
     return root / "out.partial"
 

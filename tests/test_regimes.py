@@ -86,15 +86,14 @@ def test_a_probability_that_is_not_normalised_is_seen(dropped, monkeypatch):
         rounded = (s - lse).exp()
         return (rounded if dropped == "own sum" else p * (1 + 2e-6)), right(s)[1]
 
-    def attend(*inputs):
-        return _by_formula(*inputs)
-
     monkeypatch.setattr(reference, "softmax_statistics", unnormalised)
-    ratios = errors_over_eager(attend, problems(torch.float32, 100, False))
+    ratios = errors_over_eager(_by_formula, problems(torch.float32, 100, False))
     with pytest.raises(AssertionError):
         assert_as_exact_as_eager(ratios, 1.3, 2)
     monkeypatch.undo()
-    assert_as_exact_as_eager(errors_over_eager(attend, problems(torch.float32, 100, False)), 1.3, 2)
+    assert_as_exact_as_eager(
+        errors_over_eager(_by_formula, problems(torch.float32, 100, False)), 1.3, 2
+    )
 
 
 class _Formula(torch.autograd.Function):
@@ -136,7 +135,6 @@ def test_the_smallest_saturated_row():
 
 
 VALUES = {
-    "-1e4": -1e4,
     "-1e9": -1e9,
     "least": None,  # of the mask's dtype
 }

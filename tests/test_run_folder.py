@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupts import interrupted_after_an_epoch
 from test_experiment import contents, quiet, rich_console
 
 from diversevit_fast import files
@@ -58,16 +59,8 @@ def start(out: Path | None, **changes) -> Path:
 
 def stop(out: Path, **changes) -> Path:
     """The folder of a run that ended after its first epoch."""
-    done = Progress.epoch_done
-
-    def epoch_done(self, *arguments):
-        done(self, *arguments)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Progress, "epoch_done", epoch_done)
-        with pytest.raises(Interrupted):
-            start(out, **changes)
+    with interrupted_after_an_epoch(), pytest.raises(Interrupted):
+        start(out, **changes)
     return out.with_name(f"{out.name}.partial")
 
 
@@ -75,16 +68,8 @@ def as_ranks_left_it(folder: Path) -> Path:
     """The run in ``folder``, with a checkpoint such as several ranks write; its folder."""
     (folder / f"checkpoints/{TASK}.pt").unlink()
     (folder / f"checkpoints/{TASK}").mkdir()
-    done = Progress.epoch_done
-
-    def epoch_done(self, *arguments):
-        done(self, *arguments)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Progress, "epoch_done", epoch_done)
-        with pytest.raises(Interrupted):
-            resume(folder, console=quiet())
+    with interrupted_after_an_epoch(), pytest.raises(Interrupted):
+        resume(folder, console=quiet())
     return folder / f"checkpoints/{TASK}/epoch-000001"
 
 
