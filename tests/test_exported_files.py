@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-from torch._decomp import decomposition_table
 from vits import diverse_vit, images_for
+
+from diversevit_fast.ops.onnx import DECOMPOSITIONS
 
 LOAD = """
 import sys
@@ -53,7 +54,6 @@ def test_without_the_import_it_is_asked_for(tmp_path, program):
 
 def test_decomposed_it_needs_none(tmp_path, program):
     exported, images, expect = program
-    ours = {op: f for op, f in decomposition_table.items() if str(op).startswith("diversevit.")}
-    decomposed = exported.run_decompositions(ours)
+    decomposed = exported.run_decompositions(DECOMPOSITIONS)
     run = loaded_elsewhere(tmp_path, decomposed, images, expect)
     assert run.stdout == "equal False\n", run.stderr

@@ -16,6 +16,7 @@ from vits import diverse_vit, images_for
 import diversevit_fast as dvf
 from diversevit_fast.integrations import huggingface
 from diversevit_fast.integrations.timm import Attention
+from diversevit_fast.ops.onnx import DECOMPOSITIONS
 
 EXPORTERS = {"dynamo": True, "torchscript": False}
 
@@ -226,6 +227,12 @@ EVERYTHING = {name: (make, (_numbers(*shape),)) for name, (make, shape) in MODEL
 EVERYTHING |= {
     name: (lambda f=f: Module(f), inputs) for name, (f, inputs) in (ATTENTIONS | PENALTIES).items()
 }
+
+
+def test_inductor_finds_no_decomposition_of_our_operators():
+    """Where the variable ``CI`` is set, it would refuse to compile them."""
+    assert len(DECOMPOSITIONS) == 5
+    assert torch._decomp.get_decompositions(list(DECOMPOSITIONS)) == {}
 
 
 @pytest.mark.parametrize("name", ["DiverseViT", "boolean mask", "grouped heads, mask", *PENALTIES])

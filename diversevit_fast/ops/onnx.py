@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+
+DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+"""For ``ExportedProgram.run_decompositions``: what is left runs without this library."""
 
 
 def exporting_to_onnx() -> bool:
@@ -19,8 +22,20 @@ def exporting_to_onnx() -> bool:
 
 
 def decomposes(operator: torch.library.CustomOpDef, formula: Callable[..., Any]) -> None:
-    """In an ``ExportedProgram``, ``operator`` is ``formula`` to the exporter; PyTorch itself leaves it as it is."""
-    register_decomposition(operator._opoverload)(formula)
+    """Of an ``ExportedProgram`` that holds ``operator``, the exporter sees ``formula``.
+
+    Not by way of PyTorch's table of decompositions: where the variable ``CI`` is set, Inductor refuses every
+    operator that stands in it.
+    """
+
+    def traced(mode: Any, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.onnx.is_in_onnx_export():
+            with mode:
+                return formula(*args, **(kwargs or {}))
+        return mode.__torch_dispatch__(operator, types, args, kwargs)
+
+    operator.register_torch_dispatch(ProxyTorchDispatchMode, traced)
+    DECOMPOSITIONS[operator._opoverload] = formula
 
 
 def exported_attention(
