@@ -48,7 +48,7 @@ setup(
     package_data={
         "diversevit_fast": ["py.typed"],
         "diversevit_fast.experiment": ["*.jinja"],
-        "diversevit_kernels.cpu": ["native/*"],
+        "diversevit_kernels.cpu": ["csrc/*"],
     },
     install_requires=["torch>=2.10", "numpy", "triton>=3.6; sys_platform == 'linux'"],
     extras_require={
@@ -61,5 +61,5 @@ setup(
         "dev": DEV,
         "all": DEV,
     },
-    entry_points={"console_scripts": ["diversevit = diversevit_fast.cli:main"]},
+    entry_points={"console_scripts": ["diversevit = diversevit_fast.experiment.cli:main"]},
 )

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .board import Case
-from .providers import ORDERS, PROVIDERS
-from .step_workload import STEPS, StepSpec, step_providers
-from .workload import Spec
+from benchmarks.registry import ORDERS, PROVIDERS
+from benchmarks.runner import Case
+from benchmarks.steps import STEPS, StepSpec, step_providers
+from benchmarks.workloads import Spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16)

@@ -9,7 +9,7 @@
 import pytest
 import torch
 
-from benchmarks.board import Board, Case, ReplayClock, machine
+from benchmarks.runner import Board, Case, ReplayClock, machine
 
 CLOCK = ReplayClock()
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .cases import LONG_TOKENS, TOKENS, operator_cases
+from benchmarks.cases import LONG_TOKENS, TOKENS, operator_cases
 
 ROWS = operator_cases("attention", TOKENS)
 LONG = operator_cases("attention", LONG_TOKENS)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .cases import operator_cases
+from benchmarks.cases import operator_cases
 
 
 @pytest.mark.parametrize("case", operator_cases("gelu"), ids=lambda case: case.id)

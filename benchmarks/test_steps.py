@@ -2,7 +2,7 @@
 
 import pytest
 
-from .cases import step_cases
+from benchmarks.cases import step_cases
 
 
 @pytest.mark.parametrize("case", step_cases("paper step"), ids=lambda case: case.id)

@@ -1,219 +1,137 @@
-"""What the compile report compiles: calls of every stage's host functions at sizes of vision transformers.
+"""One group of benchmark rows: a stage at a shape, dtype and order, its inputs and the right answer.
 
-Tensors are on the meta device, laid out as in a model: q, k, v are views of one qkv projection, outputs
-and their cotangents lie as [B, N, H, d]. Every head width gets the plain case, short (197 tokens: all keys in
-one tile) and long (1025: streamed); everything else is compiled at head width 64.
+d0 is the value; d0+d1 besides its gradients for a cotangent; d0+d1+d2 besides the gradients of these, for
+cotangents of their own, with respect to the inputs and the first cotangent.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .compiling import Workload
-
-STAGES = ("attention", "layer_norm", "gelu", "head_penalty", "routed_head_penalty")
-WIDTHS = (16, 32, 64, 80, 88, 96, 104, 112, 128, 256)
-"""Head widths. 64 also stands for the stages that have none."""
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-_B, _H = 8, 12
-_SHORT, _LONG = 197, 1025
-_SIZES = ((_B, _SHORT), (64, _SHORT), (_B, _LONG))
-"""Batch and tokens: at a batch of 64 the heads alone fill every chip, which changes the launch choice."""
-_BINDING_WIDTH = 128
-"""Up to this head width registers and tensor cores are judged; beyond, the kernel must only compile."""
-
-Function = Callable[..., Any]
-_Cases = Iterator[tuple[str, str, Callable[[Function], object]]]
-"""Rung, case, call."""
+from benchmarks.registry import Job, Provider, eager_of
+from tests.helpers.oracles import assert_within_budget
 
 
-def workloads(stage: str, dtype: str, width: int, quick: bool = False) -> list[Workload]:
-    """All calls of a stage for one dtype and one head width.
+class Spec(NamedTuple):
+    """What a group compares."""
 
-    Stages without heads have their own widths and are listed once, at head width 64.
-    """
-    d = DTYPES[dtype]
-    if stage == "attention":
-        return _named(stage, dtype, width, _attention(d, width, quick))
-    if stage == "routed_head_penalty":
-        return _named(stage, dtype, width, _routed(d, width, quick))
-    if width != 64:
-        return []
-    cases, sizes = _WITHOUT_HEADS[stage]
-    chosen = [n for n in sizes if not quick or n in _QUICK_SIZES]
-    return [w for n in chosen for w in _named(stage, dtype, n, cases(d, n))]
+    stage: str
+    shapes: tuple[tuple[int, ...], ...]  # of the inputs
+    dtype: torch.dtype
+    order: str
+    device: str
+
+    @property
+    def group(self) -> str:
+        shape = "x".join(map(str, self.shapes[0]))
+        return f"{self.stage} {shape} {str(self.dtype).removeprefix('torch.')} {self.order}"
 
 
-def _named(stage: str, dtype: str, width: int, cases: _Cases) -> list[Workload]:
-    binding = stage not in ("attention", "routed_head_penalty") or width <= _BINDING_WIDTH
-    return [Workload(stage, rung, case, dtype, width, call, binding) for rung, case, call in cases]
+@dataclass
+class Tensors:
+    """Inputs and cotangents of one run."""
+
+    inputs: list[Tensor]
+    do: Tensor
+    dd: list[Tensor]
+
+    def to(self, dtype: torch.dtype) -> "Tensors":
+        def leaf(x: Tensor) -> Tensor:
+            return x.detach().to(dtype).requires_grad_()
+
+        dd = [x.to(dtype) for x in self.dd]
+        return Tensors([leaf(x) for x in self.inputs], leaf(self.do), dd)
 
 
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def run(f: Callable[..., Tensor], t: Tensors, order: str) -> tuple[Tensor, ...]:
+    """The results of ``order``, by autograd through ``f``."""
+    if order == "d0":
+        with torch.no_grad():
+            return (f(*t.inputs),)
+    y = f(*t.inputs)
+    if order == "d0+d1":
+        return torch.autograd.grad(y, t.inputs, t.do)
+    inner = torch.autograd.grad(y, t.inputs, t.do, create_graph=True)
+    found = torch.autograd.grad(inner, [*t.inputs, t.do], t.dd, materialize_grads=True)
+    return tuple(found)
 
 
-def _by_token(B: int, H: int, N: int, d: int, dtype: torch.dtype) -> Tensor:
-    """[B, H, N, d] laid out as [B, N, H, d]."""
-    return _empty(B, N, H, d, dtype=dtype).transpose(1, 2)
+def run_compiled(f: Callable[..., Tensor], t: Tensors) -> Job:
+    """d0+d1+d2 as one compiled graph: torch.func.grad of a function that holds torch.func.grad."""
+    which = tuple(range(len(t.inputs)))
+
+    def inner(inputs: Sequence[Tensor], do: Tensor, dd: Sequence[Tensor]) -> Tensor:
+        grads = torch.func.grad(lambda *x: (f(*x) * do).sum(), argnums=which)(*inputs)
+        return torch.stack([(g * d).sum() for g, d in zip(grads, dd, strict=True)]).sum()
+
+    def everything(inputs: list[Tensor], do: Tensor, dd: list[Tensor]) -> tuple[Tensor, ...]:
+        by_input, by_do = torch.func.grad(inner, argnums=(0, 1))(inputs, do, dd)
+        return (*by_input, by_do)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, dynamic=False)
+    inputs, do = [x.detach() for x in t.inputs], t.do.detach()
+    return lambda: compiled(inputs, do, t.dd)
 
 
-def _attention(dtype: torch.dtype, d: int, quick: bool) -> _Cases:
-    for B, n in _SIZES:
-        q, k, v = _projected(B, n, d, dtype)
-        yield from _attention_case(f"plain B={B} N={n}", q, k, v)
-    if not quick:
-        q, k, v = (_empty(_B, _H, _LONG, d, dtype=dtype) for _ in range(3))
-        yield from _attention_case(f"dense B={_B} N={_LONG}", q, k, v)
-    if d != 64 or (quick and dtype != torch.bfloat16):
-        return
-    for B, n in _SIZES[:1] if quick else _SIZES:
-        q, k, v = _projected(B, n, d, dtype)
-        at = f"B={B} N={n}"
-        yield from _attention_case(f"causal {at}", q, k, v, is_causal=True)
-        keys = _empty(B, 1, 1, n, dtype=torch.bool)
-        yield from _attention_case(f"bool mask {at}", q, k, v, mask=keys)
-        bias = _empty(1, _H, n, n, dtype=dtype)
-        yield from _attention_case(f"additive mask {at}", q, k, v, mask=bias, mask_grad=True)
-        yield from _attention_case(f"head scale {at}", q, k, v, head_scale=_empty(_H, dtype=dtype))
-        if quick:
-            continue
-        few_k, few_v = (_by_token(B, _H // 3, n, d, dtype) for _ in range(2))
-        yield from _attention_case(f"4 key heads {at}", q, few_k, few_v)
-        yield from _attention_case(f"class token {at}", q[:, :, :1], k, v)
-        for given in ((True, False, False), (False, True, False), (False, False, True)):
-            name = f"only {('ddq', 'ddk', 'ddv')[given.index(True)]} {at}"
-            every = _attention_case(name, q, k, v, given=given)
-            yield from (case for case in every if case[0] == "double_backward")
-    q, k, v = _projected(1, _SHORT, d, dtype)
-    yield from _attention_case(f"plain B=1 N={_SHORT}", q, k, v)
+class Workload:
+    """The tensors of a ``Spec``; jobs of providers on them; what they must return."""
 
+    def __init__(self, spec: Spec):
+        self.spec = spec
+        generator = torch.Generator(spec.device).manual_seed(0)
 
-def _projected(B: int, N: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as views of one projection [B, N, 3, H, d]."""
-    q, k, v = _empty(B, N, 3, _H, d, dtype=dtype).permute(2, 0, 3, 1, 4)
-    return q, k, v
+        def draw(shape: Sequence[int]) -> Tensor:
+            x = torch.randn(tuple(shape), generator=generator, device=spec.device)
+            return x.to(spec.dtype)
 
+        inputs = [draw(shape) for shape in spec.shapes]
+        with torch.no_grad():
+            y = eager_of(spec.stage)(*inputs)
+        do = draw(y.shape).to(y.dtype).requires_grad_()
+        dd = [draw(shape) for shape in spec.shapes]
+        self.tensors = Tensors([x.requires_grad_() for x in inputs], do, dd)
+        if not do.ndim:
+            self._correlate()
 
-def _attention_case(
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    mask_grad: bool = False,
-    given: tuple[bool, bool, bool] = (True, True, True),
-    head_scale: Tensor | None = None,
-) -> _Cases:
-    """The three rungs; ``given`` says which of ddq, ddk, ddv exist."""
-    dq, dk, dv = (_by_token(*x.shape, dtype=q.dtype) for x in (q, k, v))
-    B, H, n, _ = q.shape
-    o = do = _by_token(B, H, n, v.shape[-1], q.dtype)
-    softmax = _empty(B, H, 2, n, dtype=torch.float32)
-    dd = [x if one else None for x, one in zip((dq, dk, dv), given, strict=True)]
-    ddmask = mask if mask_grad else None
-    options: dict[str, Any] = {"is_causal": is_causal, "scale": q.shape[-1] ** -0.5}
-    if head_scale is not None:
-        options["head_scale"] = head_scale
-    more = {**options, "mask_grad": mask_grad}
-    yield "forward", name, lambda f: f(q, k, v, mask, **options)
-    yield "backward", name, lambda f: f(q, k, v, mask, o, softmax, do, **more)
-    yield (
-        *("double_backward", name),
-        lambda f: f(q, k, v, mask, o, softmax, do, dq, *dd, ddmask, **more),
-    )
+    def _correlate(self) -> None:
+        """Make the cotangents of a scalar's gradients resemble these.
 
+        Else the gradient of the scalar's cotangent, their inner product, cancels to rounding errors
+        that say nothing about a provider.
+        """
+        t = self.tensors.to(torch.float64)
+        gradients = run(eager_of(self.spec.stage), t, "d0+d1")
+        for cotangent, g in zip(self.tensors.dd, gradients, strict=True):
+            cotangent += (g * (g.numel() ** 0.5 / g.norm())).to(cotangent.dtype)
 
-def _layer_norm(dtype: torch.dtype, D: int) -> _Cases:
-    """Parameters in the dtype of x, and in float32 under half x; without; and without some cotangents."""
-    x, row = _empty(_B, _SHORT, D, dtype=dtype), _empty(_B, _SHORT, dtype=torch.float32)
-    for kind in dict.fromkeys((dtype, torch.float32)):
-        w = _empty(D, dtype=kind)
-        name = f"[{_B}, {_SHORT}, {D}] {str(kind).removeprefix('torch.')} parameters"
-        yield "forward", name, partial(_call, x, w, w, 1, 1e-6)
-        yield "backward", name, partial(_call, x, w, row, row, x, 1, True, True)
-        yield "double_backward", name, partial(_call, x, w, row, row, x, x, w, w, 1, True)
-    w, name = _empty(D, dtype=dtype), f"[{_B}, {_SHORT}, {D}] without"
-    yield "forward", f"{name} parameters", partial(_call, x, None, None, 1, 1e-6)
-    yield (
-        *("backward", f"{name} parameter gradients"),
-        partial(_call, x, w, row, row, x, 1, False, False),
-    )
-    yield (
-        *("double_backward", f"{name} ddw, ddb"),
-        partial(_call, x, w, row, row, x, x, None, None, 1, True),
-    )
+    @property
+    def like(self) -> Tensor:
+        return self.tensors.inputs[0]
 
+    def job(self, provider: Provider) -> Job:
+        if provider.compiled:
+            return run_compiled(provider.function, self.tensors)
+        return lambda: run(provider.function, self.tensors, self.spec.order)
 
-def _gelu(dtype: torch.dtype, D: int) -> _Cases:
-    x = _empty(_B, _SHORT, D, dtype=dtype)
-    for approximate in ("none", "tanh"):
-        name = f"[{_B}, {_SHORT}, {D}] {approximate}"
-        yield "forward", name, partial(_call, x, approximate)
-        yield "backward", name, partial(_call, x, x, approximate)
-        yield "double_backward", name, partial(_call, x, x, x, approximate)
+    @cached_property
+    def _judges(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Eager's results in the row's dtype, and in float64 on the same, already rounded inputs."""
+        eager = eager_of(self.spec.stage)
+        exact = run(eager, self.tensors.to(torch.float64), self.spec.order)
+        return run(eager, self.tensors, self.spec.order), exact
 
+    def check(self, results: tuple[Tensor, ...]) -> None:
+        """The gate: at most twice eager's error against float64, or there is no number.
 
-def _call(*args: Any) -> Any:
-    """The last argument is the function: so that ``partial`` can hold the others."""
-    return args[-1](*args[:-1])
-
-
-def _statistics(H: int, granularity: str) -> tuple[Tensor, Tensor]:
-    groups = (_B, _SHORT) if granularity == "token" else (_B,)
-    return _empty(*groups, H, H, dtype=torch.float32), _empty(*groups, H, dtype=torch.float32)
-
-
-def _penalty_case(name: str, H: int, granularity: str, x: tuple, ddx: tuple) -> _Cases:
-    """The three rungs of either penalty; with a gradient of the cosines too where by token."""
-    c, n = _statistics(H, granularity)
-    dp = _empty(dtype=torch.float32)
-    dc = c if granularity == "token" else None
-    after = (granularity, "all", 1e-12)
-    yield "forward", name, partial(_call, *x, *after)
-    yield "backward", name, partial(_call, *x, c, n, dp, None, *after)
-    yield "double_backward", name, partial(_call, *x, c, n, dp, None, *ddx, *after)
-    if dc is not None:
-        yield "backward", f"{name} dcosines", partial(_call, *x, c, n, dp, dc, *after)
-        yield (
-            *("double_backward", f"{name} dcosines"),
-            partial(_call, *x, c, n, dp, dc, *ddx, *after),
-        )
-
-
-def _head_penalty(dtype: torch.dtype, E: int) -> _Cases:
-    for granularity in ("token", "sample"):
-        for H in (3, _H, 17, 40):
-            x = _by_token(_B, H, _SHORT, E, dtype)
-            yield from _penalty_case(f"{granularity} H={H} E={E}", H, granularity, (x,), (x,))
-
-
-def _routed(dtype: torch.dtype, d: int, quick: bool) -> _Cases:
-    for granularity in ("token", "sample") if d == 64 else ("token",):
-        for H in (3, _H, 40) if d == 64 and not quick else (_H,):
-            r = _empty(_B, _SHORT, 3, H, d, dtype=dtype)
-            w = _empty(3, H, d, H * d, dtype=dtype)
-            name = f"{granularity} H={H} D={H * d}"
-            yield from _penalty_case(name, H, granularity, (r, w), (r, w))
-            if d == 64 and not quick:
-                c, n = _statistics(H, granularity)
-                dp, after = _empty(dtype=torch.float32), (granularity, "all", 1e-12)
-                for given, dd in (("ddgrad_qkv", (r, None)), ("ddweight", (None, w))):
-                    yield (
-                        *("double_backward", f"{name} only {given}"),
-                        partial(_call, r, w, c, n, dp, None, *dd, *after),
-                    )
-
-
-_WITHOUT_HEADS: dict[str, tuple[Callable[[torch.dtype, int], _Cases], tuple[int, ...]]] = {
-    "layer_norm": (_layer_norm, (384, 768, 1280)),
-    "gelu": (_gelu, (3072,)),
-    "head_penalty": (_head_penalty, (768,)),
-}
-"""Stages whose width is not a head's: cases and widths."""
-_QUICK_SIZES = (768, 3072)
+        Raises:
+            AssertionError: a result is missing, not finite, or wrong.
+        """
+        eager, exact = self._judges
+        terms = max(map(max, self.spec.shapes))
+        for got, theirs, right in zip(results, eager, exact, strict=True):
+            assert_within_budget(got, theirs, right, terms=terms)

@@ -10,18 +10,18 @@ The pipeline, a file per stage: attention (``ops``) -> ``capture`` -> ``head_gra
 """
 
 from . import data, models, nn
-from .backends import use_backend
-from .capture import capture_heads
-from .compile_loss import compile_loss
-from .diversity import HeadDiversity
+from .attachment.capture import capture_heads
+from .attachment.compile_loss import compile_loss
+from .attachment.support import LayerSupport, supported
 from .errors import UnsupportedError, UsageError
+from .heads.pruned_files import PruningReport, load_pruned, pruning_report, save_pruned
+from .heads.pruning import keep_heads, prune_heads
+from .heads.selection import HeadChoice, select_heads
 from .ops import attention, gelu, head_penalty, layer_norm, routed_head_penalty
-from .pruned_files import PruningReport, load_pruned, pruning_report, save_pruned
-from .pruning import keep_heads, prune_heads
-from .selection import HeadChoice, select_heads
-from .support import LayerSupport, supported
+from .ops.backends import use_backend
+from .ops.warmup import warmup
+from .penalty.head_diversity import HeadDiversity
 from .version import __version__
-from .warmup import warmup
 
 __all__ = [
     "HeadChoice",

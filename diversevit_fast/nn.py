@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedError, expected
-from .head_gradients import Captured, Projected, head_gradients, layer_penalty
 from .ops import attention, gelu, layer_norm
+from .ops.attention_qkvpacked import taken_apart
 from .ops.checks import check_choice
-from .ops.packed_attention import taken_apart
+from .penalty.head_gradients import Captured, Projected, head_gradients, layer_penalty
 
 
 class LayerNorm(nn.LayerNorm):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from diversevit_kernels.cpu import commands, native
+from diversevit_kernels.cpu.runtime import commands, native
 
 PROCESSORS = {
     "128-bit vectors": ("-march=x86-64-v2",),

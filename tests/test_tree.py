@@ -10,88 +10,31 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# layer -> the layers it may import from, besides itself and third parties
+LEAVES = {"errors", "files", "version"}
+"""Modules at the root that anything may import; ``files`` imports ``errors``."""
+
+# folder or module of diversevit_fast -> those it may import from, besides itself and the leaves
 ALLOWED = {
-    "diversevit_kernels": set(),
-    "diversevit_fast.errors": set(),
-    "diversevit_fast.version": set(),
-    "diversevit_fast.terminal": set(),
-    "diversevit_fast.files": {"errors"},
-    "diversevit_fast.reference": set(),
-    "diversevit_fast.backends": {"errors"},
-    "diversevit_fast.warmup": {"backends", "errors"},
-    "diversevit_fast.ops": {"backends", "errors", "reference"},
-    "diversevit_fast.head_gradients": {"errors", "ops"},
-    "diversevit_fast.nn": {"errors", "head_gradients", "ops"},
-    "diversevit_fast.indices": set(),
-    "diversevit_fast.swap": set(),
-    "diversevit_fast.attention_modules": {"errors", "indices"},
-    "diversevit_fast.unfused": {"attention_modules", "errors"},
-    "diversevit_fast.multi_head": {"errors", "ops", "unfused"},
-    "diversevit_fast.support": {"attention_modules", "errors"},
-    "diversevit_fast.self_attention": {"attention_modules", "errors", "head_gradients"},
-    "diversevit_fast.parallel": {"errors"},
-    "diversevit_fast.inner_scale": {"errors"},
-    "diversevit_fast.graph": {"errors"},
-    "diversevit_fast.batches": {"attention_modules", "errors"},
-    "diversevit_fast.attach": {"attention_modules", "errors", "multi_head", "ops", "unfused"},
-    "diversevit_fast.capture": {
-        *("attach", "attention_modules", "errors", "indices", "parallel", "support"),
-    },
-    "diversevit_fast.class_token": {"attention_modules", "unfused"},
-    "diversevit_fast.sampling": {"errors"},
-    "diversevit_fast.diversity": {
-        *(
-            "attach",
-            "attention_modules",
-            "batches",
-            "class_token",
-            "errors",
-            "head_gradients",
-            "ops",
-        ),
-        *(
-            "graph",
-            "indices",
-            "inner_scale",
-            "multi_head",
-            "parallel",
-            "sampling",
-            "self_attention",
-            "support",
-            "unfused",
-        ),
-    },
-    "diversevit_fast.integrations": {"errors", "ops", "backends", "unfused"},
-    "diversevit_fast.compile_loss": {"attach", "errors", "ops"},
-    "diversevit_fast.pruning": {
-        *("attach", "attention_modules", "errors", "indices", "parallel", "support", "swap"),
-    },
-    "diversevit_fast.weight_files": {"errors", "files"},
-    "diversevit_fast.replay": {
-        *("attach", "attention_modules", "errors", "pruning", "support", "unfused"),
-    },
-    "diversevit_fast.pruned_files": {
-        *("attention_modules", "errors", "indices", "ops", "parallel", "pruning", "version"),
-        "weight_files",
-    },
-    "diversevit_fast.selection": {
-        *("attention_modules", "batches", "errors", "indices", "ops", "parallel", "replay"),
-    },
-    "diversevit_fast.models": {"errors", "files", "nn", "ops", "pruning", "weight_files"},
-    "diversevit_fast.data": {"errors", "files"},
-    "diversevit_fast.doctor": {"backends", "errors", "ops", "reference", "version"},
-    "diversevit_fast.experiment": {
-        *("data", "diversity", "errors", "models", "pruning", "selection", "version", "backends"),
-        *("doctor", "ops", "capture", "attach", "files", "terminal"),
-    },
-    "diversevit_fast.cli": {"errors", "experiment", "doctor", "data", "version", "terminal"},
+    "errors": set(),
+    "version": set(),
+    "files": set(),
+    "weight_files": set(),
+    "ops": set(),
+    "attachment": {"ops"},
+    "integrations": {"attachment", "ops"},
+    "penalty": {"attachment", "ops"},
+    "nn": {"ops", "penalty"},
+    "heads": {"attachment", "ops", "weight_files"},
+    "models": {"heads", "nn", "ops", "weight_files"},
+    "data": set(),
+    "experiment": {"attachment", "data", "heads", "models", "ops", "penalty"},
 }
 
 
 def layer_of(module: str) -> str:
-    parts = module.split(".")
-    return parts[0] if parts[0] == "diversevit_kernels" else ".".join(parts[:2])
+    """The folder, or module at the root, that a module of ours belongs to."""
+    package, _, rest = module.partition(".")
+    return package if package == "diversevit_kernels" else rest.partition(".")[0]
 
 
 def imports(path: Path, module: str):
@@ -121,10 +64,45 @@ SOURCES = {
 @pytest.mark.parametrize("module", [m for m in SOURCES if m != "diversevit_fast"])
 def test_arrows_point_one_way(module):
     layer = layer_of(module)
-    allowed = {layer, *(f"diversevit_fast.{name}" for name in ALLOWED[layer])}
+    below = {layer} if layer == "diversevit_kernels" else {layer, *LEAVES, *ALLOWED[layer]}
+    if layer == "ops":
+        below.add("diversevit_kernels")
     for name in imports(SOURCES[module], module):
         if name.startswith(("diversevit_fast", "diversevit_kernels")):
-            assert layer_of(name) in allowed, f"{module} imports {name}"
+            assert layer_of(name) in below, f"{module} imports {name}"
+
+
+def folder_of(module: str) -> str:
+    """``diversevit_kernels.triton.attention`` of ``diversevit_kernels.triton.attention.forward``."""
+    return ".".join(module.split(".")[:3])
+
+
+@pytest.mark.parametrize("module", [m for m in SOURCES if m.startswith("diversevit_kernels.")])
+def test_kernels_of_an_operator_stand_on_the_runtime(module):
+    """A backend's operator imports its runtime, ``common`` and nothing of another backend."""
+    _, backend, *rest = module.split(".")
+    own = f"diversevit_kernels.{backend}"
+    for name in imports(SOURCES[module], module):
+        if not name.startswith("diversevit_kernels"):
+            continue
+        if backend == "common" or rest[:1] == ["runtime"]:
+            allowed = {folder_of(module), "diversevit_kernels.common"}
+        else:
+            allowed = {folder_of(module), f"{own}.runtime", *BORROWS.get(folder_of(module), ())}
+        assert any(
+            folder_of(name).startswith(one) for one in {*allowed, "diversevit_kernels.common"}
+        ), f"{module} imports {name}"
+
+
+BORROWS = {
+    "diversevit_kernels.cpu.head_penalty": ("diversevit_kernels.cpu.attention",),
+    "diversevit_kernels.cpu.warmup": ("diversevit_kernels.cpu.attention",),
+    "diversevit_kernels.triton.head_penalty": (
+        "diversevit_kernels.triton.attention",
+        "diversevit_kernels.triton.layer_norm",
+    ),
+}
+"""What an operator takes from another's folder."""
 
 
 def test_files_are_small():

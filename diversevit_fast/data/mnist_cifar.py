@@ -22,15 +22,7 @@ import torch.nn.functional as F
 
 from ..errors import UsageError, expected, require
 from ..files import FileError, reading, write_atomically, writing
-from .dominoes import (
-    Dominoes,
-    Pool,
-    check_samples,
-    correlation_of,
-    part_of,
-    role_of,
-    stream,
-)
+from .dominoes import Dominoes, Pool, check_samples, correlation_of, part_of, role_of, stream
 
 SHARES = {"train": (0.0, 1.0), "val": (0.0, 0.2), "test": (0.2, 1.0)}
 AUTOMOBILE, TRUCK = 1, 9  # among CIFAR-10's ten classes

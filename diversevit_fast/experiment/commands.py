@@ -184,7 +184,7 @@ def report(folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of 
 @app.command()
 def doctor() -> None:
     """Versions, devices, backends, and a numerical self-check; exits with 1 if that fails."""
-    from ..doctor import report_health
+    from .doctor import report_health
 
     if not report_health():
         raise typer.Exit(1)

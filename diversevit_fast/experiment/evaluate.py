@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import batches
-from ..diversity import HeadDiversity
+from ..penalty.head_diversity import HeadDiversity
 from .metrics import EVALUATED, Row
 
 _BATCH = 256  # evaluation keeps no graph, so larger than a training batch

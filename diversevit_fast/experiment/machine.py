@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from .. import backends
 from ..data.dominoes import IMAGE_SIZE, Dominoes
 from ..errors import expected
 from ..models import DiverseViT
 from ..models.restore import skeleton
 from ..models.sizes import training_bytes
+from ..ops import backends
 from .config import Settings
 
 PACKAGES = (

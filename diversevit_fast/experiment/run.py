@@ -20,7 +20,6 @@ from ..data import load_splits
 from ..errors import UsageError, expected, require
 from ..files import FileError, there
 from ..models import DiverseViT
-from ..terminal import steady_console
 from . import folder as folders
 from .config import MOST_THREADS, Settings, read_json
 from .distributed import OneProcess, noticing_lost_ranks, open_ranks, resume_command
@@ -32,6 +31,7 @@ from .plots import rehearse
 from .progress import Progress
 from .report import write_report
 from .state import State, Task
+from .terminal import steady_console
 from .train import head_diversity, train
 
 

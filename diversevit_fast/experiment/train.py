@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data import batches
-from ..diversity import HeadDiversity
 from ..errors import UsageError, expected
 from ..files import there
+from ..penalty.head_diversity import HeadDiversity
 from .config import Settings
 from .distributed import OneProcess
 from .evaluate import evaluate_splits, likeness

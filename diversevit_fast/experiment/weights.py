@@ -8,9 +8,9 @@ import torch
 
 from ..data import batches, load_splits
 from ..errors import expected, require
+from ..heads.pruning import keep_heads, prune_heads
+from ..heads.selection import HeadChoice, select_heads
 from ..models import DiverseViT
-from ..pruning import keep_heads, prune_heads
-from ..selection import HeadChoice, select_heads
 from .config import is_path, read_config, resolve
 from .evaluate import evaluate, evaluate_splits
 from .metrics import EVALUATED, Row

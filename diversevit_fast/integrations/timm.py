@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..attachment.unfused_attention import Unfused, watched
 from ..errors import require
 from ..ops import attention
-from ..ops.packed_attention import taken_apart
-from ..unfused import Unfused, watched
+from ..ops.attention_qkvpacked import taken_apart
 
 _layers: Any = require("timm.layers", extra="train")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..pruning import prune_heads
+from ..heads.pruning import prune_heads
 from ..weight_files import StrPath, listing, misfit
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import reference
-from ..backends import cast_for_autocast, launch
 from ..errors import UnsupportedError, expected
+from . import reference
+from .attention_qkvpacked import packed_attention, whole_of
+from .autograd import Rung, any_order, plainly
+from .backends import cast_for_autocast, launch
 from .checks import check_alike, check_tensor, shape_error
-from .ladder import Rung, any_order, plainly
 from .onnx import decomposes, exported_attention, exporting_to_onnx
-from .packed_attention import packed_attention, whole_of
 from .third_order import Places, Stage, differentiated, plain_curvature
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import reference
-from ..backends import launch
+from . import reference
+from .autograd import Rung, any_order, plainly
+from .backends import launch
 from .checks import check_choice, check_tensor
-from .ladder import Rung, any_order, plainly
 from .onnx import decomposes, exporting_to_onnx
 from .third_order import Places, Stage, differentiated
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import reference
-from ..backends import launch
 from ..errors import expected
+from . import reference
+from .autograd import Rung, any_order, batch_by_loop, plainly
+from .backends import launch
 from .checks import check_alike, check_tensor, shape_error
 from .head_penalty import check_kind, cotangents_fake, present, statistics_fake
-from .ladder import Rung, any_order, batch_by_loop, plainly
 from .onnx import decomposes, exporting_to_onnx
 from .third_order import Places, Stage, differentiated, plain_curvature
 

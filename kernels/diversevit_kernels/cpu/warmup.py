@@ -2,9 +2,9 @@
 
 import torch
 
-from . import attention_rows
-from .inductor import compiled
-from .native import library
+from .attention import formulas as attention_rows
+from .runtime.inductor import compiled
+from .runtime.native import library
 
 FORMULAS = (attention_rows.FORWARD, attention_rows.BACKWARD, attention_rows.DOUBLE_BACKWARD)
 KERNELS = ("attention", "gelu", "layer_norm", "routed_head_penalty")

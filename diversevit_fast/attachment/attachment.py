@@ -1,0 +1,381 @@
+"""Seeing and changing the attention of a model somebody else wrote, without writing to it.
+
+Inside an ``Attachment`` every chosen attention module is an instance of a subclass of its own class whose
+forward says which layer is running and then runs the original forward, and a ``TorchFunctionMode``
+sees the calls that forward makes. Parameters, ``state_dict`` and other modules are not touched; leaving
+the block restores the classes. Nothing is kept on a module, so copies and pickles are plain. A copy or pickle of an
+attachment, made outside its blocks, watches the model that was copied with it.
+
+Inside a compiled loss (``compile_loss``) the compiler does not see a changed class, so there a layer
+runs from its first projection to its output projection, both known by their weights.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from ..errors import UnsupportedError, expected
+from ..ops import attention
+from ..ops.attention import attention_operator
+from ..ops.attention_qkvpacked import recognise
+from .attention_modules import AttentionLayer, is_compiled, plain_class_of
+from .torch_mha import multi_head_attention
+from .unfused_attention import Unfused, watched
+
+
+def _refuse_compiled(model: nn.Module, first: AttentionLayer) -> None:
+    """A compiled forward that holds a chosen layer, or comes after one, cannot be attached to."""
+    below = True
+    for name, module in model.named_modules():
+        holds = not name or first.name.startswith(f"{name}.") or name == first.name
+        below = below and module is not first.module
+        if is_compiled(module) and (holds or not below):
+            raise UnsupportedError(
+                f"model: {name or type(model).__name__} is compiled, so its second derivative would "
+                "be refused or dropped; compile only the blocks below the chosen layers, or none"
+            )
+
+
+Forward = Callable[..., Any]
+Wrapper = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class _Mode(TorchFunctionMode):
+    """Shows every torch call to an attachment, which is no mode: a compiler would skip its entry."""
+
+    def __init__(self, owner: "Attachment"):
+        super().__init__()
+        self.owner = owner
+
+    def __torch_function__(
+        self,
+        func: Forward,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self.owner._see(func, args, kwargs or {})
+
+
+class Attachment:
+    """A context in which chosen modules' forwards run inside wrappers and torch calls are seen.
+
+    Subclasses say what happens: ``started`` is told that a layer runs, ``projected`` sees the outputs of
+    its projections and returns what the model goes on with, ``attended`` runs its attention,
+    ``elsewhere`` sees other calls. Forwards on other threads are left alone.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
+        _refuse_compiled(model, layers[0])
+        self.model, self.layers = model, list(layers)
+        self._begin_apart()
+        self._wrap_all()
+
+    def _begin_apart(self) -> None:
+        """Set what no copy has of its original: what belongs to one object, or to its last block."""
+        self._wrappers: dict[nn.Module, Wrapper] = {}
+        self._classes: dict[tuple[nn.Module, type], type] = {}
+        self._swapped: list[tuple[nn.Module, type, type]] = []
+        self._running: AttentionLayer | None = None
+        self._attended = False
+        self._made: Tensor | None = None  # by the running layer's one projection, until it attends
+        self._mode = _Mode(self)
+        self._thread: int | None = None  # that entered
+        self._active = True  # the last block was not one that does nothing
+
+    def _wrap_all(self) -> None:
+        """Make the wrappers; a copy does it at its first entry, when its model is complete."""
+        self._wrappers = {layer.module: self._run_layer(layer) for layer in self.layers}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have.
+
+        Raises:
+            UsageError: the ``with`` block is open.
+        """
+        if self._thread is not None:
+            name, wanted = type(self).__name__, "to be copied or pickled outside its `with` block"
+            raise expected(name, wanted, "an open block", "leave it first")
+        blank = object.__new__(type(self))
+        blank._begin_apart()
+        return {name: value for name, value in vars(self).items() if name not in vars(blank)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_apart()
+
+    def active(self) -> bool:
+        """Asked at each entry: whether this ``with`` block does anything."""
+        return True
+
+    def started(self, layer: AttentionLayer) -> None:
+        """Called when a layer begins to run."""
+
+    def projected(
+        self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
+    ) -> Tensor:
+        """Called with a projection's input, weight and output ``[B, N, len(roles) H d]``."""
+        return out
+
+    def attended(
+        self,
+        layer: AttentionLayer,
+        attend: Forward,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Called in place of attention; ``attend(*qkv, **options)`` computes ``[B, H, N, d]``."""
+        return attend(*qkv, **options)
+
+    def elsewhere(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called in place of every other torch function."""
+        return func(*args, **kwargs)
+
+    def wrap(self, module: nn.Module, wrapper: Wrapper) -> None:
+        """Also run ``module``'s forward inside ``wrapper``, outside what wraps it already."""
+        inner = self._wrappers.get(module)
+        self._wrappers[module] = wrapper if inner is None else _around(wrapper, inner)
+
+    def __enter__(self) -> "Attachment":
+        if self._thread is not None:
+            raise expected("with", "a context that is not entered", "one that is", "enter it once")
+        self._active = self.active()
+        if self._active:
+            _refuse_broken_graph()
+            self._swap_classes()
+            self._mode.__enter__()
+        self._thread = _this_thread()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._thread = None
+        if self._active:
+            self._mode.__exit__(*exception)
+        self._running = self._made = None
+        while self._swapped:
+            module, before, after = self._swapped.pop()
+            if type(module) is after:
+                module.__class__ = before
+
+    def _see(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        compiling = torch.compiler.is_compiling()
+        if func is F.linear and compiling:
+            self._follow(_linear_call(args, kwargs)[1])
+        layer = self._running
+        if func is F.multi_head_attention_forward:
+            if layer is None and compiling:
+                layer = self._begun_by(args)
+            return self._see_multi_head(layer, args, kwargs)
+        if layer is None:
+            return self.elsewhere(func, args, kwargs)
+        if func is F.linear:
+            x, weight = _linear_call(args, kwargs)
+            made = layer.projection_of(weight)
+            if made is None:
+                return func(*args, **kwargs)
+            out = self.projected(layer, made.roles, x, weight, func(*args, **kwargs))
+            if made.roles == "qkv" and not compiling:
+                self._made = out
+            return out
+        if func in (F.scaled_dot_product_attention, attention):
+            return self._attend(layer, func, *_split_attention_call(args, kwargs))
+        if func is attention_operator._opoverload:  # a compiler sees the operator, not its function
+            options: dict[str, Any] = {}
+            options["attn_mask"], options["is_causal"], options["scale"] = args[3:]
+            return (self._attend(layer, attention, args[:3], options),)
+        return self.elsewhere(func, args, kwargs)
+
+    def _see_multi_head(
+        self, layer: AttentionLayer | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """PyTorch's whole multi-head attention, of a chosen layer or not."""
+        if layer is None or not layer.is_torch:
+            return self.elsewhere(F.multi_head_attention_forward, args, kwargs)
+
+        def project(roles: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self.projected(layer, roles, x, weight, F.linear(x, weight, bias))
+
+        def attend(by: Any, *qkv: Tensor, **options: Any) -> Tensor:
+            return self._attend(layer, by or F.scaled_dot_product_attention, qkv, options)
+
+        return multi_head_attention(args, kwargs, project, attend)
+
+    def _attend(self, layer: AttentionLayer, attend: Forward, qkv: Any, options: Any) -> Tensor:
+        q, k, v = qkv
+        if self._attended:
+            raise UnsupportedError(
+                f"model: {layer.name} calls attention more than once, so what a head is is not clear"
+            )
+        if q.ndim != 4 or q.shape[1] != layer.num_heads:
+            raise UnsupportedError(
+                f"model: {layer.name} has {layer.num_heads} heads but calls attention with "
+                f"{list(q.shape)}, which is not [B, H, N, d]"
+            )
+        self._attended = True
+        compiling = torch.compiler.is_compiling()
+        if not compiling and watched(layer.module, options.get("dropout_p", 0.0)):
+            attend = Unfused.of(layer.module)
+        elif self._made is not None:
+            recognise(q, k, v, self._made)
+        self._made = None
+        return self.attended(layer, attend, qkv, options)
+
+    def _swap_classes(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if not self._wrappers:
+            self._wrap_all()
+        for layer in self.layers:
+            if "forward" in vars(layer.module):
+                raise UnsupportedError(
+                    f"model: {layer.name} has a forward put on the instance, which would pass by this "
+                    "context; remove it (accelerate: remove_hook_from_module)"
+                )
+        attentions = {layer.module for layer in self.layers}
+        for module, wrapper in self._wrappers.items():
+            before = type(module)
+            key = (module, before)
+            if key not in self._classes:
+                self._classes[key] = self._wrapped_class(before, wrapper, module in attentions)
+            module.__class__ = self._classes[key]
+            self._swapped.append((module, before, self._classes[key]))
+
+    def _wrapped_class(self, base: type, wrapper: Wrapper, attends: bool) -> type:
+        """A subclass of ``base`` under its own name whose forward goes through ``wrapper``.
+
+        On other threads than the one that entered it is ``base``'s. timm's attention modules ask
+        ``self.fused_attn`` whether to call attention or to multiply by themselves: yes (``unfused``
+        then does what somebody watches).
+        """
+
+        @functools.partial(functools.update_wrapper, wrapped=base.forward, assigned=(), updated=())
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            plain = super(swapped, module).forward  # pyright: ignore (a class made here)
+            if self._thread != _this_thread():
+                return plain(*args, **kwargs)
+            return wrapper(module, plain, args, kwargs)
+
+        def __reduce_ex__(module: nn.Module, protocol: Any) -> Any:  # noqa: N807
+            reduced: Any = base.__reduce_ex__(module, max(2, protocol))  # pyright: ignore
+            return (_bare_instance, (plain_class_of(base),), *reduced[2:])
+
+        body = {
+            "forward": forward,
+            "__reduce_ex__": __reduce_ex__,
+            "__module__": base.__module__,
+            "_plain_class": plain_class_of(base),
+        }
+        if attends:
+            body["fused_attn"] = property(lambda _: True)  # wins over what the instance says
+        swapped = type(base.__name__, (base,), body)
+        return swapped
+
+    def _begin(self, layer: AttentionLayer) -> None:
+        self._running, self._attended, self._made = layer, False, None
+        self.started(layer)
+
+    def _finish(self, layer: AttentionLayer) -> None:
+        if not self._attended:
+            raise UnsupportedError(
+                f"model: {layer.name} ({type(layer.module).__name__}) computed attention without "
+                f"F.scaled_dot_product_attention, so its heads cannot be seen; {_HOW_TO_FUSE}"
+            )
+
+    def _follow(self, weight: Tensor) -> None:
+        """Under a compiler: which layer is running once ``weight`` is multiplied with."""
+        for layer in self.layers:
+            if self._running is not layer and layer.projection_of(weight) is not None:
+                self._begin(layer)
+            elif self._running is layer and layer.output and weight is layer.output.weight:
+                self._finish(layer)
+                self._running = None
+
+    def _begun_by(self, args: tuple[Any, ...]) -> AttentionLayer | None:
+        """Under a compiler: the layer whose weights a call of PyTorch's multi-head attention has."""
+        for layer in self.layers:
+            weight = layer.projections[0].weight
+            if layer.is_torch and any(x is weight for x in args):
+                self._attended = False
+                self.started(layer)
+                return layer
+        return None
+
+    def _run_layer(self, layer: AttentionLayer) -> Wrapper:
+        def run(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+            before = self._running, self._attended
+            self._begin(layer)
+            try:
+                result = forward(*args, **kwargs)
+                self._finish(layer)
+            finally:
+                self._running, self._attended = before
+            return result
+
+        return run
+
+
+_HOW_TO_FUSE = (
+    "for transformers set attn_implementation='sdpa', inside a compiled loss timm's fused_attn=True, "
+    "or choose other layers"
+)
+
+
+def _this_thread() -> int:
+    """0 under a compiler, which does not trace threads."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _around(outer: Wrapper, inner: Wrapper) -> Wrapper:
+    def wrapper(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+        return outer(module, lambda *a, **k: inner(module, forward, a, k), args, kwargs)
+
+    return wrapper
+
+
+def _refuse_broken_graph() -> None:
+    """In a compiled function, entered eagerly after all, or without ``compile_loss``'s switch."""
+    if torch.compiler.is_compiling():
+        broken = not torch._dynamo.config.trace_autograd_ops
+    else:
+        broken = callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())  # pyright: ignore
+    if broken:
+        raise UnsupportedError(
+            "torch.compile: it broke the graph around this context, so second derivatives would be "
+            "refused or dropped; use dvf.compile_loss, which keeps one graph"
+        )
+
+
+def open_attachments() -> list[Attachment]:
+    """The attachments whose ``with`` block is running, the outermost first."""
+    modes = _get_current_function_mode_stack()
+    return [mode.owner for mode in modes if isinstance(mode, _Mode)]
+
+
+def _linear_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """(input, weight) of a call of F.linear."""
+    named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+    return named["input"], named["weight"]
+
+
+def _split_attention_call(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    """(q, k, v) and the other arguments by name, of F.scaled_dot_product_attention or attention."""
+    named = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False))
+    named |= {_ATTENTION_ALIASES.get(name, name): value for name, value in kwargs.items()}
+    return (named.pop("q"), named.pop("k"), named.pop("v")), named
+
+
+_ATTENTION_ARGUMENTS = tuple(signature(attention).parameters)
+_ATTENTION_ALIASES = {"query": "q", "key": "k", "value": "v"}
+
+
+def _bare_instance(cls: Any) -> Any:
+    return cls.__new__(cls)

@@ -1,0 +1,225 @@
+"""What an attention module of any library looks like from outside: its projections and its heads.
+
+A module is recognised by what it has, not by its name: a head count and linear layers for its queries,
+keys and values, under the names that timm, transformers, torch and open_clip give them. Whether it
+then calls attention, once, with these heads, is seen when it runs (``attach``).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import expected
+from .indices import Integers, listed, shown, whole_number
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer's weight that makes some of a module's queries, keys and values."""
+
+    owner: nn.Module
+    attribute: str  # of the weight in ``owner``
+    roles: str  # "qkv", "kv", "q" ...: what its last rows make, in this order, H d rows each
+
+    @property
+    def weight(self) -> Tensor:
+        return getattr(self.owner, self.attribute)
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention module of a model."""
+
+    index: int  # among the model's attention layers, in order of definition
+    name: str  # as in ``model.named_modules()``
+    module: Any
+    projections: tuple[Projection, ...]
+    output: nn.Linear | None  # the output projection [D, H d], where it is known
+    query_reads: str = "all"  # its queries: all its input, its "first" token, or "another" tensor
+
+    @property
+    def num_heads(self) -> int:
+        return head_count(self.module)
+
+    @property
+    def linear(self) -> list[nn.Module]:
+        """The modules that hold its projections' weights, the output projection's last."""
+        owners = list(dict.fromkeys(projection.owner for projection in self.projections))
+        return owners if self.output is None else [*owners, self.output]
+
+    def rows_of(self, roles: str) -> int:
+        """How many rows of a projection make ``roles``, H d each.
+
+        Where one product makes something else as well (a parallel block's MLP), they are its last.
+        """
+        made = next(p for p in self.projections if p.roles == roles or roles in p.roles)
+        split = getattr(self.module, "in_split", None)
+        of_all = 3 * split[-1] if split else len(made.weight)
+        return of_all * len(roles) // len(made.roles)
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether it is PyTorch's own ``nn.MultiheadAttention``, which calls one function for everything."""
+        return isinstance(self.module, nn.MultiheadAttention)
+
+    def projection_of(self, weight: Any) -> Projection | None:
+        """The projection that ``weight`` belongs to."""
+        for projection in self.projections:
+            if projection.weight is weight:
+                return projection
+        return None
+
+
+def attention_layers(model: nn.Module) -> list[AttentionLayer]:
+    """Every attention module of ``model``, in order of definition.
+
+    Raises:
+        UsageError: ``model`` is not a module, or none was found.
+    """
+    if not isinstance(model, nn.Module):
+        raise expected("model", "a torch.nn.Module", type(model).__name__, "pass the model itself")
+    found = [(n, m, p) for n, m in model.named_modules() if (p := _projections(m))]
+    if not found:
+        wanted = "a model with attention layers (num_heads, and linear layers for q, k and v)"
+        cure = "name them as timm, transformers or torch do, or use dvf.nn.MultiHeadAttention"
+        raise expected("model", wanted, type(model).__name__, cure)
+    return [
+        AttentionLayer(i, n, m, p, _output_of(model, n, m), _QUERY_READS.get(qualified(m), "all"))
+        for i, (n, m, p) in enumerate(found)
+    ]
+
+
+def choose_layers(model: nn.Module, layers: str | Integers) -> list[AttentionLayer]:
+    """The layers that ``"last"``, ``"all"`` or indices (negative allowed) name.
+
+    Raises:
+        UsageError: unknown word, no index, repeated or out-of-range index, something else.
+    """
+    every = attention_layers(model)
+    if isinstance(layers, str):
+        if layers not in ("last", "all"):
+            wanted = "'last', 'all' or a list of indices"
+            raise expected("layers", wanted, repr(layers), "check the spelling")
+        return every if layers == "all" else every[-1:]
+    given = listed(layers, len(every))
+    if not given:
+        got = shown(layers if given is None else given)
+        raise expected("layers", "'last', 'all' or a list of indices", got, "name a layer")
+    chosen = [layer_index(index, len(every)) for index in given]
+    if len(set(chosen)) < len(chosen):
+        raise expected("layers", "each layer once", shown(given), "remove the repetition")
+    return [every[index] for index in sorted(chosen)]
+
+
+def blocks_from(model: nn.Module, first: AttentionLayer) -> list[nn.Module]:
+    """The modules that hold the attention layers of ``model`` from ``first`` up, ``model`` if none does."""
+    names = [layer.name.rpartition(".")[0] for layer in attention_layers(model)[first.index :]]
+    return [model.get_submodule(name) for name in dict.fromkeys(names)]
+
+
+def layer_index(index: Any, count: int) -> int:
+    """``index`` counted from the front.
+
+    Raises:
+        UsageError: not an integer, or outside ``-count .. count - 1``.
+    """
+    number = whole_number(index)
+    if number is None or not -count <= number < count:
+        wanted = f"layer indices from {-count} to {count - 1}"
+        raise expected(
+            "layers", wanted, shown([index])[1:-1], f"there are {count} attention layers"
+        )
+    return number % count
+
+
+def head_count(module: nn.Module) -> int:
+    """H of an attention module; 0 if it does not say."""
+    for name in HEAD_COUNTS:
+        count = getattr(module, name, None)
+        if isinstance(count, int):
+            return count
+    return 0
+
+
+def plain_class(module: nn.Module) -> type:
+    """The class that ``module`` has outside every ``Attachment``."""
+    return plain_class_of(type(module))
+
+
+def plain_class_of(cls: type) -> type:
+    return cls.__dict__.get("_plain_class", cls)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` runs the module."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def is_hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether a forward or backward hook of its own looks at one of ``modules``."""
+    return any(getattr(m, kind) for m in modules for kind in _HOOKS)
+
+
+def all_hooked() -> bool:
+    """Whether a hook looks at every module there is, as profilers and counters do."""
+    return any(getattr(nn.modules.module, f"_global{kind}") for kind in _HOOKS)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HEAD_COUNTS = ("num_heads", "num_attention_heads")
+_TRIPLES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
+_OUTPUTS = ("proj", "out_proj", "o_proj", "attn_out_proj")
+_QUERY_READS = {
+    "timm.models.cait.ClassAttn": "first",
+    "timm.layers.attention_pool.AttentionPoolLatent": "another",
+    "torch.nn.modules.activation.MultiheadAttention": "another",  # where query is not key
+}
+
+
+def qualified(module: nn.Module) -> str:
+    """The full name of a module's class, whatever context it is in and however it is sharded."""
+    classes = plain_class(module).__mro__
+    cls = next(c for c in classes if not c.__module__.startswith("torch.distributed"))
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _projections(module: nn.Module) -> tuple[Projection, ...]:
+    """Of an attention module; empty for any other."""
+    if isinstance(module, nn.MultiheadAttention):
+        if module.in_proj_weight is not None:
+            return (Projection(module, "in_proj_weight", "qkv"),)
+        return tuple(Projection(module, f"{r}_proj_weight", r) for r in "qkv")
+    if not head_count(module):
+        return ()
+    if _linear(module, "qkv"):
+        return (Projection(module.get_submodule("qkv"), "weight", "qkv"),)
+    for names in _TRIPLES:
+        if all(_linear(module, name) for name in names):
+            pairs = zip(names, "qkv", strict=True)
+            return tuple(Projection(module.get_submodule(n), "weight", r) for n, r in pairs)
+    if _linear(module, "kv"):
+        query = (
+            (Projection(module.get_submodule("q"), "weight", "q"),) if _linear(module, "q") else ()
+        )
+        return (*query, Projection(module.get_submodule("kv"), "weight", "kv"))
+    if _linear(module, "in_proj") and len(getattr(module, "in_split", ())) == 4:
+        return (Projection(module.get_submodule("in_proj"), "weight", "qkv"),)
+    return ()
+
+
+def _linear(module: nn.Module, name: str) -> bool:
+    """Whether ``module.name`` is a linear layer that computes what its weight says."""
+    child = getattr(module, name, None)
+    return isinstance(child, nn.Linear) and plain_class(child).forward is nn.Linear.forward
+
+
+def _output_of(model: nn.Module, name: str, module: nn.Module) -> nn.Linear | None:
+    for attribute in _OUTPUTS:
+        found = getattr(module, attribute, None)
+        if isinstance(found, nn.Linear):
+            return found
+    parent: Any = model.get_submodule(name.rpartition(".")[0])
+    found = getattr(getattr(parent, "output", None), "dense", None)  # transformers' older layout
+    return found if isinstance(found, nn.Linear) else None

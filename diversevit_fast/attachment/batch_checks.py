@@ -1,0 +1,182 @@
+"""Batches as loaders give them, and whether logits belong to the samples that layers ran on.
+
+A part of the logits would be silently averaged away.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError, expected
+from .attention_modules import plain_class
+
+
+@dataclass
+class Batch:
+    """What a model is called with, and the labels and groups as they were given."""
+
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Tensor] = field(default_factory=dict)
+    labels: Any = None
+    groups: Any = None
+
+    @property
+    def size(self) -> int:
+        return batch_of(self.args, self.kwargs)
+
+
+def split_batch(name: str, batch: Any, model: nn.Module, device: torch.device) -> Batch:
+    """``batch`` taken apart, images on ``device``.
+
+    Raises:
+        UsageError: naming the loader ``name``, a batch that cannot be understood.
+    """
+    if isinstance(batch, Mapping):
+        found = _split_mapping(name, batch, model)
+    else:
+        parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+        images = parts[0] if parts else None
+        if hasattr(images, "dtype"):  # NumPy's
+            images = _as_tensor(images)
+        if not isinstance(images, Tensor) or not images.ndim or len(parts) > 3:
+            raise _no_batch(name, batch)
+        found = Batch((images,), {}, *parts[1:])
+    found.args = tuple(x.to(device) for x in found.args)
+    found.kwargs = {key: x.to(device) for key, x in found.kwargs.items()}
+    return found
+
+
+_LABELS, _GROUPS = ("labels", "label"), ("groups", "group")
+
+
+def _split_mapping(name: str, batch: Mapping[str, Any], model: nn.Module) -> Batch:
+    """A dictionary: labels and groups by their names, and what the model's forward names."""
+    answers = []
+    for names in (_LABELS, _GROUPS):
+        there = [key for key in names if key in batch]
+        if len(there) > 1:
+            raise expected(name, f"one of {' and '.join(names)} in a batch", "both", "drop one")
+        answers.append(batch[there[0]] if there else None)
+    inputs = {
+        key: x for key, x in batch.items() if key not in _LABELS + _GROUPS and isinstance(x, Tensor)
+    }
+    forward = vars(model).get("forward", plain_class(model).forward)
+    parameters = inspect.signature(forward).parameters.values()
+    takes = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    named = {key: x for key, x in inputs.items() if key in takes and x.ndim}
+    if not named and any(p.kind is p.VAR_KEYWORD for p in parameters) and takes <= {"self"}:
+        named = inputs
+    if named:
+        return Batch((), named, *answers)
+    if len(inputs) != 1:
+        raise _no_batch(name, batch)
+    return Batch(tuple(inputs.values()), {}, *answers)
+
+
+def _no_batch(name: str, batch: Any) -> Exception:
+    wanted = "batches (images, labels) or (images, labels, groups), or dictionaries of the model's inputs"
+    if isinstance(batch, Mapping):
+        got = f"a dictionary of {', '.join(map(str, batch))}"
+    elif isinstance(batch, (tuple, list)):
+        got = f"({', '.join(type(x).__name__ for x in batch)})"
+    else:
+        got = type(batch).__name__
+    return expected(name, wanted, got, "give images as one tensor")
+
+
+def class_indices(labels: Any, count: int) -> Tensor:
+    """Labels ``[count]`` on the CPU.
+
+    Raises:
+        UsageError: names, fractions, or not one per image.
+    """
+    found = _as_tensor(labels)
+    if found is None:
+        cure = "map the names to the model's class indices"
+        raise expected("labels", "class indices", _example(labels), cure)
+    if found.shape != (count,):
+        raise expected("labels", f"shape [{count}]", list(found.shape), "give one per image")
+    if found.is_complex() or (found.is_floating_point() and not (found == found.trunc()).all()):
+        raise expected("labels", "class indices", "numbers that are not whole", "check the data")
+    return found
+
+
+def group_names(groups: Any, count: int, named: bool) -> Tensor | list[str]:
+    """Groups ``[count]``: numbers on the CPU, or strings where ``named``.
+
+    Raises:
+        UsageError: something else, or not one per image.
+    """
+    found = _as_tensor(groups)
+    if found is None:
+        names = _items(groups)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise expected("groups", "numbers or strings", _example(groups), "give one per image")
+        if not named:
+            cure = "map the names to numbers for a score of your own"
+            raise expected("groups", "numbers", _example(groups), cure)
+        if len(names) != count:
+            raise expected("groups", f"shape [{count}]", [len(names)], "give one per image")
+        return [str(name) for name in names]
+    if found.shape != (count,):
+        raise expected("groups", f"shape [{count}]", list(found.shape), "give one per image")
+    if found.is_floating_point() and found.isnan().any():
+        raise expected("groups", "numbers", "NaN", "check the data")
+    return found
+
+
+def _as_tensor(given: Any) -> Tensor | None:
+    """On the CPU; None if it holds something else than numbers."""
+    try:
+        return torch.as_tensor(given).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _items(given: Any) -> list[Any]:
+    """Of a list, tuple, array or column; nothing of anything else."""
+    listed = given.tolist() if hasattr(given, "tolist") else given
+    return list(listed) if isinstance(listed, (list, tuple)) else []
+
+
+def _example(given: Any) -> str:
+    first = next(iter(_items(given)), given)
+    return f"{type(first).__name__} {first!r}" if isinstance(first, str) else type(first).__name__
+
+
+def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The batch size of a model's call: the first axis of its first tensor; 0 if there is none."""
+    return next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), 0)
+
+
+def check_batch(
+    layer: str, ran_on: Sequence[int], wanted: int, batches: Sequence[int], granularity: str
+) -> None:
+    """Refuse logits of other samples than ``layer`` ran on.
+
+    Args:
+        ran_on: the first axis of what each run of the layer saw.
+        wanted: as many samples as the logits have, or of those as many as were drawn.
+        batches: of the calls of the whole model that were seen, scaled alike.
+
+    Raises:
+        UsageError: the logits are of fewer or more samples.
+        UnsupportedError: groups of tokens (windows) instead of samples, with granularity "sample".
+    """
+    if all(n == wanted for n in ran_on) or sum(ran_on) == wanted:
+        return
+    grouped = all(n % wanted == 0 for n in ran_on) and (wanted in batches or sum(batches) == wanted)
+    if not grouped:
+        cure = "pass the model's output as it is; a loss may leave samples out, the penalty cannot"
+        seen = " + ".join(map(str, ran_on))
+        wish = f"a row for each of the {seen} samples that {layer} ran on"
+        raise expected("logits", wish, f"{wanted}", cure)
+    if granularity == "sample":
+        raise UnsupportedError(
+            f"granularity: {layer} runs on {ran_on[0]} groups of tokens of {wanted} samples, so "
+            "'sample' is not what it says; use 'token'"
+        )

@@ -1,0 +1,98 @@
+"""What data parallelism has to be told, or refused, before a gradient is taken inside a step.
+
+Measured with torch 2.14: DDP is right with one backward pass of the whole loss, but not with
+``static_graph``; FSDP2 frees parameters after the inner backward pass unless told not to; FSDP1
+has no such switch.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedError
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside DistributedDataParallel, or ``model``.
+
+    Raises:
+        UnsupportedError: DDP with ``static_graph``, FSDP1 or DataParallel.
+    """
+    if is_ddp(model):
+        _refuse_static_graph(model)
+        model = model.module
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedError(
+            "model: DataParallel runs copies on other threads, which cannot be attached to; use "
+            "DistributedDataParallel"
+        )
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, fsdp.FullyShardedDataParallel):
+                raise UnsupportedError(
+                    "model: FullyShardedDataParallel (FSDP1) frees parameters that the second derivative "
+                    "needs; use torch.distributed.fsdp.fully_shard (FSDP2)"
+                )
+    return model
+
+
+def is_ddp(model: Any) -> bool:
+    """Whether ``model`` is wrapped in DistributedDataParallel."""
+    return isinstance(model, nn.parallel.DistributedDataParallel)
+
+
+def check_ddp_forward(wrapped: bool) -> None:
+    """Raise in a forward after which ranks would diverge.
+
+    Args:
+        wrapped: the model was given inside DDP, so DDP's forward has to be the one running.
+
+    Raises:
+        UnsupportedError: DDP runs with ``static_graph``, or the module inside was called past it.
+    """
+    running = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if running is not None:
+        _refuse_static_graph(running)
+    elif wrapped:
+        raise UnsupportedError(
+            "model: the module inside DDP was called past it, so gradients would not be averaged over "
+            "ranks; call the DDP model, or give HeadDiversity its .module"
+        )
+
+
+def _refuse_static_graph(model: Any) -> None:
+    if model.static_graph:
+        raise UnsupportedError(
+            "model: DDP(static_graph=True) drops gradients where a gradient is taken inside the step, "
+            "and ranks diverge; use static_graph=False"
+        )
+
+
+@contextmanager
+def kept_unsharded(model: nn.Module) -> Iterator[None]:
+    """FSDP2: inside the block a backward pass does not free the parameters it gathered."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded: list[tuple[Any, bool]] = []
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):  # pyright: ignore[reportOptionalMemberAccess]
+            state: Any = module
+            group = state._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                sharded.append((module, group.reshard_after_backward))
+    roots = [module for module, _ in sharded if module._get_fsdp_state()._is_root]
+    if len(roots) > 1:
+        raise UnsupportedError(
+            f"model: {len(roots)} of its modules are sharded and nothing above them is, which FSDP2 takes "
+            "for models of their own; call fully_shard(model) last"
+        )
+    for module, _ in sharded:
+        module.set_reshard_after_backward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module, before in sharded:
+            module.set_reshard_after_backward(before, recurse=False)

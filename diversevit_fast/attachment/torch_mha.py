@@ -1,0 +1,133 @@
+"""``F.multi_head_attention_forward`` taken apart, so that its projections and its attention can be seen.
+
+PyTorch hides both inside one function: what an overriding function mode is shown is the whole. The
+formulas are PyTorch's; attention and the projections are done by whoever calls.
+"""
+
+from collections import namedtuple
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import UnsupportedError
+from ..ops import attention
+from ..ops.attention_qkvpacked import taken_apart
+from .unfused_attention import Unfused, masked_softmax
+
+Project = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
+"""(which of "qkv" it makes, x, weight, bias) -> the linear layer's output."""
+
+
+def _plain(roles: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _attention(by: Callable[..., Tensor] | None, *qkv: Any, **options: Any) -> Tensor:
+    return (by or attention)(*qkv, **options)
+
+
+def multi_head_attention(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    project: Project = _plain,
+    attend: Callable[..., Tensor] = _attention,
+) -> tuple[Tensor, Tensor | None]:
+    """What ``F.multi_head_attention_forward(*args, **kwargs)`` returns.
+
+    Where ``query is key is value`` the projection is one product, whose output ``[B, N, 3 H d]`` is what
+    ``project`` returns; else there is one for each. ``attend`` is given what is to compute attention, None
+    for whatever it likes, and then called as SDPA is, on ``[B, H, N, d]``.
+
+    With ``need_weights`` the weights are computed beside the output: N x N memory, as PyTorch's. Where a
+    query may attend to nothing they are zero, as attention's output is, and not NaN. Of a dropout
+    they are what it left, from which the output is then computed.
+
+    Raises:
+        UnsupportedError: ``bias_k``, ``bias_v``, ``add_zero_attn``, ``static_k`` or ``static_v``.
+    """
+    call: Any = _Call(*args, **kwargs)
+    if call.add_zero_attn or any(
+        x is not None for x in (call.bias_k, call.bias_v, call.static_k, call.static_v)
+    ):
+        raise UnsupportedError(
+            "MultiheadAttention: bias_k, bias_v, add_zero_attn and static keys are not supported; "
+            "build it without add_bias_kv and add_zero_attn"
+        )
+    batched = call.query.ndim == 3
+    q, k, v = _project(call, batched, project)
+    mask = _mask(call, q, k)
+    causal = call.is_causal and call.key_padding_mask is None and not call.need_weights
+    dropout = call.dropout_p if call.training else 0.0
+    dropped = Unfused(partial(F.dropout, p=dropout)) if call.need_weights and dropout else None
+    options = {"attn_mask": None if causal else mask, "is_causal": causal}
+    heads = attend(dropped, q, k, v, dropout_p=0.0 if dropped else dropout, **options)
+    out = F.linear(heads.transpose(1, 2).flatten(2), call.out_proj_weight, call.out_proj_bias)
+    weights = _weights(call, q, k, mask, dropped) if call.need_weights else None
+    if not batched:
+        return out[0], None if weights is None else weights[0]
+    return out.transpose(0, 1), weights
+
+
+_PARAMETERS = signature(F.multi_head_attention_forward).parameters.values()
+_Call = namedtuple(
+    "_Call",
+    [p.name for p in _PARAMETERS],
+    defaults=[p.default for p in _PARAMETERS if p.default is not p.empty],
+)
+"""The arguments of a call, by name."""
+
+
+def _project(call: Any, batched: bool, project: Project) -> tuple[Tensor, ...]:
+    """Queries, keys and values ``[B, H, N, d]``."""
+
+    def samples_first(x: Tensor) -> Tensor:
+        return x.transpose(0, 1) if batched else x[None]
+
+    query, key, value = (samples_first(x) for x in (call.query, call.key, call.value))
+    key = query if call.key is call.query else key
+    value = key if call.value is call.key else value
+    biases = (None,) * 3 if call.in_proj_bias is None else call.in_proj_bias.chunk(3)
+    if call.use_separate_proj_weight:
+        weights = (call.q_proj_weight, call.k_proj_weight, call.v_proj_weight)
+    elif key is query and value is key:
+        made = project("qkv", query, call.in_proj_weight, call.in_proj_bias)
+        return taken_apart(made.unflatten(-1, (3, call.num_heads, -1)))
+    else:
+        weights = call.in_proj_weight.chunk(3)
+    each = map(project, "qkv", (query, key, value), weights, biases)
+    return tuple(x.unflatten(-1, (call.num_heads, -1)).transpose(1, 2) for x in each)
+
+
+def _mask(call: Any, q: Tensor, k: Tensor) -> Tensor | None:
+    """``attn_mask`` and ``key_padding_mask`` as one additive mask; True there means: do not attend."""
+    mask = None
+    if call.attn_mask is not None:
+        mask = _additive(call.attn_mask, q.dtype)
+        if mask.ndim == 3:
+            mask = mask.view(-1, call.num_heads, *mask.shape[1:]) if len(mask) > 1 else mask[None]
+    if call.key_padding_mask is not None:
+        padding = _additive(call.key_padding_mask, q.dtype).view(len(k), 1, 1, -1)
+        mask = padding if mask is None else mask + padding
+    return mask
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in their own dtype: a large one that masks would be -inf in another."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -torch.inf)
+
+
+def _weights(
+    call: Any, q: Tensor, k: Tensor, mask: Tensor | None, dropped: Unfused | None
+) -> Tensor:
+    weights = dropped and dropped.weights
+    if weights is None:
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        weights = masked_softmax(scores, mask, partial(F.softmax, dim=-1))
+    return weights.mean(1) if call.average_attn_weights else weights

@@ -1,0 +1,1 @@
+"""Select attention heads on validation data, and prune the others."""

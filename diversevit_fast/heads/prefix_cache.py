@@ -1,0 +1,223 @@
+"""Running a model for many choices of heads, what comes before the heads once.
+
+The first forward of a batch is recorded: up to the first attention that the choices differ in, the output of
+every module that does not hold it is kept, and so are the head outputs. In the forwards after it those
+modules return what was kept without running, and the attention returns the kept head outputs
+times the new factors; all that follows runs. Nothing is assumed about the model's structure: calls are
+matched in order, and what cannot be kept (see ``Replay``) runs again.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..attachment.attachment import Attachment, Forward
+from ..attachment.attention_modules import AttentionLayer, is_compiled, is_hooked
+from ..attachment.support import refuse
+from ..attachment.unfused_attention import Unfused
+from ..errors import UnsupportedError, expected
+from .pruning import Kept, head_scale
+
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What a call returned: tensors and constants, and how often each tensor had been written to."""
+
+    leaves: list[Any]
+    structure: Any
+    versions: list[int]
+
+    @staticmethod
+    def of(value: Any) -> "_Recorded | None":
+        """None if something in ``value`` is neither a tensor nor a constant, so it might change unseen."""
+        leaves, structure = tree_flatten(value)
+        if not all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves):
+            return None
+        return _Recorded(leaves, structure, _versions(leaves))
+
+    def intact(self) -> bool:
+        return self.versions == _versions(self.leaves)
+
+    def same(self, value: Any) -> bool:
+        """Whether ``value``, whatever was done to it, still is the same tensors with the same contents."""
+        leaves, structure = tree_flatten(value)
+        unmoved = all(a is b for a, b in zip(leaves, self.leaves, strict=False))
+        return structure == self.structure and unmoved and self.intact()
+
+    def value(self) -> Any:
+        return tree_unflatten(self.leaves, self.structure)
+
+
+def _versions(leaves: Iterable[Any]) -> list[int]:
+    """Inference tensors count no writes, but refuse them here: ``Replay`` runs outside inference mode."""
+    tensors = (x for x in leaves if isinstance(x, Tensor))
+    return [0 if x.is_inference() else x._version for x in tensors]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One module call before the attention; nothing is kept of one that runs again."""
+
+    module: nn.Module
+    kept: _Recorded | None = None
+
+
+class Replay(Attachment):
+    """Context manager: the outputs of one batch for many choices of heads.
+
+    >>> with Replay(model, layers) as replay:
+    ...     for output in replay.outputs([{11: [0]}, {11: [1]}], images):
+    ...         ...                             # as of keep_heads(model, {11: [0]}), and so on
+
+    A module's output is not kept, and the module or those inside it run again, where keeping it could
+    change a result: it writes to its input or is given something other than tensors and constants;
+    it returns something else; somebody writes to its output in place; a module inside it has
+    hooks of its own, which are to see every forward (those for all modules, profilers', see what
+    runs); it is compiled. A module that hands something on
+    other than by its return value (a global, an attribute) does so once for each batch.
+
+    Args:
+        model: run in the mode (eval, train) in which it is.
+        layers: attention layers of ``model``, those that choices may name.
+
+    Raises:
+        UnsupportedError: as ``keep_heads``.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
+        super().__init__(model, layers)
+        refuse(self.layers, "mask")
+        self._scale: dict[int, Tensor] = {}
+        self._forget()
+
+    def _wrap_all(self) -> None:
+        super()._wrap_all()
+        self._inside = {m: set(m.modules()) - {m} for m in self.model.modules()}
+        chosen = {layer.module for layer in self.layers}
+        compiled = {m for m in self._inside if _compiled(m)}
+        left_alone = compiled.union(*(self._inside[m] for m in compiled))
+        for module in self._inside:
+            if module in chosen or module not in left_alone:
+                self.wrap(module, self._run)
+        self._not_kept = {m for m, inside in self._inside.items() if is_hooked(inside)}
+
+    def outputs(self, choices: Sequence[Kept], *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """``model(*args, **kwargs)`` for each choice, as inside ``keep_heads(model, choice)``.
+
+        One whole forward, then for each further choice what follows the first layer that ``choices``
+        differ in; nothing is kept once the iterator is exhausted.
+
+        Raises:
+            UsageError: outside the ``with`` block.
+            UnsupportedError: the model calls its modules in another order the second time.
+        """
+        if self._thread is None:
+            raise expected("with", "a Replay that is entered", "one that is not", "use `with`")
+        self._varied = {
+            layer.index
+            for layer in self.layers
+            if len({_heads(choice, layer) for choice in choices}) > 1
+        }
+        varied = {layer.module for layer in self.layers if layer.index in self._varied}
+        around = {m for m, inside in self._inside.items() if not varied.isdisjoint(inside)}
+        self._holds_heads = varied | around
+        self._forget()
+        try:
+            for choice in choices:
+                yield self._forward(choice, args, kwargs)
+        finally:
+            self._forget()
+
+    def attended(
+        self,
+        layer: AttentionLayer,
+        attend: Forward,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        options: dict[str, Any],
+    ) -> Tensor:
+        if self._past or layer.index not in self._varied:
+            heads = attend(*qkv, **options)
+        elif self._recording:
+            heads = self._heads = attend(*qkv, **options)
+            self._past = True
+        else:
+            heads = self._heads
+            if isinstance(attend, Unfused):  # somebody wants to see it
+                heads = attend(*qkv, **options)
+            if heads is None or self._next < len(self._calls):
+                raise _another_order(layer.name)
+            self._past = True
+        scale = self._scale.get(layer.index)
+        return heads if scale is None else heads * scale.to(heads)[:, None, None]
+
+    def _forward(self, choice: Kept, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._scale = {
+            layer.index: head_scale(layer, _heads(choice, layer), rescale=True)
+            for layer in self.layers
+            if layer.index in choice or layer.index in self._varied
+        }
+        written = {call.module for call in self._calls if call.kept and not call.kept.intact()}
+        self._not_kept |= written
+        if written or self._void:
+            self._forget()
+        self._recording, self._next = not self._calls, 0
+        self._past = False
+        # inference tensors do not count writes; leaving inference mode turns gradients on
+        with torch.inference_mode(False), torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    def _run(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+        if self._past or self._keeping is not None:
+            return forward(*args, **kwargs)
+        if self._recording:
+            return self._record(module, forward, args, kwargs)
+        call = self._calls[self._next] if self._next < len(self._calls) else None
+        if call is None or call.module is not module:
+            raise _another_order(type(module).__name__)
+        self._next += 1
+        return forward(*args, **kwargs) if call.kept is None else call.kept.value()
+
+    def _record(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+        given = _Recorded.of((args, kwargs))
+        if given is None or module in self._holds_heads or module in self._not_kept:
+            self._calls.append(_Call(module))
+            return forward(*args, **kwargs)
+        self._keeping = module
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self._keeping = None
+        kept = _Recorded.of(output)
+        if kept is None or self._past or not given.same((args, kwargs)):
+            self._not_kept.add(module)  # found out too late to record what is inside
+            self._void = True
+        else:
+            self._calls.append(_Call(module, kept))
+        return output
+
+    def _forget(self) -> None:
+        self._calls: list[_Call] = []
+        self._heads: Tensor | None = None
+        self._keeping: nn.Module | None = None
+        self._void = False
+
+
+def _heads(choice: Kept, layer: AttentionLayer) -> tuple[int, ...]:
+    return tuple(choice.get(layer.index, range(layer.num_heads)))
+
+
+def _compiled(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule) or is_compiled(module)
+
+
+def _another_order(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"model: {name} runs in another place the second time with the same images, so what comes before "
+        "the heads cannot be kept; evaluate with dvf.keep_heads instead"
+    )

@@ -1,0 +1,331 @@
+"""Pruned models in files, and what pruning saves.
+
+A pruned model fits no constructor, so the safetensors file says in its metadata which heads are left
+(``pruned_layers``, JSON) and loading prunes a fresh model first. Tensors that the model uses under
+several names are stored once, as ``safetensors.torch.save_model`` does.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..attachment.attention_modules import AttentionLayer, attention_layers
+from ..attachment.indices import whole_number
+from ..attachment.parallel import unwrapped
+from ..errors import UnsupportedError, UsageError
+from ..ops.attention import attention_operator
+from ..version import __version__
+from ..weight_files import StrPath, listing, misfit, read_tensors, write_tensors
+from .pruning import Heads, check_kept, prune_heads
+
+
+@dataclass(frozen=True)
+class _PrunedLayer:
+    """What the metadata say of one layer."""
+
+    layer: int
+    name: str
+    heads: int | None  # before any pruning, where the module says so
+    kept: tuple[int, ...]
+
+
+def save_pruned(model: nn.Module, path: StrPath) -> None:
+    """Write the weights and the kept heads of every pruned layer as one safetensors file.
+
+    The file appears complete or not at all. A model without pruned layers is saved as well.
+
+    Args:
+        model: as ``prune_heads`` left it, trained on or not.
+        path: the file, in an existing folder; replaced if it exists.
+
+    Raises:
+        UsageError: the folder does not exist, the file cannot be written, or safetensors is not
+            installed.
+        UnsupportedError: state that is not whole dense tensors (sharded, quantised, extra state), or
+            tensors that share a part of their memory.
+    """
+    model = unwrapped(model)
+    state = _state(model)
+    stored = _stored_names(state)
+    layers = [vars(layer) for layer in _pruned_layers(model)]
+    metadata = {name: first for name, first in stored.items() if name != first}
+    metadata |= {_VERSION: __version__, _LAYERS: json.dumps(layers)}
+    tensors = {name: state[name].detach().contiguous() for name in set(stored.values())}
+    try:
+        write_tensors(path, tensors, metadata)
+    except RuntimeError as failure:
+        raise UnsupportedError(
+            f"model: safetensors cannot store it ({str(failure).splitlines()[0]}); clone what is shared"
+        ) from None
+
+
+def load_pruned(model: nn.Module, path: StrPath) -> nn.Module:
+    """Prune ``model`` as the saved one was and load its weights.
+
+    A model that is pruned alike already is loaded into as it is. If anything does not fit, ``model``
+    stays as it was. Pruning makes new parameters: build the optimizer, and DDP,
+    afterwards.
+
+    Args:
+        model: of the architecture and dtype that was saved, on any device; its weights do not matter.
+        path: a file of ``save_pruned``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UsageError: no such file, one that cannot be read, or not one of ``save_pruned``; another
+            architecture; a missing, an extra or a misshapen tensor; ``model`` is pruned otherwise.
+        UnsupportedError: as ``prune_heads`` and ``save_pruned``.
+    """
+    target = unwrapped(model)
+    metadata, tensors = read_tensors(path, _CURE)
+    heads = _heads_to_prune(path, target, _parse(path, metadata))
+    pruned = _without_storage(target)
+    if heads:
+        prune_heads(pruned, heads, rescale=False)  # the factor is in the weights
+    wanted = _state(pruned)
+    given = _under_every_name(wanted, tensors)
+    _check_tensors(path, given, wanted)
+    _check_shared(path, given, wanted)
+    if heads:
+        prune_heads(target, heads, rescale=False)
+    target.load_state_dict(given)
+    return model
+
+
+@dataclass(frozen=True)
+class PrunedPart:
+    """Parameters, and FLOPs of one forward, of a model or a layer before and after pruning."""
+
+    name: str
+    parameters: tuple[int, int]
+    flops: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What pruning saves: the whole model, and each layer pruned with its output projection."""
+
+    model: PrunedPart
+    layers: tuple[PrunedPart, ...]
+
+    def __str__(self) -> str:
+        rows = [("", "parameters", "", "", "FLOPs", "", "")]
+        for part in (self.model, *self.layers):
+            sizes = [_saving(*pair) for pair in (part.parameters, part.flops)]
+            rows.append((part.name, *sizes[0], *sizes[1]))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (
+            "  ".join(
+                cell.rjust(w) if i else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def pruning_report(model: nn.Module, heads: Heads, images: Tensor) -> PruningReport:
+    """What ``prune_heads(model, heads)`` would save; ``model`` stays as it is.
+
+    FLOPs are those of products (matrix products, convolutions, attention) in one forward in eval
+    mode, as ``torch.utils.flop_counter`` counts them: two for a multiplication and an addition.
+    Time is another matter: measure it.
+
+    Args:
+        model, heads: as in ``prune_heads``. The model is copied.
+        images: a batch for ``model``, on its device.
+
+    Raises:
+        UsageError, UnsupportedError: as ``prune_heads``.
+    """
+    changed = copy.deepcopy(unwrapped(model)).eval()
+    kept = {layer.index: which for layer, which in check_kept(changed, heads)}
+    before = _measure(changed, list(kept), images)
+    after = _measure(prune_heads(changed, kept), list(kept), images)
+    whole, *layers = (
+        PrunedPart(name, (a[0], b[0]), (a[1], b[1]))
+        for (name, *a), (_, *b) in zip(before, after, strict=True)
+    )
+    return PruningReport(whole, tuple(layers))
+
+
+def _measure(model: nn.Module, named: list[int], images: Tensor) -> list[tuple[str, int, int]]:
+    """(name, parameters, FLOPs) of the whole model and of the layers named."""
+    root = type(model).__name__
+    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
+    # with a function mode active PyTorch takes no fast path whose products would not be counted
+    with torch.no_grad(), BaseTorchFunctionMode(), counter:
+        model(images)
+    found = counter.get_flop_counts()
+    flops = {name: sum(count.values()) for name, count in found.items()}
+    names = {module: name for name, module in model.named_modules()}
+    measured = [(root, _count([model]), counter.get_total_flops())]
+    for layer in (attention_layers(model)[index] for index in named):
+        parts: list[nn.Module] = [layer.module]
+        if layer.output is not None and layer.output not in set(layer.module.modules()):
+            parts.append(layer.output)  # transformers' older layout
+        total = sum(flops.get(f"{root}.{names[part]}", 0) for part in parts)
+        measured.append((layer.name, _count(parts), total))
+    return measured
+
+
+def _count(modules: Sequence[nn.Module]) -> int:
+    return sum(p.numel() for p in {p for module in modules for p in module.parameters()})
+
+
+def _saving(before: int, after: int) -> tuple[str, str, str]:
+    return f"{before:,}", f"-> {after:,}", f"({after / before - 1:+.1%})" if before else ""
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Two products, of Nq x d x Nk and Nq x Nk x dv, for each head of each sample."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+_ATTENTION_FLOPS = {  # that torch's counter does not know
+    attention_operator._opoverload.overloadpacket: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+}
+_VERSION, _LAYERS = "diversevit_fast", "pruned_layers"
+_CURE = "pass a file that dvf.save_pruned wrote"
+
+
+def _pruned_layers(model: nn.Module) -> list[_PrunedLayer]:
+    return [
+        _PrunedLayer(
+            layer.index,
+            layer.name,
+            getattr(layer.module, "original_heads", None),
+            tuple(layer.module.kept_heads),
+        )
+        for layer in attention_layers(model)
+        if hasattr(layer.module, "kept_heads")
+    ]
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, of parameters themselves, so that those used twice are the same object."""
+    state = model.state_dict(keep_vars=True)
+    for name, value in state.items():
+        plain = type(value) in (Tensor, nn.Parameter, nn.Buffer)
+        if not plain or value.layout != torch.strided or value.is_quantized:
+            raise UnsupportedError(
+                f"model: {name} is {type(value).__name__}, not a whole dense tensor; gather or "
+                "convert the model first"
+            )
+    return state
+
+
+def _stored_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """For each name the one under which its tensor is stored: the first of all its names."""
+    first: dict[int, str] = {}
+    for name in sorted(state):
+        first.setdefault(id(state[name]), name)
+    return {name: first[id(tensor)] for name, tensor in state.items()}
+
+
+def _under_every_name(
+    wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The file's tensors, one that the model has under several names under each of them.
+
+    A file that holds different tensors for these names keeps them, to be found out.
+    """
+    stored = _stored_names(wanted)
+    alone = {stored[name]: tensors[name] for name in wanted if name in tensors}
+    return {name: alone[first] for name, first in stored.items() if first in alone} | {**tensors}
+
+
+def _without_storage(model: nn.Module) -> nn.Module:
+    """A copy on the meta device: shapes to compare with, nothing allocated."""
+    memo: dict[int, Any] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)
+
+
+def _parse(path: StrPath, metadata: Mapping[str, str]) -> list[_PrunedLayer]:
+    if _LAYERS not in metadata:
+        raise misfit(path, f"metadata {_LAYERS!r}", "a file without", _CURE)
+    try:
+        layers = [_PrunedLayer(**entry) for entry in json.loads(metadata[_LAYERS])]
+        return [_PrunedLayer(_number(x.layer), x.name, x.heads, tuple(x.kept)) for x in layers]
+    except (TypeError, ValueError) as failure:
+        got = f"something that does not parse ({type(failure).__name__})"
+        raise misfit(path, f"metadata {_LAYERS!r}", got, _CURE) from None
+
+
+def _number(value: Any) -> int:
+    number = whole_number(value)
+    if number is None:
+        raise TypeError(f"{value!r} is no integer")
+    return number
+
+
+def _heads_to_prune(
+    path: StrPath, model: nn.Module, filed: list[_PrunedLayer]
+) -> dict[int, list[int]]:
+    """What is left to prune of ``model``, if it is of the architecture the file is of."""
+    layers: list[AttentionLayer] = attention_layers(model)
+    has = {layer.layer: layer for layer in _pruned_layers(model)}
+    heads: dict[int, list[int]] = {}
+    cure = "build the model that was saved"
+    for entry in filed:
+        named = layers[entry.layer].name if 0 <= entry.layer < len(layers) else "no such layer"
+        if named != entry.name:
+            raise misfit(path, f"layer {entry.layer} named {named!r}", repr(entry.name), cure)
+        pruned = has.pop(entry.layer, None)
+        if pruned is not None:
+            if pruned.kept != entry.kept:
+                raise _pruned_otherwise(path, entry.name, pruned.kept, entry.kept)
+            continue
+        count = layers[entry.layer].num_heads
+        found = {h for h in entry.kept if whole_number(h) is not None and 0 <= h < count}
+        whole = entry.heads is None or whole_number(entry.heads) == count
+        if not found or len(found) < len(entry.kept) or not whole:
+            got = f"heads {list(entry.kept)} of {entry.heads or 'more'}"
+            raise misfit(path, f"heads of the model's {count} in {entry.name}", got, cure)
+        heads[entry.layer] = list(entry.kept)
+    for pruned in has.values():
+        raise _pruned_otherwise(path, pruned.name, pruned.kept, "all")
+    return heads
+
+
+def _pruned_otherwise(path: StrPath, name: str, kept: object, filed: object) -> UsageError:
+    wanted = f"heads {kept} of {name}, as the model is pruned already"
+    return misfit(path, wanted, filed, "load into a fresh model")
+
+
+def _check_tensors(
+    path: StrPath, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> None:
+    cure = "build the model that was saved"
+    if missing := [name for name in wanted if name not in given]:
+        raise misfit(path, f"the tensors {listing(missing)}", "a file without", cure)
+    if extra := [name for name in given if name not in wanted]:
+        raise misfit(path, "no other tensors", listing(extra), cure)
+    for name, tensor in wanted.items():
+        ours, theirs = ((list(x.shape), x.dtype) for x in (tensor, given[name]))
+        if ours != theirs:
+            wish = f"{name} of shape {ours[0]} and {ours[1]}, the model's"
+            raise misfit(path, wish, f"{theirs[0]} and {theirs[1]}", cure)
+
+
+def _check_shared(path: StrPath, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for name, first in _stored_names(wanted).items():
+        if given[name] is not given[first]:
+            wish = f"one tensor for {first} and {name}, which the model shares"
+            raise misfit(path, wish, "two", "build the model that was saved")

@@ -1,0 +1,353 @@
+"""Choosing heads on validation data: which heads of a trained model follow the robust feature."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, combinations, product
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..attachment.attention_modules import AttentionLayer, choose_layers
+from ..attachment.batch_checks import Batch, class_indices, group_names, split_batch
+from ..attachment.indices import Integers
+from ..attachment.parallel import unwrapped
+from ..errors import expected
+from ..ops.checks import check_choice
+from .prefix_cache import Replay
+
+Score = (
+    Literal["accuracy", "worst_group", "confidence", "atc"]
+    | Callable[[Tensor, Tensor, Tensor | None], float]
+)
+Kept = dict[int, list[int]]
+MAX_CANDIDATES = 4096
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """One candidate: the heads that stay in each layer, and its score on the validation data."""
+
+    kept: dict[int, list[int]]
+    score: float
+
+
+def select_heads(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    layers: str | Integers = "last",
+    score: Score = "accuracy",
+    search: str = "single",
+    reference_loader: Iterable[Any] | None = None,
+) -> list[HeadChoice]:
+    """Rank choices of heads by how well the model does with only these.
+
+    The paper's rule is ``layers="last"``, ``search="single"`` and accuracy on labelled out-of-distribution
+    validation data. The model is evaluated in eval mode, as it is found afterwards; its parameters
+    stay. Each batch goes through the whole model once for each chosen layer (once altogether with
+    ``"exhaustive"``); a further candidate costs what follows the first attention it changes
+    (``replay.Replay`` says what is computed again all the same).
+
+    Args:
+        model: a classifier, images -> logits ``[B, classes]`` or an object with ``.logits``, whose chosen
+            layers' heads can be masked (``dvf.supported``).
+        loader: batches ``(images, labels)`` or ``(images, labels, groups)``, or dictionaries, as
+            transformers' collators make them: ``"labels"`` (or ``"label"``), ``"groups"`` (or
+            ``"group"``), and what the model is to be given by name; of other entries a model that takes
+            none of the names is given the only tensor. Labels are class indices; groups are
+            numbers, for ``"worst_group"`` also strings. An iterator, which runs once, does for every
+            search but ``"greedy"``.
+        layers: the layers to choose in: ``"last"``, ``"all"`` or indices, as a list, a tensor or the like.
+        score: larger is better.
+            With labels: ``"accuracy"``; ``"worst_group"``, the accuracy of the worst group (needs groups);
+            or a callable ``(logits [n, classes], labels [n], groups [n] or None) -> float``, for which the
+            logits of every candidate are kept.
+            Without: the batches may be images alone, and labels are not looked at.
+            ``"confidence"``: the mean over images of the largest softmax probability.
+            ``"atc"``: average thresholded confidence, an estimate of the accuracy on ``loader`` (Garg et al.,
+            ICLR 2022, arXiv 2201.04234): the fraction of its images whose largest probability is at
+            least t, where t is such that as large a fraction of ``reference_loader`` is below t as
+            the same heads get wrong there. Both trust the model's own confidence, which heads
+            that follow a spurious feature may well have: that they find the robust heads has
+            not been measured. Prefer labels, however few.
+        search: ``"single"``: each head of each layer alone, other layers whole. ``"greedy"``: start from
+            all heads, drop the head whose loss hurts least, until one is left in each layer; every
+            step is a candidate and runs through the loader once. ``"exhaustive"``: every
+            combination, at most 4096.
+        reference_loader: for ``"atc"``: labelled batches, as ``loader``'s, of data like the training data
+            but held out.
+
+    Returns:
+        The candidates, best first; ties keep more heads, then lower indices.
+
+    Raises:
+        UsageError: wrong arguments, an empty loader, batches of another kind, an iterator where several runs
+            are needed, labels missing, out of range or no numbers, missing groups, logits that are
+            not finite, a reference loader with a score that has no use for it, or too many
+            combinations.
+        UnsupportedError: heads that cannot be seen, or a model that calls its modules in another order
+            when run again.
+    """
+    check_choice("search", search, ("single", "greedy", "exhaustive"))
+    if not callable(score):
+        check_choice("score", score, tuple(_TALLIES))
+    model = unwrapped(model)
+    chosen = choose_layers(model, layers)
+    evaluate = _Evaluation(model, chosen, loader, reference_loader, score, search == "greedy")
+    if search == "greedy":
+        choices = _greedy(chosen, evaluate)
+    else:
+        choices = evaluate(_single(chosen) if search == "single" else [_exhaustive(chosen)])
+    size = {id(c): sum(map(len, c.kept.values())) for c in choices}
+    return sorted(choices, key=lambda c: (-c.score, -size[id(c)]))
+
+
+def _single(layers: Sequence[AttentionLayer]) -> list[list[Kept]]:
+    """For each layer, its heads."""
+    return [[{layer.index: [head]} for head in range(layer.num_heads)] for layer in layers]
+
+
+def _exhaustive(layers: Sequence[AttentionLayer]) -> list[Kept]:
+    count = 1
+    for layer in layers:
+        count *= 2**layer.num_heads - 1
+    if count > MAX_CANDIDATES:
+        wanted = f"at most {MAX_CANDIDATES} combinations for 'exhaustive'"
+        raise expected("search", wanted, count, "use 'greedy', or choose fewer layers")
+    subsets = [
+        list(chain(*(combinations(range(layer.num_heads), n + 1) for n in range(layer.num_heads))))
+        for layer in layers
+    ]
+    return [
+        {layer.index: list(h) for layer, h in zip(layers, heads, strict=True)}
+        for heads in product(*subsets)
+    ]
+
+
+def _greedy(layers: Sequence[AttentionLayer], evaluate: "_Evaluation") -> list[HeadChoice]:
+    kept = {layer.index: list(range(layer.num_heads)) for layer in layers}
+    path: list[HeadChoice] = []
+    while not path or any(len(heads) > 1 for heads in kept.values()):
+        steps = [
+            [{**kept, index: [h for h in heads if h != dropped]} for dropped in heads]
+            for index, heads in kept.items()
+            if len(heads) > 1
+        ]
+        if path:
+            found = evaluate(steps)
+        else:  # all heads: the same run of the loader
+            whole, *others = steps or [[]]
+            start, *found = evaluate([[kept, *whole], *others])
+            path.append(start)
+        if found:
+            path.append(max(found, key=lambda choice: choice.score))
+            kept = path[-1].kept
+    return path
+
+
+class _Evaluation:
+    """The scores of candidates, all of them in one run of the loader.
+
+    Candidates come in groups; within a group what precedes the first layer that they differ in is
+    computed once for a batch. Between batches nothing but tallies is kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[AttentionLayer],
+        loader: Iterable[Any],
+        reference: Iterable[Any] | None,
+        score: Score,
+        several: bool,
+    ):
+        self._model, self._loader, self._reference = model, loader, reference
+        self._tally: Any = partial(_Logits, score) if callable(score) else _TALLIES[score]
+        self._labelled = callable(score) or score in ("accuracy", "worst_group")
+        self._grouped = callable(score) or score == "worst_group"
+        if (reference is not None) != (self._tally is _ThresholdedConfidence):
+            wanted, got = (
+                ("labelled in-distribution data for score='atc'", "none")
+                if reference is None
+                else (f"nothing for score={score!r}", "a loader")
+            )
+            raise expected("reference_loader", wanted, got, "only 'atc' compares with it")
+        for name, data in (("loader", loader), ("reference_loader", reference)):
+            if several and isinstance(data, Iterator):
+                cure = "pass a list or a DataLoader"
+                wanted = "data that can be run through again for search='greedy'"
+                raise expected(name, wanted, "an iterator, which runs once", cure)
+        self._replay = Replay(model, layers)
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def __call__(self, groups: Sequence[Sequence[Kept]]) -> list[HeadChoice]:
+        """The candidates of every group with their scores, in order."""
+        tallies = [[self._tally() for _ in group] for group in groups]
+        training = [m for m in self._model.modules() if m.training]
+        self._model.eval()
+        try:
+            with self._replay:
+                self._run("loader", self._loader, groups, tallies)
+                if self._reference is not None:
+                    self._run("reference_loader", self._reference, groups, tallies)
+        finally:
+            for module in training:
+                module.training = True
+        return [
+            HeadChoice(kept, tally.value())
+            for group, scored in zip(groups, tallies, strict=True)
+            for kept, tally in zip(group, scored, strict=True)
+        ]
+
+    def _run(
+        self,
+        name: str,
+        loader: Iterable[Any],
+        groups: Sequence[Sequence[Kept]],
+        tallies: Sequence[Sequence[Any]],
+    ) -> None:
+        reference, seen = name == "reference_loader", 0
+        if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
+            got = type(loader).__name__
+            raise expected(name, "an iterable of batches", got, "pass a list or a DataLoader")
+        for item in loader:
+            batch = split_batch(name, item, self._model, self._device)
+            labels, members = self._answers(name, batch)
+            seen += batch.size
+            for group, scored in zip(groups, tallies, strict=True):
+                outputs = self._replay.outputs(group, *batch.args, **batch.kwargs)
+                for output, tally in zip(outputs, scored, strict=True):
+                    predictions = Predictions(_logits(output), labels, members)
+                    _check(predictions)
+                    (tally.refer if reference else tally.add)(predictions)
+        if not seen:
+            raise expected(name, "at least one batch", "none", "pass a list or a DataLoader")
+
+    def _answers(self, name: str, batch: Batch) -> tuple[Tensor | None, Tensor | list[str] | None]:
+        """Labels and groups of one batch, where they are looked at."""
+        if name == "loader" and not self._labelled:
+            return None, None
+        if batch.labels is None:
+            wanted = "labels: batches (images, labels), or dictionaries with 'labels'"
+            raise expected(name, wanted, "images alone", "only 'confidence' needs no labels")
+        labels = class_indices(batch.labels, batch.size)
+        if not self._grouped or batch.groups is None:
+            return labels, None
+        return labels, group_names(batch.groups, batch.size, named=self._tally is _WorstGroup)
+
+
+class Predictions(NamedTuple):
+    """What was predicted for one batch, on the CPU, and what it is."""
+
+    logits: Tensor  # [b, classes]
+    labels: Tensor | None  # [b]
+    groups: Tensor | list[str] | None  # [b]
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise expected(
+            "model", "logits [B, classes]", got, "wrap the model in one that returns them"
+        )
+    return logits.float().cpu()
+
+
+def _check(batch: Predictions) -> None:
+    (count, classes), labels = batch.logits.shape, batch.labels
+    if not torch.isfinite(batch.logits).all():
+        raise expected("model", "finite logits", "NaN or infinity", "check the weights")
+    if labels is not None and len(labels) != count:
+        raise expected("model", f"logits of {len(labels)} images", count, "give one row an image")
+    if labels is not None and count and not 0 <= labels.min() <= labels.max() < classes:
+        got = f"{int(labels.min())} to {int(labels.max())}"
+        raise expected("labels", f"class indices from 0 to {classes - 1}", got, "check the data")
+
+
+class _Accuracy:
+    def __init__(self) -> None:
+        self._hits = self._seen = 0
+
+    def add(self, batch: Predictions) -> None:
+        self._hits += int((batch.logits.argmax(-1) == batch.labels).sum())
+        self._seen += len(batch.logits)
+
+    def value(self) -> float:
+        return self._hits / self._seen
+
+
+class _WorstGroup:
+    def __init__(self) -> None:
+        self._groups: dict[Any, _Accuracy] = {}
+
+    def add(self, batch: Predictions) -> None:
+        if batch.groups is None or batch.labels is None:
+            cure = "let the loader yield (images, labels, groups)"
+            raise expected("loader", "groups for score='worst_group'", "none", cure)
+        names = batch.groups if isinstance(batch.groups, list) else batch.groups.tolist()
+        for group in dict.fromkeys(names):
+            here = torch.tensor([name == group for name in names])
+            tally = self._groups.setdefault(group, _Accuracy())
+            tally.add(Predictions(batch.logits[here], batch.labels[here], None))
+
+    def value(self) -> float:
+        return min(tally.value() for tally in self._groups.values())
+
+
+class _Confidence:
+    def __init__(self) -> None:
+        self._confidences: list[Tensor] = []
+
+    def add(self, batch: Predictions) -> None:
+        self._confidences.append(_confidence(batch.logits))
+
+    def value(self) -> float:
+        return float(torch.cat(self._confidences).mean())
+
+
+class _ThresholdedConfidence(_Confidence):
+    def __init__(self) -> None:
+        super().__init__()
+        self._references: list[Tensor] = []
+        self._wrong = 0
+
+    def refer(self, batch: Predictions) -> None:
+        self._references.append(_confidence(batch.logits))
+        self._wrong += int((batch.logits.argmax(-1) != batch.labels).sum())
+
+    def value(self) -> float:
+        ascending = torch.cat(self._references).sort().values
+        if self._wrong == len(ascending):  # no confidence is enough
+            return 0.0
+        threshold = ascending[self._wrong]  # as many are below as are wrong
+        return float((torch.cat(self._confidences) >= threshold).double().mean())
+
+
+class _Logits:
+    """For a callable, which is given everything at once."""
+
+    def __init__(self, score: Callable[[Tensor, Tensor, Tensor | None], float]):
+        self._score, self._batches = score, []
+
+    def add(self, batch: Predictions) -> None:
+        self._batches.append(batch)
+
+    def value(self) -> float:
+        logits, labels, groups = zip(*self._batches, strict=True)
+        joined = None if any(g is None for g in groups) else torch.cat(groups)
+        return float(self._score(torch.cat(logits), torch.cat(labels), joined))
+
+
+def _confidence(logits: Tensor) -> Tensor:
+    return logits.double().softmax(-1).amax(-1)
+
+
+_TALLIES = {
+    "accuracy": _Accuracy,
+    "worst_group": _WorstGroup,
+    "confidence": _Confidence,
+    "atc": _ThresholdedConfidence,
+}

@@ -1,0 +1,35 @@
+"""Compiling ahead: what the first large call on a CPU would otherwise spend seconds on."""
+
+import torch
+
+from ..errors import expected
+from .backends import compile_ahead
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def warmup(*dtypes: torch.dtype) -> dict[torch.dtype, list[str]]:
+    """Compile the CPU kernels of attention, layer_norm, gelu and routed_head_penalty, or load them from disk.
+
+    Without this call the first use of each does it: some seconds the first time on a machine, milliseconds from then
+    on: they lie in ``diversevit`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``), or in
+    ``DIVERSEVIT_CACHE_DIR``, and only where nobody else can write. Besides, Inductor compiles three formulas of
+    attention for each dtype, for masks that want a gradient and for float16. GPU kernels are compiled by Triton when
+    they are first launched, with a cache of its own.
+
+    Args:
+        dtypes: of float32, bfloat16 and float16; none: float32 and bfloat16.
+
+    Returns:
+        Names of the compiled kernels and formulas by dtype. Where none could be compiled (no C++ compiler), one
+        warning, an empty list, and the operators run a slower path.
+
+    Raises:
+        UsageError: another dtype.
+    """
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            known = ", ".join(str(one) for one in DTYPES)
+            raise expected("warmup", f"one of {known}", str(dtype), "name a dtype that is compiled")
+    chosen = dtypes or (torch.float32, torch.bfloat16)
+    return {dtype: compile_ahead(dtype) for dtype in chosen}

@@ -1,0 +1,1 @@
+"""The penalty on the gradients of attention heads, for any training loop."""

@@ -1,0 +1,58 @@
+"""Which of a layer's projections read the layer's input: the paper's gradient is that of this input.
+
+Self-attention makes queries, keys and values of one tensor. Class attention makes its query of the first
+token, pooling of a learned one. Anything else has no single input, and is refused.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..attachment.attention_modules import AttentionLayer
+from ..errors import UnsupportedError
+from .head_gradients import Projected
+
+
+def read_from_input(
+    layer: AttentionLayer, made: Sequence[tuple[Projected, Tensor]]
+) -> tuple[Projected, ...]:
+    """Those of a run's projections, given with their inputs, that read what its keys are made of.
+
+    Raises:
+        UnsupportedError: a projection was not seen, or reads another tensor.
+    """
+    inputs = {role: x for part, x in made for role in part.roles}
+    if "k" not in inputs or "v" not in inputs:
+        raise _refusal(layer, "its projections were not seen (are they wrapped or parametrised?)")
+    if not _same(inputs["k"], inputs["v"]):
+        raise _refusal(layer, "its keys and values are made of different tensors")
+    reads = layer.query_reads
+    if "q" not in inputs and reads != "another":
+        raise _refusal(layer, "its queries' projection was not seen")
+    kept = []
+    for part, x in made:
+        first_token = reads == "first" and x.ndim == 2
+        if "q" not in part.roles or first_token or _same(x, inputs["k"]):
+            kept.append(part)
+        elif reads != "another" or _overlap(x, inputs["k"]):
+            raise _refusal(layer, "its queries are made of another tensor than its keys")
+    return tuple(kept)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a is b or torch.compiler.is_compiling():
+        return a is b
+    alike = a.shape == b.shape and a.stride() == b.stride() and a._version == b._version
+    return alike and a.data_ptr() == b.data_ptr()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether one is a part of the other."""
+    if torch.compiler.is_compiling():
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _refusal(layer: AttentionLayer, why: str) -> UnsupportedError:
+    return UnsupportedError(f"wrt='input': {layer.name}: {why}; use wrt='output'")

@@ -1,0 +1,155 @@
+"""Running part of a model on chosen samples and on the rest apart: only the chosen pay for more.
+
+A module that treats samples independently gives the same output whether its batch runs whole or in two
+parts. Where a tensor goes unchanged from one split module to the next, its parts are passed on as
+they are; the graph above the chosen samples then never meets the rest. Where something changes the
+tensor in between, the parts are entangled: the numbers stay right, the rest pays as well.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import UnsupportedError, expected
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a split module returned: ``whole``, not written to since, is ``chosen`` and ``rest`` joined."""
+
+    whole: Tensor
+    version: int
+    chosen: Tensor
+    rest: Tensor
+
+
+class SampleSplit:
+    """Draws samples, and runs the modules it wraps on those and on the rest, one after the other.
+
+    Args:
+        fraction: ``round(fraction * B)`` samples of a batch of B, at least one.
+        generator: draws them; the global one of the batch's device if None.
+
+    Attributes:
+        with_rest: whether a module is running on the rest.
+        entangled: whether the rest is now computed from something that depends on the chosen.
+
+    Raises:
+        UsageError: a fraction that is not above 0 and at most 1, or no generator.
+    """
+
+    def __init__(self, fraction: float, generator: torch.Generator | None = None):
+        number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
+        if not number or not 0 < fraction <= 1:
+            wanted = "a number above 0 and at most 1"
+            raise expected("fraction", wanted, repr(fraction), "1 is every sample")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            cure = "or leave it out"
+            raise expected("generator", "a torch.Generator", type(generator).__name__, cure)
+        self.fraction, self.generator = fraction, generator
+        self.with_rest = self.entangled = self._running = False
+        self._orders: dict[int, tuple[Tensor, Tensor]] = {}
+        self._last: _Parts | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have: they draw for themselves."""
+        return {"fraction": self.fraction, "generator": self.generator}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        SampleSplit.__init__(self, **state)
+
+    def forget(self) -> None:
+        """Draw anew from here on."""
+        self._orders.clear()
+        self._last = None
+
+    def check_reached(self, name: str, batch: int) -> None:
+        """Refuse a layer that runs on a whole batch although the modules around it are split."""
+        if not self._running and self._count(batch) < batch:
+            raise UnsupportedError(
+                f"fraction: {name} does not run inside its block's own forward; use fraction=1"
+            )
+
+    def samples(self, batch: int) -> Tensor | None:
+        """Indices of the samples drawn from a batch of that size; None if they are all.
+
+        Raises:
+            UsageError: the wrapped modules met another batch.
+        """
+        count = self._count(batch)
+        if count == batch:
+            return None
+        if batch not in self._orders:
+            wanted = "1 for a model whose blocks see another batch than its logits have"
+            raise expected("fraction", wanted, self.fraction, "drop it, or fold no axis into B")
+        return self._orders[batch][0][:count]
+
+    def wrapper_of(self, module: nn.Module) -> Callable[..., Tensor]:
+        """What runs ``module``'s forward in two parts.
+
+        Raises:
+            UnsupportedError: the module mixes samples.
+        """
+        name = type(module).__name__
+        if any(isinstance(m, _BatchNorm) for m in module.modules()):
+            raise UnsupportedError(
+                f"fraction: {name} holds a BatchNorm, which mixes samples; use fraction=1"
+            )
+
+        def run(_: nn.Module, forward: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
+            if self._running or not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            x, others = args[0] if args else None, (*args[1:], *kwargs.values())
+            if not isinstance(x, Tensor) or any(isinstance(other, Tensor) for other in others):
+                raise UnsupportedError(
+                    f"fraction: {name} is not called with one tensor [B, ...]; use fraction=1"
+                )
+            if self._count(len(x)) == len(x):
+                return forward(*args, **kwargs)
+            return self._in_two(name, lambda part: forward(part, *args[1:], **kwargs), x)
+
+        return run
+
+    def _in_two(self, name: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        order, place = self._order_of(x)
+        chosen, rest = self._parts_of(x, order)
+        self._running = True
+        try:
+            chosen_out = forward(chosen)
+            self.with_rest = True
+            rest_out = forward(rest)
+        finally:
+            self._running = self.with_rest = False
+        if not isinstance(chosen_out, Tensor) or len(chosen_out) != len(chosen):
+            raise UnsupportedError(
+                f"fraction: {name} does not return one tensor [B, ...]; use fraction=1"
+            )
+        whole = torch.cat([chosen_out, rest_out]).index_select(0, place)
+        self._last = _Parts(whole, whole._version, chosen_out, rest_out)
+        return whole
+
+    def _parts_of(self, x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        last = self._last
+        if last is not None and x is last.whole and x._version == last.version:
+            return last.chosen, last.rest
+        self.entangled = last is not None
+        count = self._count(len(x))
+        chosen, rest = x.index_select(0, order).split([count, len(x) - count])
+        return chosen, rest
+
+    def _order_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's indices, the chosen first, and where each went; one draw until ``forget``."""
+        batch = len(x)
+        if batch not in self._orders:
+            device = x.device if self.generator is None else self.generator.device
+            drawn = torch.randperm(batch, device=device, generator=self.generator)
+            order = drawn.to(x.device)
+            self._orders[batch] = order, order.argsort()
+        return self._orders[batch]
+
+    def _count(self, batch: int) -> int:
+        return min(batch, max(1, round(self.fraction * batch)))

@@ -1,0 +1,1 @@
+"""What both backends share: dtypes, groups of the penalty, environment switches, forks."""

@@ -1,0 +1,104 @@
+"""Penalty on the cosines between head gradients on a CPU: equations (30)-(39) of kernels/README.md.
+
+One tile owns some tokens of one sample, or all tokens of some samples. The forward keeps cosines
+and norms, so the backward is one pass ``M G`` whose ``M`` is H x H algebra per group (``cosine.py``).
+By sample, the double backward first needs ``A G^T`` of a whole group: two passes unless a tile holds it.
+
+Shapes   grads, dgrads, ddgrads, ggrads [B, H, N, E]; cosines, norms as in ``cosine.py``.
+Dtypes   any floating; statistics, products and sums in float32 (float64 for float64).
+Traffic  forward reads grads once; backward reads it once and writes dgrads; double backward reads
+         grads and ddgrads once (by sample: at most twice) and writes ggrads.
+"""
+
+import torch
+from torch import Tensor
+
+from ...common.dtypes import accumulation_dtype
+from ...common.grouping import Grouping, Statistics, Tile
+from ..attention.blocked import empty_heads
+from ..runtime.scratch import Scratch
+from .cosine import curvatures, penalty_forward, slopes
+
+
+class _Loader:
+    """Tile-shaped operands and results, ``[groups, H, K]``."""
+
+    def __init__(self, grads: Tensor, granularity: str, reduction: str, eps: float):
+        B, H, N, _ = grads.shape
+        self.grouping = Grouping(B, H, N, granularity, reduction, eps)
+        self.like = grads.new_empty(0, dtype=accumulation_dtype(grads.dtype))
+        self.scratch = Scratch(self.like.dtype, grads.device)
+
+    def heads(self, name: str, x: Tensor, t: Tile) -> Tensor:
+        part = self.scratch.load(name, self._part(x, t))
+        return part.flatten(0, 1) if self.grouping.by_token else part.flatten(2)
+
+    def result(self, like: Tensor) -> Tensor:
+        return self.scratch.get("result", *like.shape)
+
+    def store(self, result: Tensor, x: Tensor, t: Tile) -> None:
+        part = self._part(x, t)
+        part.copy_(result.view(part.shape))
+
+    def _part(self, x: Tensor, t: Tile) -> Tensor:
+        """Of ``[B, H, N, E]`` the tile: [samples, N, H, E] by token, [samples, H, N, E] by sample."""
+        part = x[t.samples, :, t.tokens]
+        return part.transpose(1, 2) if self.grouping.by_token else part
+
+
+def head_penalty_forward(
+    grads: Tensor, granularity: str, reduction: str, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(30)-(32): penalty, cosines, norms."""
+    load = _Loader(grads, granularity, reduction, eps)
+    width = grads.shape[-1]
+    return penalty_forward(load.grouping, load.like, width, lambda t: load.heads("x", grads, t))
+
+
+def head_penalty_backward(
+    grads: Tensor,
+    cosines: Tensor,
+    norms: Tensor,
+    dpenalty: Tensor | None,
+    dcosines: Tensor | None,
+    granularity: str,
+    reduction: str,
+    eps: float,
+) -> Tensor:
+    """(33)-(35): ``dgrads``."""
+    load = _Loader(grads, granularity, reduction, eps)
+    given = Statistics(cosines, norms, dpenalty, dcosines)
+    dgrads = empty_heads(grads, grads.shape[-1])
+    for t, m in slopes(load.grouping, given, grads.shape[-1]):
+        x = load.heads("x", grads, t)
+        load.store(torch.bmm(m, x, out=load.result(x)), dgrads, t)
+    return dgrads
+
+
+def head_penalty_double_backward(
+    grads: Tensor,
+    cosines: Tensor,
+    norms: Tensor,
+    dpenalty: Tensor | None,
+    dcosines: Tensor | None,
+    ddgrads: Tensor,
+    granularity: str,
+    reduction: str,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(36)-(39): ``ggrads``, and ``gdpenalty``, ``gdcosines`` where there is such a cotangent."""
+    load = _Loader(grads, granularity, reduction, eps)
+    given = Statistics(cosines, norms, dpenalty, dcosines)
+    ggrads = empty_heads(grads, grads.shape[-1])
+    gdpenalty = None if dpenalty is None else cosines.new_zeros(())
+    gdcosines = None if dcosines is None else cosines.new_empty(cosines.shape)
+
+    def operands(t: Tile) -> tuple[Tensor, Tensor]:
+        return load.heads("x", grads, t), load.heads("a", ddgrads, t)
+
+    for t, x, a, at in curvatures(
+        load.grouping, given, grads.shape[-1], operands, gdpenalty, gdcosines
+    ):
+        result = torch.bmm(at.m, a, out=load.result(x)).baddbmm_(at.m_dot, x)
+        load.store(result, ggrads, t)
+    return ggrads, gdpenalty, gdcosines

@@ -1,0 +1,91 @@
+"""Calls of ``native/routed_head_penalty.cpp``: what of the routed penalty is not H x H, as C++ kernels.
+
+Shapes   grad_qkv [B, N, 3, H, d]; weight [3, H, d, D]; Gram matrices and M [B, N, H, H] by token, [B, H, H] by sample.
+Dtypes   float32, float64, bfloat16, the same for both; Gram matrices, M and the weight's gradient in the accumulation
+         dtype. bfloat16 is multiplied as such and summed in float32; du becomes an operand as a sum of two bfloat16.
+         Where the processor does not multiply bfloat16 it is made float32.
+Bits     the same on any number of threads.
+Memory   a chunk of du (3 MiB) and its share of grad_qkv, the weight twice and its gradient in the accumulation dtype.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...common.dtypes import accumulation_dtype
+from ...common.forks import kernel_threads
+from ...common.grouping import Grouping
+from ..runtime.huge_pages import pooled
+from ..runtime.native import library
+
+_Int = ctypes.c_int64
+
+
+class _Routes(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("strides", _Int * 4))
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("strides", _Int * 3))
+
+
+_SIZES = ("B", "N", "H", "d", "D", "by_token", "threads")
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, _Int) for name in _SIZES),
+        *(("grad_qkv", _Routes), ("dgrad_qkv", _Routes), ("weight", _Weight)),
+        *((name, ctypes.c_void_p) for name in ("gram", "m", "dweight")),
+    )
+
+
+def runs(grad_qkv: Tensor, weight: Tensor) -> bool:
+    """Whether there are native kernels for these."""
+    known = grad_qkv.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    alike = grad_qkv.dtype == weight.dtype and min(grad_qkv.numel(), weight.numel()) > 0
+    return known and alike and library("routed_head_penalty") is not None
+
+
+def gram(g: Grouping, grad_qkv: Tensor, weight: Tensor) -> Tensor:
+    """``u u^T`` of every group, (40): ``[B, (N,) H, H]``."""
+    functions: Any = library("routed_head_penalty")
+    dtype = accumulation_dtype(grad_qkv.dtype)
+    parts = () if g.by_token else (_call(functions, "parts", g, grad_qkv, weight),)
+    lead = (g.B, g.N) if g.by_token else (g.B, *parts)
+    found = grad_qkv.new_empty(*lead, g.H, g.H, dtype=dtype)
+    _call(functions, "gram", g, grad_qkv, weight, gram=found)
+    return found if g.by_token else found.sum(1)
+
+
+def backward(g: Grouping, grad_qkv: Tensor, weight: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """(42) for du = M u: ``dgrad_qkv`` dense, ``dweight`` dense and in the accumulation dtype."""
+    if grad_qkv.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+        dr, dw = backward(g, grad_qkv.float(), weight.float(), m)
+        return dr.to(grad_qkv.dtype), dw
+    functions: Any = library("routed_head_penalty")
+    dr, m = pooled(grad_qkv, *grad_qkv.shape), m.contiguous()
+    dw = m.new_empty(weight.shape)
+    _call(functions, "backward", g, grad_qkv, weight, dgrad_qkv=dr, m=m, dweight=dw)
+    return dr, dw
+
+
+def _call(functions: Any, name: str, g: Grouping, r: Tensor, w: Tensor, **tensors: Tensor) -> int:
+    r, w = (x if x.stride(-1) == 1 else x.contiguous() for x in (r, w))
+    sizes = (g.B, g.N, g.H, r.shape[-1], w.shape[-1], g.by_token, kernel_threads())
+    dr = tensors.pop("dgrad_qkv", None)
+    request = _Call(
+        **dict(zip(_SIZES, sizes, strict=True)),
+        grad_qkv=_Routes(r.data_ptr(), (_Int * 4)(*r.stride()[:4])),
+        weight=_Weight(w.data_ptr(), (_Int * 3)(*w.stride()[:3])),
+        **(
+            {}
+            if dr is None
+            else {"dgrad_qkv": _Routes(dr.data_ptr(), (_Int * 4)(*dr.stride()[:4]))}
+        ),
+        **{name: x.data_ptr() for name, x in tensors.items()},
+    )
+    kind = str(r.dtype).removeprefix("torch.")
+    return functions[f"routed_head_penalty_{name}_{kind}"](ctypes.byref(request))

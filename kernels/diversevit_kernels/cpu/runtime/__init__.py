@@ -1,0 +1,1 @@
+"""What every CPU kernel needs: compilers, the folder of compiled files, memory."""

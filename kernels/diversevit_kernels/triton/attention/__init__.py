@@ -1,0 +1,23 @@
+"""Attention on a GPU to second order: the three functions of the stage, a file for each.
+
+``attention_tiles`` holds what the kernels share; equations (1)-(9) of kernels/README.md.
+"""
+
+from torch import Tensor
+
+from ..runtime.launch import allocate
+from .backward import attention_backward
+from .double_backward import attention_double_backward
+from .forward import attention_forward
+
+__all__ = [
+    "attention_backward",
+    "attention_double_backward",
+    "attention_forward",
+    "attention_packed",
+]
+
+
+def attention_packed(qkv: Tensor) -> Tensor:
+    """Uninitialised, dense, like ``qkv`` [B, N, 3, H, d]: what ``into`` may be views of."""
+    return allocate(tuple(qkv.shape), qkv.dtype, qkv)

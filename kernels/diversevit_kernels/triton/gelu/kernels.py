@@ -1,0 +1,193 @@
+"""GELU on a GPU: forward, backward and double backward, equations (20)-(26) of kernels/README.md.
+
+Shapes   any; every tensor of a rung has the shape of x. Inputs have any strides, results are dense.
+Dtypes   float16, bfloat16, float32, float64; arithmetic in float32 (float64 for float64).
+Traffic  d0 reads x, d1 x and dy, d2 x, dy and ddx, each once, and writes each result once.
+tanh     of (23) only enters through e = exp(-2 |u|) <= 1, which cannot overflow: (1 + T) / 2 is 1 / (1 + e) or
+         e / (1 + e) by the sign of x, and 1 - T^2 = 4 e / (1 + e)^2 does not cancel.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..runtime.configurations import accumulator
+from ..runtime.launch import allocate, cdiv, check_operand, launch, reach
+from ..runtime.strided import merged_axes, offsets
+
+FLAT_BEYOND = tl.constexpr(40.0)
+"""|x| from which y' is 0 or 1 and y'' is 0 in every dtype; clamping there keeps powers of x finite."""
+SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+PEAK = tl.constexpr(1 / math.sqrt(2 * math.pi))
+"""phi(0)."""
+TANH_SCALE = tl.constexpr(math.sqrt(2 / math.pi))
+"""k of (23)."""
+TANH_CUBIC = tl.constexpr(0.044715)
+"""c of (23)."""
+
+
+class Elements(NamedTuple):
+    """A tensor and the strides of its merged axes, innermost first; in a kernel its ``ptr`` is a pointer."""
+
+    ptr: Any
+    strides: tuple[int, ...]
+
+
+@triton.jit
+def _load(x, at, sizes, inside, ACC: tl.constexpr):
+    return tl.load(x.ptr + offsets(at, sizes, x.strides), mask=inside, other=0.0).to(ACC)
+
+
+@triton.jit
+def _near(x):
+    """x within FLAT_BEYOND of 0; unlike a minimum, NaN stays NaN."""
+    x = tl.where(x > FLAT_BEYOND, FLAT_BEYOND, x)
+    return tl.where(x < -FLAT_BEYOND, -FLAT_BEYOND, x)
+
+
+@triton.jit
+def _decay(x):
+    """exp(-2 |u|) of (23)."""
+    u = TANH_SCALE * (1.0 + TANH_CUBIC * x * x) * tl.abs(x)
+    return tl.exp(-2.0 * u)
+
+
+@triton.jit
+def _value(x, TANH: tl.constexpr):
+    """(20) or (23)."""
+    if TANH:
+        e = _decay(_near(x))
+        return x * (tl.where(x < 0, e, 1.0) / (1.0 + e))
+    else:
+        return x * (0.5 + 0.5 * tl.math.erf(x * SQRT_HALF))
+
+
+@triton.jit
+def _derivatives(x, TANH: tl.constexpr):
+    """y' and y'': (21), (22) or (24), (25)."""
+    x = _near(x)
+    if TANH:
+        e = _decay(x)
+        inverse = 1.0 / (1.0 + e)
+        half = 2.0 * e * inverse * inverse  # (1 - T^2) / 2
+        size = tl.abs(x)
+        cubic = TANH_CUBIC * x * x
+        slope = TANH_SCALE * (1.0 + 3.0 * cubic)
+        t = (1.0 - e) * inverse  # |T|
+        first = tl.where(x < 0, e, 1.0) * inverse + half * x * slope
+        second = 2.0 * half * (TANH_SCALE * (1.0 + 6.0 * cubic) - size * t * slope * slope)
+    else:
+        density = PEAK * tl.exp(-0.5 * x * x)
+        first = 0.5 + 0.5 * tl.math.erf(x * SQRT_HALF) + x * density
+        second = density * (2.0 - x * x)
+    return first, second
+
+
+@triton.jit
+def _forward_kernel(
+    x,  # Elements [n]
+    y_ptr,  # [n], dense
+    sizes,  # of the merged axes
+    n,
+    TANH: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(20) or (23). One program owns BLOCK elements."""
+    at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    y = _value(_load(x, at, sizes, at < n, ACC), TANH)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def _backward_kernel(
+    x,  # Elements [n]
+    dy,  # Elements [n]
+    dx_ptr,  # [n], dense
+    sizes,  # of the merged axes
+    n,
+    TANH: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(26): dx = dy y'. One program owns BLOCK elements."""
+    at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    first, _ = _derivatives(_load(x, at, sizes, at < n, ACC), TANH)
+    dx = _load(dy, at, sizes, at < n, ACC) * first
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def _double_backward_kernel(
+    x,  # Elements [n]
+    dy,  # Elements [n]
+    ddx,  # Elements [n]
+    gx_ptr,  # [n], dense
+    gdy_ptr,  # [n], dense
+    sizes,  # of the merged axes
+    n,
+    TANH: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(26): gx = ddx dy y'', gdy = ddx y'. One program owns BLOCK elements."""
+    at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    first, second = _derivatives(_load(x, at, sizes, at < n, ACC), TANH)
+    a = _load(ddx, at, sizes, at < n, ACC)
+    gx = a * _load(dy, at, sizes, at < n, ACC) * second
+    tl.store(gx_ptr + at, gx.to(gx_ptr.dtype.element_ty), mask=at < n)
+    tl.store(gdy_ptr + at, (a * first).to(gdy_ptr.dtype.element_ty), mask=at < n)
+
+
+def gelu_forward(x: Tensor, approximate: str) -> Tensor:
+    """(20) or (23): ``y`` like x, contiguous."""
+    return _elementwise("gelu_forward", _forward_kernel, approximate, 1, x)[0]
+
+
+def gelu_backward(x: Tensor, dy: Tensor, approximate: str) -> Tensor:
+    """(26): ``dx`` like x, contiguous."""
+    return _elementwise("gelu_backward", _backward_kernel, approximate, 1, x, dy)[0]
+
+
+def gelu_double_backward(
+    x: Tensor, dy: Tensor, ddx: Tensor, approximate: str
+) -> tuple[Tensor, Tensor]:
+    """(26): ``gx`` and ``gdy`` like x, contiguous."""
+    name, kernel = "gelu_double_backward", _double_backward_kernel
+    gx, gdy = _elementwise(name, kernel, approximate, 2, x, dy, ddx)
+    return gx, gdy
+
+
+def _elementwise(
+    name: str, kernel: Any, approximate: str, results: int, *tensors: Tensor
+) -> list[Tensor]:
+    """Launch ``kernel`` on tensors of one shape: so many dense results like the first."""
+    x = tensors[0]
+    for t in tensors:
+        check_operand("gelu", t)
+    out = [allocate(tuple(x.shape), x.dtype, x) for _ in range(results)]
+    if x.numel() == 0:
+        return out
+    sizes, strides = merged_axes(x.shape, *(t.stride() for t in tensors))
+    farthest = max(x.numel(), *map(reach, tensors))
+    launch(
+        name,
+        kernel,
+        lambda c: cdiv(x.numel(), c["BLOCK"]),
+        x,
+        1,
+        *map(Elements, tensors, strides),
+        *out,
+        sizes,
+        x.numel(),
+        TANH=approximate == "tanh",
+        ACC=accumulator(x.dtype),
+        INDEX=tl.int32 if farthest < 2**30 else tl.int64,
+    )
+    return out

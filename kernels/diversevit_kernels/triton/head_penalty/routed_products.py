@@ -1,0 +1,330 @@
+"""The products of the routed penalty, (40), (42), (43), (45) of kernels/README.md, for a tile of tokens.
+
+Letters  t a token of the tile, in row-major order of its samples and tokens; j one of a head's 3d gradients, piece
+         (query, key, value) by piece; e a channel of the model.
+Shapes   r and its like [b, n, 3, H, d] and W and its like [3, H, d, D], any strides; u and its like
+         [b n, H, D], dense, in the accumulation dtype.
+Dtypes   products read r and W in their common dtype, or in that of u where u takes part; they accumulate in ACC:
+         float32 (float64 for float64), in which u is kept, since cosines are that exact.
+Pairs    every kernel sums one product or two; the second is left out where an operand of it is None.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...common.dtypes import accumulation_dtype
+from ..layer_norm.sums import sum_over_programs
+from ..runtime.configurations import accumulator, configuration, fills, precision
+from ..runtime.launch import allocate, cdiv, check_operand, launch, reach
+from ..runtime.tiles import dot
+
+MOST_PARTS = 32
+"""Programs that share the tokens of a weight's gradient: bounds the memory of their sums."""
+_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+class Rows(NamedTuple):
+    """Gradients [b, n, 3, H, d] and their strides; in a kernel ``ptr`` is a pointer."""
+
+    ptr: Any
+    sample: int
+    token: int
+    piece: int
+    head: int
+    col: int
+
+
+class Weight(NamedTuple):
+    """A weight [3, H, d, D] and its strides; in a kernel ``ptr`` is a pointer."""
+
+    ptr: Any
+    piece: int
+    head: int
+    row: int
+    col: int
+
+
+class RoutedStatic(NamedTuple):
+    """What is known when a kernel is compiled."""
+
+    H: int
+    d: int
+    D: int
+    ACC: tl.dtype  # of u and of accumulators
+    DTYPE: tl.dtype  # that r and W are read in: their common one
+    INDEX: tl.dtype  # of positions inside a token or a weight: int64 where an offset needs it
+    PRECISION: str  # of products in DTYPE
+    WIDE: str  # of products in ACC
+
+
+@triton.jit
+def head_tiles(rows, columns):
+    """(head, row tile, column tile) of this program; tiles of a head are neighbours."""
+    program = tl.program_id(0).to(tl.int64)
+    return program // (rows * columns), program // columns % rows, program % columns
+
+
+@triton.jit
+def numbers(tile, BLOCK: tl.constexpr):
+    """The rows or columns of a tile, int64 like ``tile``."""
+    return tile * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def rows_places(r, h, t, j, tokens, N, S: tl.constexpr):
+    """Addresses of [t, j] in head ``h`` of Rows, and which of them exist."""
+    row = r.ptr + h * r.head + t // N * r.sample + t % N * r.token
+    along = j // S.d * r.piece + j % S.d * r.col
+    return row[:, None] + along[None, :], (t < tokens)[:, None] & (j < 3 * S.d)[None, :]
+
+
+@triton.jit
+def load_rows(r, h, t, j, tokens, N, S: tl.constexpr):
+    at, inside = rows_places(r, h, t, j, tokens, N, S)
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_weight(w, h, j, e, S: tl.constexpr):
+    """[j, e] of head ``h``."""
+    row = j // S.d * w.piece + j % S.d * w.row
+    inside = (j < 3 * S.d)[:, None] & (e < S.D)[None, :]
+    return tl.load(w.ptr + h * w.head + row[:, None] + (e * w.col)[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def routed_places(u_ptr, h, t, e, tokens, S: tl.constexpr):
+    """Addresses of [t, e] in head ``h`` of u, and which of them exist."""
+    at = u_ptr + h * S.D + t[:, None] * (S.H * S.D) + e[None, :]
+    return at, (t < tokens)[:, None] & (e < S.D)[None, :]
+
+
+@triton.jit
+def load_routed(u_ptr, h, t, e, tokens, S: tl.constexpr):
+    at, inside = routed_places(u_ptr, h, t, e, tokens, S)
+    return tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _route_kernel(
+    r,  # Rows
+    w,  # Weight
+    r_two,  # Rows, or None
+    w_two,  # Weight, or None like r_two
+    u_ptr,  # [tokens, H, D], written
+    tokens,
+    N,  # n: tokens of a sample
+    S: tl.constexpr,  # RoutedStatic
+    BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """(40) or (43): u_h = r_h W_h (+ the second pair).
+
+    One program owns BLOCK_T tokens x BLOCK_E channels of one head.
+    """
+    h, row, column = head_tiles(tl.cdiv(tokens, BLOCK_T), tl.cdiv(S.D, BLOCK_E))
+    t, e = numbers(row, BLOCK_T), numbers(column, BLOCK_E).to(S.INDEX)
+    u = tl.zeros([BLOCK_T, BLOCK_E], S.ACC)
+    for start in range(0, 3 * S.d, BLOCK_J):
+        j = (start + tl.arange(0, BLOCK_J)).to(S.INDEX)
+        r_tile = load_rows(r, h, t, j, tokens, N, S).to(S.DTYPE)
+        u = dot(r_tile, load_weight(w, h, j, e, S).to(S.DTYPE), u, S.PRECISION)
+        if r_two is not None:
+            r_tile = load_rows(r_two, h, t, j, tokens, N, S).to(S.DTYPE)
+            u = dot(r_tile, load_weight(w_two, h, j, e, S).to(S.DTYPE), u, S.PRECISION)
+    at, inside = routed_places(u_ptr, h, t, e, tokens, S)
+    tl.store(at, u, mask=inside)
+
+
+@triton.jit
+def _route_back_kernel(
+    u_ptr,  # [tokens, H, D]
+    w,  # Weight
+    u_two_ptr,  # [tokens, H, D], or None
+    w_two,  # Weight, or None like u_two_ptr
+    r,  # Rows, written
+    tokens,
+    N,  # n: tokens of a sample
+    S: tl.constexpr,  # RoutedStatic
+    BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """(42) or (45): r_h = u_h W_hᵀ (+ the second pair).
+
+    One program owns BLOCK_T tokens x BLOCK_J gradients of one head.
+    """
+    h, row, column = head_tiles(tl.cdiv(tokens, BLOCK_T), tl.cdiv(3 * S.d, BLOCK_J))
+    t, j = numbers(row, BLOCK_T), numbers(column, BLOCK_J).to(S.INDEX)
+    total = tl.zeros([BLOCK_T, BLOCK_J], S.ACC)
+    for start in range(0, S.D, BLOCK_E):
+        e = (start + tl.arange(0, BLOCK_E)).to(S.INDEX)
+        w_tile = load_weight(w, h, j, e, S).to(S.ACC)
+        total = dot(load_routed(u_ptr, h, t, e, tokens, S), tl.trans(w_tile), total, S.WIDE)
+        if u_two_ptr is not None:
+            w_tile = load_weight(w_two, h, j, e, S).to(S.ACC)
+            u_tile = load_routed(u_two_ptr, h, t, e, tokens, S)
+            total = dot(u_tile, tl.trans(w_tile), total, S.WIDE)
+    at, inside = rows_places(r, h, t, j, tokens, N, S)
+    tl.store(at, total.to(r.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_kernel(
+    r,  # Rows
+    u_ptr,  # [tokens, H, D]
+    r_two,  # Rows, or None
+    u_two_ptr,  # [tokens, H, D], or None like r_two
+    before_ptr,  # [parts, 3, H, d, D] of the tiles of tokens before this one, or None
+    sums_ptr,  # like before_ptr, written
+    tokens,
+    N,  # n: tokens of a sample
+    parts,
+    S: tl.constexpr,  # RoutedStatic
+    BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """(42) or (45): W_h = r_hᵀ u_h (+ the second pair) over tokens.
+
+    One program owns BLOCK_J gradients x BLOCK_E channels of one head, of one part: every ``parts``-th BLOCK_T tokens.
+    """
+    columns = tl.cdiv(S.D, BLOCK_E)
+    h, part, tile = head_tiles(parts, tl.cdiv(3 * S.d, BLOCK_J) * columns)
+    j = numbers(tile // columns, BLOCK_J).to(S.INDEX)
+    e = numbers(tile % columns, BLOCK_E).to(S.INDEX)
+    row = ((part * 3 + j // S.d) * S.H + h) * S.d + j % S.d
+    at, inside = (row * S.D)[:, None] + e[None, :], (j < 3 * S.d)[:, None] & (e < S.D)[None, :]
+    if before_ptr is None:
+        sums = tl.zeros([BLOCK_J, BLOCK_E], S.ACC)
+    else:
+        sums = tl.load(before_ptr + at, mask=inside, other=0.0)
+    for start in range(part * BLOCK_T, tokens, parts * BLOCK_T):
+        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        r_tile = load_rows(r, h, t, j, tokens, N, S).to(S.ACC)
+        sums = dot(tl.trans(r_tile), load_routed(u_ptr, h, t, e, tokens, S), sums, S.WIDE)
+        if r_two is not None:
+            r_tile = load_rows(r_two, h, t, j, tokens, N, S).to(S.ACC)
+            u_tile = load_routed(u_two_ptr, h, t, e, tokens, S)
+            sums = dot(tl.trans(r_tile), u_tile, sums, S.WIDE)
+    tl.store(sums_ptr + at, sums, mask=inside)
+
+
+def static_of(r: Tensor, w: Tensor, *others: Tensor | None) -> RoutedStatic:
+    """What kernels must know of r [B, N, 3, H, d], W [3, H, d, D], and others like either.
+
+    Raises:
+        NotImplementedError: a dtype or layout without a kernel.
+    """
+    tensors = [x for x in (r, w, *others) if x is not None]
+    for x in tensors:
+        check_operand("grad_qkv" if x.ndim == 5 else "weight_qkv", x)
+    common = torch.promote_types(r.dtype, w.dtype)
+    wide = "bf16x3" if common == torch.bfloat16 else "bf16x6"  # u stays float32
+    farthest = max(reach(x, 2 if x.ndim == 5 else 0) for x in tensors)
+    return RoutedStatic(
+        H=r.shape[3],
+        d=r.shape[4],
+        D=w.shape[3],
+        ACC=accumulator(common),
+        DTYPE=_DTYPES[common],
+        INDEX=tl.int32 if farthest < 2**30 else tl.int64,
+        PRECISION=precision(r.new_empty(0, dtype=common), "bf16x6"),
+        WIDE=precision(r.new_empty(0, dtype=accumulation_dtype(common)), wide),
+    )
+
+
+def rows_of(x: Tensor) -> Rows:
+    return Rows(x, *x.stride())
+
+
+def weight_of(x: Tensor) -> Weight:
+    return Weight(x, *x.stride())
+
+
+def route(S: RoutedStatic, pairs: list[tuple[Tensor, Tensor]], u: Tensor) -> None:
+    """Sum of r W over ``pairs`` (r, W), into ``u`` [b, n, H, D]."""
+    (b, n), operands = u.shape[:2], []
+    for r, w in pairs:
+        operands += [rows_of(r), weight_of(w)]
+    like = u if S.DTYPE == S.ACC else pairs[0][0]
+    launch(
+        "routed_penalty_route",
+        _route_kernel,
+        lambda c: S.H * cdiv(b * n, c["BLOCK_T"]) * cdiv(S.D, c["BLOCK_E"]),
+        like,
+        S.d,
+        *(operands + [None, None])[:4],
+        u,
+        b * n,
+        n,
+        S=S,
+    )
+
+
+def route_back(S: RoutedStatic, pairs: list[tuple[Tensor, Tensor]], r: Tensor) -> None:
+    """Sum of u Wᵀ over ``pairs`` (u, W), into ``r`` [b, n, 3, H, d]."""
+    (b, n), operands = r.shape[:2], []
+    for u, w in pairs:
+        operands += [u, weight_of(w)]
+    launch(
+        "routed_penalty_route_back",
+        _route_back_kernel,
+        lambda c: S.H * cdiv(b * n, c["BLOCK_T"]) * cdiv(3 * S.d, c["BLOCK_J"]),
+        pairs[0][0],
+        S.d,
+        *(operands + [None, None])[:4],
+        rows_of(r),
+        b * n,
+        n,
+        S=S,
+    )
+
+
+class WeightSums:
+    """Sum of rᵀ u over tokens, tile after tile, in ``parts`` that programs share; added up in order at last."""
+
+    def __init__(self, S: RoutedStatic, u: Tensor):
+        chosen = configuration("routed_penalty_weight", u, S.d)
+        blocks = S.H * cdiv(3 * S.d, chosen["BLOCK_J"]) * cdiv(S.D, chosen["BLOCK_E"])
+        tiles = cdiv(u.shape[0] * u.shape[1], chosen["BLOCK_T"])
+        self._parts = 1
+        while 2 * self._parts <= min(tiles, MOST_PARTS) and not fills(u, blocks * self._parts):
+            self._parts *= 2
+        self._static, self._shape = S, (self._parts, 3, S.H, S.d, S.D)
+        self._sums: list[Tensor] = []  # before the next tile, and room for those after it
+
+    def add(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """A tile's ``pairs`` (r, u). Never in place: a launch that is repeated gives the same."""
+        S, u, operands = self._static, pairs[0][1], []
+        b, n = u.shape[:2]
+        for pair in pairs:
+            operands += [rows_of(pair[0]), pair[1]]
+        room = self._sums.pop() if len(self._sums) == 2 else allocate(self._shape, u.dtype, u)
+        before = self._sums[0] if self._sums else None
+        parts = self._parts
+
+        def grid(c: Any) -> int:
+            return parts * S.H * cdiv(3 * S.d, c["BLOCK_J"]) * cdiv(S.D, c["BLOCK_E"])
+
+        operands = (operands + [None, None])[:4]
+        sizes = b * n, n, parts
+        given = *operands, before, room, *sizes
+        launch("routed_penalty_weight", _weight_kernel, grid, u, S.d, *given, S=S)
+        self._sums.insert(0, room)
+
+    def total(self, like: Tensor) -> Tensor:
+        """``[3, H, d, D]``, dense, in the dtype of ``like``."""
+        total, sums = allocate(self._shape[1:], like.dtype, like), self._sums[0]
+        sum_over_programs([sums, None], [total, None], self._parts, total.numel(), sums)
+        return total

@@ -1,0 +1,1 @@
+"""What every Triton kernel needs: launches, configurations, tiles, strided tensors."""

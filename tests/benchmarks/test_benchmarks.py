@@ -1,0 +1,242 @@
+"""The benchmarks measure what they say: gates bite, rounds interleave, reports hold the recorded numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import report
+from benchmarks.cases import all_cases, operator_cases, step_cases
+from benchmarks.registry import PROVIDERS, Provider
+from benchmarks.runner import Board, Case, ReplayClock, gated, interleaved, peak_bytes, workload_of
+
+ROOT = Path(__file__).parents[2]
+TINY = [case for case in all_cases(tiny=True) if not case.provider.compiled]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
+def test_every_row_runs_and_passes_its_gate(case):
+    if case.spec.stage == "all-layers step":
+        pytest.importorskip("timm")
+    workload = workload_of(case.spec)
+    if reason := case.provider.missing(workload.like):
+        pytest.skip(reason)
+    gated(workload, case.provider)
+
+
+@pytest.mark.slow
+def test_the_compiled_row_runs_and_passes_its_gate():
+    (case,) = [
+        c
+        for c in operator_cases("attention", dtypes=[torch.float32], tiny=True)
+        if c.provider.compiled
+    ]
+    workload = workload_of(case.spec)
+    if reason := case.provider.missing(workload.like):
+        pytest.skip(reason)
+    gated(workload, case.provider)
+
+
+def row_of(stage: str, order: str) -> Case:
+    rows = operator_cases(stage, dtypes=[torch.float32], tiny=True)
+    return next(c for c in rows if c.spec.order == order and c.provider.name == "ours")
+
+
+WRONG = {
+    "scaled": lambda f: lambda *x: f(*x) * 1.001,
+    "one element": lambda f: lambda *x: f(*x) + torch.eye(f(*x).shape[-1])[0] * 1e-3 * x[0].sum(),
+    "no second order": lambda f: lambda *x: f(*x).detach() + sum((y - y.detach()).sum() for y in x),
+    "not finite": lambda f: lambda *x: f(*x).log(),
+}
+
+
+@pytest.mark.parametrize("stage", ["attention", "layer_norm", "gelu"])
+@pytest.mark.parametrize("order", ["d0+d1", "d0+d1+d2"])
+@pytest.mark.parametrize("how", WRONG)
+def test_the_gate_bites(stage, order, how):
+    case = row_of(stage, order)
+    wrong = replace(case.provider, function=WRONG[how](case.provider.function))
+    workload = workload_of(case.spec)
+    gated(workload, case.provider)
+    with pytest.raises(AssertionError):
+        gated(workload, wrong)
+
+
+@pytest.mark.parametrize("missing", range(4), ids=["gq", "gk", "gv", "gdo"])
+def test_the_gate_wants_every_result(missing):
+    case = row_of("attention", "d0+d1+d2")
+    workload = workload_of(case.spec)
+    results = list(workload.job(case.provider)())
+    workload.check(tuple(results))
+    with pytest.raises(ValueError, match="zip"):
+        workload.check(tuple(results[:3]))
+    results[missing] = torch.zeros_like(results[missing])
+    with pytest.raises(AssertionError, match="exceeds budget"):
+        workload.check(tuple(results))
+
+
+def test_the_gate_of_steps_bites(monkeypatch):
+    from benchmarks import steps as step_workload
+
+    (ours, *_) = step_cases("paper step", tiny=True)
+    workload = workload_of(ours.spec)
+    gated(workload, ours.provider)
+    losses = step_workload.STEPS["paper step"]
+    assert losses["ours"][1] is losses["published loop"][0]
+    monkeypatch.setitem(losses, "ours", (losses["erm"][0], losses["ours"][1]))
+    with pytest.raises(AssertionError, match="ours"):
+        gated(workload, ours.provider)
+
+
+def test_a_wrong_provider_has_no_number_and_the_others_do():
+    case = row_of("gelu", "d0")
+    wrong = Case(case.spec, Provider("wrong", torch.relu))
+    board = Board({case.spec.group: [case, wrong]}, rounds=3)
+    with pytest.raises(AssertionError):
+        board.outcome(wrong)
+    found = board.outcome(case)
+    assert len(found.seconds) == 3
+    assert all(taken > 0 for taken in found.seconds)
+
+
+def test_first_order_providers_have_no_second_order_row():
+    for case in TINY:
+        assert not (case.provider.first_order_only and case.spec.order == "d0+d1+d2")
+    assert any(p.first_order_only for p in PROVIDERS["attention"])
+
+
+def test_rounds_interleave_after_a_warm_up():
+    order = []
+    jobs = {name: lambda name=name: order.append(name) for name in "xy"}
+    seconds = interleaved(jobs, 2)  # pyright: ignore[reportArgumentType]
+    assert order == ["x", "y"] * 3
+    assert [len(taken) for taken in seconds.values()] == [2, 2]
+
+
+def test_recorded_seconds_are_replayed():
+    clock = ReplayClock()
+    clock.load([1.5, 2.5])
+    assert [clock() for _ in range(4)] == [0.0, 1.5, 0.0, 2.5]
+    assert clock() == 0.0
+
+
+def test_peak_memory_is_what_a_job_takes():
+    def job(n: int):
+        return lambda: torch.ones(n << 18).sum()  # n MiB
+
+    peaks = [peak_bytes(job(n), CPU) for n in (8, 64)]
+    if None in peaks:
+        pytest.skip("no /proc/self/clear_refs here")
+    assert peaks[0] == pytest.approx(8 << 20, abs=4 << 20)
+    assert peaks[1] == pytest.approx(64 << 20, abs=4 << 20)
+
+
+def recorded(**changes) -> dict:
+    """A pytest-benchmark file of two providers and three rounds."""
+
+    def row(provider: str, data: list[float], first_order_only: bool = False) -> dict:
+        info = {
+            **{"stage": "gelu", "provider": provider, "order": "d0", "device": "chip"},
+            **{"first_order_only": first_order_only, "peak_bytes": 3 << 20, "torch": "2"},
+        }
+        return {"group": "gelu 2x3 float32 d0", "stats": {"data": data}, "extra_info": info}
+
+    rows = [row("ours", [0.001, 0.002, 0.004]), row("eager", [0.003, 0.004, 0.012], True)]
+    rows[1]["extra_info"].update(changes)
+    return {"benchmarks": rows}
+
+
+def stored(tmp_path: Path, content: object) -> Path:
+    path = tmp_path / "chip.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_table_holds_the_recorded_numbers(tmp_path):
+    text = report.markdown(report.read(stored(tmp_path, recorded())))
+    assert "| 2x3 float32 d0 | ours | 2 ms | 1.4 - 3.2 | 1.00 | 3.0 MiB |" in text
+    # the ratio is the median over rounds, 3, and not the ratio of medians, 2
+    assert (
+        "| 2x3 float32 d0 | eager (first order only) | 4 ms | 3.4 - 8.8 | 3.00 | 3.0 MiB |" in text
+    )
+    assert "3 interleaved rounds" in text
+    assert "device chip" in text
+
+
+def test_compile_time_is_told(tmp_path):
+    text = report.markdown(report.read(stored(tmp_path, recorded(compile_seconds=21.4))))
+    assert "(compiled in 21 s)" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([], "no pytest-benchmark JSON"),
+        ({"benchmarks": []}, "holds no row"),
+        (recorded(device="another"), "different conditions"),
+    ],
+    ids=["other JSON", "empty", "two machines"],
+)
+def test_what_cannot_be_reported_is_one_line(tmp_path, capsys, content, said):
+    assert report.main([str(stored(tmp_path, content))]) == 1
+    out, err = capsys.readouterr()
+    assert said in err
+    assert err.count("\n") == 1
+    assert not out
+
+
+BEGIN, END = report.markers("chip")
+
+
+def test_readme_is_rewritten_between_the_markers(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    arguments = [str(stored(tmp_path, recorded())), "--readme", "--readme-path", str(readme)]
+    for _ in range(2):  # and again: the same
+        assert report.main(arguments) == 0
+        text = readme.read_text()
+        assert text.startswith(f"before\n{BEGIN}\n| forward and gradients | ours | ")
+        assert text.endswith(f"{END}\nafter\n")
+        assert "old" not in text
+    assert (tmp_path / "chip.md").read_text().startswith("### gelu\n")
+    picture = tmp_path / "chip_gelu.svg"
+    assert str(picture) in capsys.readouterr().out
+    assert "time over ours" in picture.read_text() or picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}" * 2],
+    ids=["none", "one", "wrong order", "twice"],
+)
+def test_missing_markers_change_nothing(tmp_path, capsys, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    arguments = [str(stored(tmp_path, recorded())), "--readme", "--readme-path", str(readme)]
+    assert report.main(arguments) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert readme.read_text() == text
+
+
+def test_the_suite_writes_what_the_report_reads(tmp_path):
+    """One operator, one round, through pytest-benchmark's own JSON."""
+    path = tmp_path / "here.json"
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/test_gelu.py", "-p", "no:xdist"]
+    command += ["-k", "float32 and d0 and not d1 and not compiled", "--rounds", "2"]
+    # pytest-benchmark refuses to measure in a worker of xdist, which it knows by these variables
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    done = subprocess.run(
+        [*command, f"--benchmark-json={path}"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = report.read(path)
+    assert {row.provider for row in rows} == {"ours", "eager"}
+    assert all(len(row.times) == 2 and row.median > 0 for row in rows)
+    assert all(row.info["commit"] and row.info["shape"] and row.info["dtype"] for row in rows)
+    assert report.markdown(rows).count("| ours |") == 1

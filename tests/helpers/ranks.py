@@ -1,0 +1,198 @@
+"""Programs for two gloo processes, and how a test runs one: ``python tests/ranks.py NAME ...`` under torchrun.
+
+Each compares DDP's or FSDP2's gradients with those of one process on the joint batch, on every rank, and
+exits with an error where they differ.
+"""
+
+import copy
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a rank is no pytest
+
+import diversevit_fast as dvf
+from diversevit_fast.errors import UnsupportedError
+from tests.helpers.vits import diverse_vit, images_for, timm_vit
+
+WORLD = 2
+
+
+def run(*names: str) -> None:
+    """Run programs on two ranks, one after the other.
+
+    Raises:
+        AssertionError: a rank failed; what it said.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(WORLD),
+    ]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        [*command, __file__, *names],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**env, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        assert done.stdout.count(f"{name}: right") == WORLD, done.stdout
+
+
+def average_vit() -> nn.Module:
+    return timm_vit(global_pool="avg", class_token=False)
+
+
+def batch(model: nn.Module) -> tuple[Tensor, Tensor]:
+    images = images_for(model, batch=4)
+    return images, torch.arange(4) % 2
+
+
+def mine(x: Tensor) -> Tensor:
+    """This rank's part of a batch."""
+    return x.chunk(WORLD)[dist.get_rank()]
+
+
+def loss_of(model, diversity, images, labels) -> Tensor:
+    with diversity:
+        logits = model(images)
+    return F.cross_entropy(logits, labels) + 100 * diversity.penalty(logits)
+
+
+def expected(model: nn.Module, **options) -> list[Tensor]:
+    """Gradients of one process on the joint batch."""
+    model = copy.deepcopy(model)
+    images, labels = batch(model)
+    loss_of(model, dvf.HeadDiversity(model, **options), images, labels).backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+
+def check(model: nn.Module, expect: list[Tensor]) -> None:
+    assert max(e.abs().max() for e in expect) > 1e-3
+    for (name, p), e in zip(model.named_parameters(), expect, strict=True):
+        grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        torch.testing.assert_close(
+            grad, e, rtol=1e-7, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+CASES = [
+    (make, {"layers": layers, "wrt": wrt})
+    for make in (average_vit, diverse_vit)
+    for layers in ("last", "all")
+    for wrt in ("input", "output")
+]
+
+
+def ddp() -> None:
+    for make, options in CASES:
+        model = make()
+        expect = expected(model, **options)
+        images, labels = batch(model)
+        unused = {"find_unused_parameters": True}
+        for extra in ({}, unused, {"gradient_as_bucket_view": True}):
+            whole = nn.parallel.DistributedDataParallel(copy.deepcopy(model), **extra)
+            for given in (whole, whole.module):
+                whole.zero_grad()
+                diversity = dvf.HeadDiversity(given, **options)
+                loss_of(whole, diversity, mine(images), mine(labels)).backward()
+                check(whole.module, expect)
+
+
+def ddp_accumulation() -> None:
+    model = average_vit()
+    expect = expected(model)
+    images, labels = batch(model)
+    whole = nn.parallel.DistributedDataParallel(model)
+    diversity = dvf.HeadDiversity(whole)
+    first, second = zip(mine(images).split(1), mine(labels).split(1), strict=True)
+    with whole.no_sync():
+        (loss_of(whole, diversity, *first) / 2).backward()
+    (loss_of(whole, diversity, *second) / 2).backward()
+    check(whole.module, expect)
+
+
+def ddp_static_graph() -> None:
+    model = average_vit()
+    images, labels = batch(model)
+    whole = nn.parallel.DistributedDataParallel(model, static_graph=True)
+    with pytest.raises(UnsupportedError, match="static_graph=False"):
+        dvf.HeadDiversity(whole)
+    with pytest.raises(UnsupportedError, match="static_graph=False"):
+        loss_of(whole, dvf.HeadDiversity(whole.module), images, labels)
+
+
+def ddp_called_past() -> None:
+    """Evaluation past DDP is nobody's harm; a training forward is."""
+    model = average_vit()
+    images, labels = batch(model)
+    whole = nn.parallel.DistributedDataParallel(model)
+    diversity = dvf.HeadDiversity(whole)
+    with pytest.raises(UnsupportedError, match="called past it"):
+        loss_of(whole.module, diversity, images, labels)
+    with torch.no_grad(), diversity:
+        whole.module(images)
+    loss_of(whole, diversity, images, labels).backward()
+    loss_of(whole.module, dvf.HeadDiversity(whole.module), images, labels).backward()
+
+
+def fsdp2() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for make, options in CASES:
+        for reshard in (True, False):
+            model = make()
+            expect = expected(model, **options)
+            images, labels = batch(model)
+            for block in model.blocks:
+                fully_shard(block, reshard_after_forward=reshard)
+            fully_shard(model, reshard_after_forward=reshard)
+            diversity = dvf.HeadDiversity(model, **options)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            for _ in range(2):
+                loss = loss_of(model, diversity, mine(images), mine(labels))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            check(model, expect)
+
+
+def fsdp2_without_a_root() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = average_vit()
+    for block in model.blocks:
+        fully_shard(block)
+    with pytest.raises(UnsupportedError, match=r"call fully_shard\(model\) last"):
+        loss_of(model, dvf.HeadDiversity(model), *batch(model))
+
+
+def fsdp1() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with pytest.raises(UnsupportedError, match="fully_shard"):
+        dvf.HeadDiversity(FullyShardedDataParallel(average_vit(), device_id=torch.device("cpu")))
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for program in sys.argv[1:]:
+        globals()[program]()
+        print(f"{program}: right", flush=True)
+    gc.collect()  # else what FSDP2 sharded keeps gloo's threads beyond the interpreter's end, which aborts
+    dist.destroy_process_group()

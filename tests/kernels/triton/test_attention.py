@@ -1,0 +1,311 @@
+"""The Triton attention kernels equal the definition, to second order, and write where they should."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+import diversevit_fast as dvf
+from diversevit_fast.ops import reference
+from tests.helpers.attention_cases import (
+    CASES,
+    DTYPES,
+    MISTAKES,
+    Case,
+    Sabotaged,
+    any_case,
+    as_function,
+    check_contracts,
+    check_rungs,
+    differentiable,
+    operands,
+    rungs,
+)
+from tests.helpers.second_order import TAILS, WAYS
+
+triton = pytest.importorskip("diversevit_kernels.triton.attention")
+delta = pytest.importorskip("diversevit_kernels.triton.attention.delta")
+launch = pytest.importorskip("diversevit_kernels.triton.runtime.launch")
+
+MORE = {
+    "many-tiles": Case(B=1, H=2, Nq=70, Nk=70, d=16, dv=16, layout="projection"),
+    "ragged": Case(B=1, H=1, Hkv=1, Nq=33, Nk=50, d=8, dv=24),
+    "head-per-program": Case(B=2, H=3, Hkv=3, Nq=37, Nk=53, d=8, dv=8),
+    "whole-rows": Case(B=1, H=1, Hkv=1, Nq=40, Nk=31, d=8, dv=8),
+    "few-queries": Case(B=2, H=2, Nq=16, Nk=53, d=16, dv=16),
+    "split-width": Case(B=1, H=1, Hkv=1, Nq=20, Nk=35, d=80, dv=80),
+    "causal-tiles": Case(B=2, H=2, Nq=50, Nk=70, d=8, dv=8, mask="causal"),
+    "causal-more-queries-tiles": Case(B=1, H=2, Nq=70, Nk=40, d=8, dv=8, mask="causal"),
+    "grouped-tiles": Case(B=2, H=4, Hkv=2, Nq=40, Nk=45, d=8, dv=8),
+    "grouped-mask-tiles": Case(B=1, H=4, Hkv=2, Nq=20, Nk=45, d=8, dv=8, mask="additive"),
+    "bool-tiles": Case(B=2, Nq=40, Nk=45, d=8, dv=8, mask="bool"),
+    "empty-row-tiles": Case(B=1, Nq=40, Nk=45, d=8, dv=8, mask="empty-row"),
+    "broadcast-tiles": Case(B=3, Nq=20, Nk=45, d=8, dv=8, mask="broadcast"),
+    "no-dense-axis-tiles": Case(Nq=33, Nk=40, d=24, dv=40, layout="slice"),
+}
+ALL = {**CASES, **MORE}
+
+
+@pytest.fixture(params=ALL.values(), ids=ALL.keys())
+def case(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_rungs_within_budget(case, dtype, device, guarded):
+    check_rungs(triton, case, dtype, device=device, place=guarded.place)
+
+
+@pytest.mark.parametrize("N", [197, 257])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_vit_sizes_within_budget(N, dtype, device):
+    case = Case(H=1, Hkv=1, Nq=N, Nk=N, d=64, dv=64, layout="projection")
+    check_rungs(triton, case, dtype, device=device)
+
+
+@pytest.mark.parametrize("d", [16, 32, 64, 80, 88, 96, 104, 112, 128, 256])
+def test_head_widths(d, device):
+    check_rungs(triton, Case(H=1, Hkv=1, Nq=20, Nk=40, d=d, dv=d), torch.bfloat16, device=device)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(case=any_case(), dtype=st.sampled_from((*DTYPES, torch.float64)), seed=st.integers(0, 2**31))
+def test_any_shape_within_budget(case, dtype, seed, device, guarded):
+    case = case._replace(Nq=max(2, case.Nq)) if case.mask == "empty-row" else case
+    check_rungs(triton, case, dtype, seed=seed, device=device, place=guarded.place)
+
+
+EVERY_ENTRY = ("one-query", "one-token", "more-queries")
+"""Cases whose Jacobians are compared entry by entry; of others, random projections of them (minutes otherwise)."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_first_and_second_derivative(name, device):
+    case, fast = CASES[name], name not in EVERY_ENTRY
+    q, k, v, mask, causal = operands(case, device=device)
+    inputs = [x.detach().requires_grad_() for x in differentiable(q, k, v, mask)]
+    with dvf.use_backend("triton"):
+        assert gradcheck(as_function(case, mask, causal), inputs, fast_mode=fast)
+        assert gradgradcheck(as_function(case, mask, causal), inputs, fast_mode=fast)
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+def test_contracts(kind, device, monkeypatch):
+    monkeypatch.setattr(launch, "allocator", torch.empty)  # a result between guards has an offset
+    with dvf.use_backend("triton"):
+        check_contracts(kind, device)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_asking_twice(way, tail, device, recwarn):
+    case = Case(B=1, Nq=20, Nk=35, d=3, dv=5)
+    q, k, v, _, _ = operands(case, device=device)
+    with dvf.use_backend("triton"):
+        ours = WAYS[way](dvf.attention, (q, k, v), TAILS[tail])
+    exact = WAYS["autograd.grad"](reference.attention, (q, k, v), TAILS[tail])
+    for one, two in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+def second_order(kernels, case, tensors, absent):
+    """The double backward with some cotangents absent."""
+    q, k, v, mask, causal = tensors
+    g = torch.Generator().manual_seed(2)
+
+    def like(x):
+        return torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.device, x.dtype)
+
+    o, softmax = kernels.attention_forward(q, k, v, mask, causal, 0.4)
+    do = like(o)
+    dd = {"ddq": like(q), "ddk": like(k), "ddv": like(v)}
+    dq = kernels.attention_backward(q, k, v, mask, o, softmax, do, causal, 0.4, False)[0]
+    given = (None if name in absent else x for name, x in dd.items())
+    return kernels.attention_double_backward(
+        q, k, v, mask, o, softmax, do, dq, *given, None, causal, 0.4, False
+    )[:4]
+
+
+@pytest.mark.parametrize(
+    "absent",
+    [("ddq",), ("ddk",), ("ddv",), ("ddk", "ddv"), ("ddq", "ddv"), ("ddq", "ddk")],
+    ids="+".join,
+)
+@pytest.mark.parametrize(
+    "name", ["whole-rows", "many-tiles", "few-queries", "head-per-program", "grouped-tiles"]
+)
+def test_absent_cotangents_are_zeros(name, absent, device):
+    tensors = operands(MORE[name], device=device)
+    ours = second_order(triton, MORE[name], tensors, absent)
+    exact = second_order(reference, MORE[name], tensors, absent)
+    for one, two in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("absent", [(), ("ddq",), ("ddq", "ddk")], ids=["none", "ddq", "ddq+ddk"])
+@pytest.mark.parametrize(
+    "name", ["whole-rows", "many-tiles", "few-queries", "grouped-mask-tiles", "head-per-program"]
+)
+def test_dq_that_was_not_kept_is_made_again(name, absent, device):
+    tensors = operands(MORE[name], device=device)
+
+    class Forgetful:
+        """Kernels after a backward that kept nothing, as the CPU's."""
+
+        attention_forward = triton.attention_forward
+        attention_backward = staticmethod(
+            lambda *args: (None, *triton.attention_backward(*args)[1:])
+        )
+        attention_double_backward = triton.attention_double_backward
+
+    given, kept = (second_order(x, MORE[name], tensors, absent) for x in (Forgetful, triton))
+    for one, two in zip(given, kept, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_dq_is_made_again_with_the_head_scale(device):
+    q, k, v, _, _ = operands(MORE["many-tiles"], device=device)
+    c = torch.tensor([0.5, 1.5], dtype=q.dtype, device=device)
+    o, softmax = triton.attention_forward(q, k, v, None, False, 0.4, head_scale=c)
+    do, dd = torch.randn_like(o), (torch.randn_like(q), None, None, None)
+    dq = triton.attention_backward(q, k, v, None, o, softmax, do, False, 0.4, False, c)[0]
+    for one, two in zip(
+        *(
+            triton.attention_double_backward(
+                *(q, k, v, None, o, softmax, do, x, *dd, False, 0.4, False, c)
+            )[:4]
+            for x in (None, dq)
+        ),
+        strict=True,
+    ):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("first", ["cpu", "reference"])
+def test_the_double_backward_after_another_backend(first, device):
+    if device.type != first == "cpu":
+        pytest.skip("the cpu backend takes CPU tensors")
+    q, k, v, _, _ = operands(MORE["many-tiles"], device=device)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    results = []
+    for second in ("triton", "reference"):
+        with dvf.use_backend(first):
+            out = dvf.attention(*leaves).sin().sum()
+            inner = torch.autograd.grad(out, leaves, create_graph=True)
+        with dvf.use_backend(second):
+            results.append(torch.autograd.grad(sum(x.square().sum() for x in inner), leaves))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("per_sample", [False, True], ids=["per-head", "per-sample"])
+@pytest.mark.parametrize(
+    "name", ["whole-rows", "many-tiles", "few-queries", "head-per-program", "grouped-tiles"]
+)
+def test_head_scale_is_a_factor_of_the_output(name, per_sample, device):
+    """o = c attention(q, k, v), to second order, as autograd of the reference says."""
+    case = MORE[name]
+    q, k, v, _, _ = operands(case, device=device)
+    shape = (case.B, case.H) if per_sample else (case.H,)
+    c = torch.linspace(0.0, 1.5, torch.Size(shape).numel(), dtype=q.dtype, device=device)
+    c = c.view(shape)
+    o, softmax = triton.attention_forward(q, k, v, None, False, 0.4, head_scale=c)
+    do, ddq, ddk, ddv = (torch.randn_like(x) for x in (o, q, k, v))
+    first = triton.attention_backward(
+        q, k, v, None, o, softmax, do, False, 0.4, False, head_scale=c
+    )
+    second = triton.attention_double_backward(
+        *(q, k, v, None, o, softmax, do, first[0], ddq, ddk, ddv, None, False, 0.4, False),
+        head_scale=c,
+    )
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, do)]
+    exact = reference.attention(*leaves[:3], scale=0.4) * c.expand(case.B, case.H)[..., None, None]
+    inner = torch.autograd.grad((exact * leaves[3]).sum(), leaves[:3], create_graph=True)
+    outer = torch.autograd.grad(inner, leaves, grad_outputs=(ddq, ddk, ddv))
+    for one, two in zip((o, *first[:3], *second[:4]), (exact, *inner, *outer), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("H", [1, 3, 12, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_delta_and_head_gram_in_one_pass(H, dtype, device):
+    g = torch.Generator().manual_seed(0)
+    o, do = (torch.randn(2, 5, H, 24, generator=g).to(device, dtype).transpose(1, 2) for _ in "oo")
+    d, gram = delta.attention_delta(o, do, gram=True)
+    exact = (o.double() * do.double()).sum(-1)
+    torch.testing.assert_close(d.double(), exact, rtol=1e-5, atol=1e-5)
+    rows = do.double().transpose(1, 2)
+    torch.testing.assert_close(gram.double(), rows @ rows.mT, rtol=1e-5, atol=1e-5)
+    alone, none = delta.attention_delta(o, do)
+    assert none is None
+    assert torch.equal(alone, d)
+
+
+@pytest.mark.parametrize("name", ["many-tiles", "head-per-program", "broadcast-tiles"])
+def test_runs_give_the_same_bits(name, device):
+    tensors = operands(MORE[name], torch.float32, device=device)
+    for one, two in zip(*(rungs(triton, MORE[name], tensors) for _ in range(2)), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_oracle_bites(mistake, device):
+    case = Case(Nq=17, Nk=33, d=8, dv=8)
+    with pytest.raises(AssertionError):
+        check_rungs(Sabotaged(triton, mistake), case, torch.float32, device=device)
+
+
+def test_the_guards_bite(device, guarded):
+    """A store one element before a result, and one behind it, are seen."""
+    for offset in (-1, 6):
+        x = guarded.empty((2, 3), dtype=torch.float32, device=device)
+        x.as_strided((1,), (1,), x.storage_offset() + offset).fill_(1.0)
+        with pytest.raises(AssertionError, match="outside"):
+            guarded.check()
+        guarded.zones.clear()
+
+
+@pytest.mark.overflow
+@pytest.mark.parametrize("far", ["samples", "rows"])
+def test_offsets_beyond_two_to_the_31(far, device):
+    """Sample strides, or row strides inside a head, whose offsets overflow 32 bits."""
+    case = Case(B=2, H=1, Hkv=1, Nq=20, Nk=20, d=16, dv=16)
+    strides = (2**31 + 7, 16, 16, 1) if far == "samples" else (16, 16, 2**27 + 16, 1)
+    span = 2**31 + 2**10 if far == "samples" else 20 * (2**27 + 16)
+    plain = operands(case, torch.float16, device=device)
+    room = torch.empty(span, dtype=torch.float16, device=device)  # touched where used, no more
+
+    def spread(x):
+        return room.as_strided(x.shape, strides).copy_(x)
+
+    for place in (0, 1, 2):
+        moved = [spread(x) if i == place else x for i, x in enumerate(plain[:3])]
+        ours = rungs(triton, case, (*moved, None, False))
+        for one, two in zip(ours, rungs(triton, case, plain), strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda x: x.to(torch.float8_e4m3fn), "float8"),
+        (lambda x: x.new_zeros(*x.shape[:-1], 257), "up to 256"),
+    ],
+    ids=["dtype", "width"],
+)
+def test_what_no_kernel_takes_is_refused_in_one_line(change, says, device):
+    q, k, v, _, _ = operands(Case(), torch.float32, device=device)
+    with pytest.raises(NotImplementedError, match=says) as refusal:
+        triton.attention_forward(change(q), change(k), change(v), None, False, 1.0)
+    assert "\n" not in str(refusal.value)
+
+
+def test_empty_batch(device):
+    tensors = operands(Case(B=0, Nq=5, Nk=7), torch.float32, device=device)
+    assert all(x.shape[0] == 0 for x in rungs(triton, Case(B=0, Nq=5, Nk=7), tensors))
