@@ -1,4 +1,4 @@
-"""How this library says no: one line that names the argument, what was expected, what came, and the cure."""
+"""Errors of one line: the argument, what was expected, what came, and a hint."""
 
 import importlib
 from types import ModuleType
@@ -12,9 +12,9 @@ class UnsupportedError(NotImplementedError):
     """Something this library refuses to do, rather than do it wrong."""
 
 
-def expected(argument: str, wanted: str, got: object, cure: str) -> UsageError:
-    """The one-line error: ``argument: expected wanted, got got; cure``."""
-    return UsageError(" ".join(f"{argument}: expected {wanted}, got {got}; {cure}".split()))
+def usage_error(argument: str, wanted: str, got: object, hint: str) -> UsageError:
+    """The one-line error: ``argument: expected wanted, got got; hint``."""
+    return UsageError(" ".join(f"{argument}: expected {wanted}, got {got}; {hint}".split()))
 
 
 def require(module: str, *, extra: str) -> ModuleType:
@@ -28,7 +28,7 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as missing:
         if missing.name is None or not module.startswith(missing.name):
             raise
-        raise expected(
+        raise usage_error(
             module.partition(".")[0],
             "an installed package",
             "no such module",
@@ -38,4 +38,6 @@ def require(module: str, *, extra: str) -> ModuleType:
         raise
     except Exception as failure:  # say, of a variable of the environment that it reads
         got = f"{type(failure).__name__}: {failure}"
-        raise expected(module, "a package that can be imported", got, "mend that first") from None
+        raise usage_error(
+            module, "a package that can be imported", got, "mend that first"
+        ) from None

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import UsageError, expected
+from .errors import UsageError, usage_error
 
 StrPath = str | os.PathLike[str]
 _TEMPORARY = ".tmp"
@@ -182,8 +182,8 @@ def _said(path: StrPath, wanted: str) -> Iterator[None]:
         raise _refused(path, wanted, "too little memory for it", "free some") from None
 
 
-def _refused(path: StrPath, wanted: str, reason: str, cure: str) -> FileError:
-    refused = FileError(str(expected(str(path), wanted, reason, f"{cure} first")))
+def _refused(path: StrPath, wanted: str, reason: str, hint: str) -> FileError:
+    refused = FileError(str(usage_error(str(path), wanted, reason, f"{hint} first")))
     refused.reason = reason
     return refused
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UnsupportedError, expected
+from .errors import UnsupportedError, usage_error
 from .ops import attention, gelu, layer_norm
 from .ops.attention_qkvpacked import taken_apart
 from .ops.checks import check_choice
@@ -76,11 +76,11 @@ class MultiHeadAttention(nn.Module):
     ):
         super().__init__()
         if num_heads < 1 or dim < 1:
-            raise expected(
+            raise usage_error(
                 "num_heads", "dim and num_heads of at least 1", (dim, num_heads), "fix it"
             )
         if head_dim is None and dim % num_heads:
-            raise expected("num_heads", f"a divisor of dim={dim}", num_heads, "or pass head_dim")
+            raise usage_error("num_heads", f"a divisor of dim={dim}", num_heads, "or pass head_dim")
         self.num_heads = num_heads
         self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.qkv = nn.Linear(dim, 3 * num_heads * self.head_dim, bias=qkv_bias)
@@ -114,7 +114,7 @@ class MultiHeadAttention(nn.Module):
     def _per_head(self, scale: Tensor, batch: int) -> Tensor:
         if tuple(scale.shape) not in ((self.num_heads,), (batch, self.num_heads)):
             wanted = f"shape [{self.num_heads}] or [{batch}, {self.num_heads}]"
-            raise expected("head_scale", wanted, list(scale.shape), "give one number per head")
+            raise usage_error("head_scale", wanted, list(scale.shape), "give one number per head")
         return scale[..., :, None, None]
 
     def extra_repr(self) -> str:
@@ -162,16 +162,16 @@ class HeadPenalty(nn.Module):
                 "return_heads=True with dvf.head_penalty"
             )
         wanted = "a score computed from the last forward of `attention`"
-        cure = "run the model with gradients enabled, then ask for the penalty, before its backward"
+        hint = "run the model with gradients enabled, then ask for the penalty, before its backward"
         if not score.requires_grad:
-            raise expected("score", wanted, "a tensor without a graph", cure)
+            raise usage_error("score", wanted, "a tensor without a graph", hint)
         tensor = _last_run.recall(attention, "qkv" if self.wrt == "input" else "heads")
         if tensor is None or not tensor.requires_grad:
-            raise expected("attention", "a forward whose graph is alive", "none", cure)
+            raise usage_error("attention", "a forward whose graph is alive", "none", hint)
         run = self._run_of(attention, tensor)
         (grads,) = head_gradients(score, [run])
         if grads[0] is None:
-            raise expected("score", wanted, "one that does not depend on it", cure)
+            raise usage_error("score", wanted, "one that does not depend on it", hint)
         return layer_penalty(grads, run, self.granularity, self.reduction)[0]
 
     def _run_of(self, attention: MultiHeadAttention, tensor: Tensor) -> Captured:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import UsageError, expected, require
+from .errors import UsageError, require, usage_error
 from .files import StrPath, read_bytes, reading, there, write_atomically
 
 _BROKEN = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # no header
@@ -60,11 +60,11 @@ def write_tensors(
     write_atomically(path, write)
 
 
-def read_tensors(path: StrPath, cure: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_tensors(path: StrPath, hint: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file; the tensors are copies, which outlive it.
 
     Raises:
-        UsageError: no such file, one that cannot be read, or no intact one, for which ``cure`` helps.
+        UsageError: no such file, one that cannot be read, or no intact one, for which ``hint`` helps.
     """
     safetensors: Any = require("safetensors", extra="train")
     torch_safetensors: Any = require("safetensors.torch", extra="train")
@@ -77,7 +77,7 @@ def read_tensors(path: StrPath, cure: str) -> tuple[dict[str, str], dict[str, Te
     except UsageError:
         raise
     except (safetensors.SafetensorError, *_BROKEN):
-        raise misfit(path, "an intact safetensors file", "another or a damaged one", cure) from None
+        raise misfit(path, "an intact safetensors file", "another or a damaged one", hint) from None
     # by name and by value, lest a damaged name or value hide that there is one
     found = {k: v for k, v in metadata.items() if k == _CHECKSUM or v.startswith(_KIND)}
     if found and found != {_CHECKSUM: _checksum(header, body)}:
@@ -105,9 +105,9 @@ def _listed(header: Mapping[str, Any]) -> dict[str, Any]:
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
-def misfit(path: StrPath, wanted: str, got: object, cure: str) -> UsageError:
+def misfit(path: StrPath, wanted: str, got: object, hint: str) -> UsageError:
     """The error for a file that is not what it should be."""
-    return expected(f"path {str(path)!r}", wanted, got, cure)
+    return usage_error(f"path {str(path)!r}", wanted, got, hint)
 
 
 def listing(keys: Sequence[object]) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks import timing
 from benchmarks.timing import conditions, interleaved, summary, write
 from diversevit_fast import HeadDiversity
-from diversevit_fast.errors import UsageError, expected
+from diversevit_fast.errors import UsageError, usage_error
 from diversevit_fast.experiment.config import PRESETS, Settings, read_config, resolve
 from diversevit_fast.experiment.metrics import SELECTED, Row, Summary, compare, read_csv
 from diversevit_fast.experiment.run import resume, run
@@ -132,7 +132,7 @@ def trained(settings: Settings, folder: Path) -> list[Row]:
         run(settings, folder, console=console)
     else:
         if Settings.from_json(read_config(begun / "config.json")) != settings:
-            raise expected(
+            raise usage_error(
                 "folder",
                 "trainings of the settings asked for",
                 f"others in {begun}",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from ..errors import UnsupportedError, expected
+from ..errors import UnsupportedError, usage_error
 from ..ops import attention
 from ..ops.attention import attention_operator
 from ..ops.attention_qkvpacked import recognise
@@ -102,7 +102,7 @@ class Attachment:
         """
         if self._thread is not None:
             name, wanted = type(self).__name__, "to be copied or pickled outside its `with` block"
-            raise expected(name, wanted, "an open block", "leave it first")
+            raise usage_error(name, wanted, "an open block", "leave it first")
         blank = object.__new__(type(self))
         blank._begin_apart()
         return {name: value for name, value in vars(self).items() if name not in vars(blank)}
@@ -145,7 +145,9 @@ class Attachment:
 
     def __enter__(self) -> "Attachment":
         if self._thread is not None:
-            raise expected("with", "a context that is not entered", "one that is", "enter it once")
+            raise usage_error(
+                "with", "a context that is not entered", "one that is", "enter it once"
+            )
         self._active = self.active()
         if self._active:
             _refuse_broken_graph()

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import expected
+from ..errors import usage_error
 from .indices import Integers, listed, shown, whole_number
 
 
@@ -79,12 +79,14 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         UsageError: ``model`` is not a module, or none was found.
     """
     if not isinstance(model, nn.Module):
-        raise expected("model", "a torch.nn.Module", type(model).__name__, "pass the model itself")
+        raise usage_error(
+            "model", "a torch.nn.Module", type(model).__name__, "pass the model itself"
+        )
     found = [(n, m, p) for n, m in model.named_modules() if (p := _projections(m))]
     if not found:
         wanted = "a model with attention layers (num_heads, and linear layers for q, k and v)"
-        cure = "name them as timm, transformers or torch do, or use dvf.nn.MultiHeadAttention"
-        raise expected("model", wanted, type(model).__name__, cure)
+        hint = "name them as timm, transformers or torch do, or use dvf.nn.MultiHeadAttention"
+        raise usage_error("model", wanted, type(model).__name__, hint)
     return [
         AttentionLayer(i, n, m, p, _output_of(model, n, m), _QUERY_READS.get(qualified(m), "all"))
         for i, (n, m, p) in enumerate(found)
@@ -101,15 +103,15 @@ def choose_layers(model: nn.Module, layers: str | Integers) -> list[AttentionLay
     if isinstance(layers, str):
         if layers not in ("last", "all"):
             wanted = "'last', 'all' or a list of indices"
-            raise expected("layers", wanted, repr(layers), "check the spelling")
+            raise usage_error("layers", wanted, repr(layers), "check the spelling")
         return every if layers == "all" else every[-1:]
     given = listed(layers, len(every))
     if not given:
         got = shown(layers if given is None else given)
-        raise expected("layers", "'last', 'all' or a list of indices", got, "name a layer")
+        raise usage_error("layers", "'last', 'all' or a list of indices", got, "name a layer")
     chosen = [layer_index(index, len(every)) for index in given]
     if len(set(chosen)) < len(chosen):
-        raise expected("layers", "each layer once", shown(given), "remove the repetition")
+        raise usage_error("layers", "each layer once", shown(given), "remove the repetition")
     return [every[index] for index in sorted(chosen)]
 
 
@@ -128,7 +130,7 @@ def layer_index(index: Any, count: int) -> int:
     number = whole_number(index)
     if number is None or not -count <= number < count:
         wanted = f"layer indices from {-count} to {count - 1}"
-        raise expected(
+        raise usage_error(
             "layers", wanted, shown([index])[1:-1], f"there are {count} attention layers"
         )
     return number % count

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError, expected
+from ..errors import UnsupportedError, usage_error
 from .attention_modules import plain_class
 
 
@@ -59,7 +59,7 @@ def _split_mapping(name: str, batch: Mapping[str, Any], model: nn.Module) -> Bat
     for names in (_LABELS, _GROUPS):
         there = [key for key in names if key in batch]
         if len(there) > 1:
-            raise expected(name, f"one of {' and '.join(names)} in a batch", "both", "drop one")
+            raise usage_error(name, f"one of {' and '.join(names)} in a batch", "both", "drop one")
         answers.append(batch[there[0]] if there else None)
     inputs = {
         key: x for key, x in batch.items() if key not in _LABELS + _GROUPS and isinstance(x, Tensor)
@@ -85,7 +85,7 @@ def _no_batch(name: str, batch: Any) -> Exception:
         got = f"({', '.join(type(x).__name__ for x in batch)})"
     else:
         got = type(batch).__name__
-    return expected(name, wanted, got, "give images as one tensor")
+    return usage_error(name, wanted, got, "give images as one tensor")
 
 
 def class_indices(labels: Any, count: int) -> Tensor:
@@ -96,12 +96,12 @@ def class_indices(labels: Any, count: int) -> Tensor:
     """
     found = _as_tensor(labels)
     if found is None:
-        cure = "map the names to the model's class indices"
-        raise expected("labels", "class indices", _example(labels), cure)
+        hint = "map the names to the model's class indices"
+        raise usage_error("labels", "class indices", _example(labels), hint)
     if found.shape != (count,):
-        raise expected("labels", f"shape [{count}]", list(found.shape), "give one per image")
+        raise usage_error("labels", f"shape [{count}]", list(found.shape), "give one per image")
     if found.is_complex() or (found.is_floating_point() and not (found == found.trunc()).all()):
-        raise expected("labels", "class indices", "numbers that are not whole", "check the data")
+        raise usage_error("labels", "class indices", "numbers that are not whole", "check the data")
     return found
 
 
@@ -115,17 +115,19 @@ def group_names(groups: Any, count: int, named: bool) -> Tensor | list[str]:
     if found is None:
         names = _items(groups)
         if not names or not all(isinstance(name, str) for name in names):
-            raise expected("groups", "numbers or strings", _example(groups), "give one per image")
+            raise usage_error(
+                "groups", "numbers or strings", _example(groups), "give one per image"
+            )
         if not named:
-            cure = "map the names to numbers for a score of your own"
-            raise expected("groups", "numbers", _example(groups), cure)
+            hint = "map the names to numbers for a score of your own"
+            raise usage_error("groups", "numbers", _example(groups), hint)
         if len(names) != count:
-            raise expected("groups", f"shape [{count}]", [len(names)], "give one per image")
+            raise usage_error("groups", f"shape [{count}]", [len(names)], "give one per image")
         return [str(name) for name in names]
     if found.shape != (count,):
-        raise expected("groups", f"shape [{count}]", list(found.shape), "give one per image")
+        raise usage_error("groups", f"shape [{count}]", list(found.shape), "give one per image")
     if found.is_floating_point() and found.isnan().any():
-        raise expected("groups", "numbers", "NaN", "check the data")
+        raise usage_error("groups", "numbers", "NaN", "check the data")
     return found
 
 
@@ -171,10 +173,10 @@ def check_batch(
         return
     grouped = all(n % wanted == 0 for n in ran_on) and (wanted in batches or sum(batches) == wanted)
     if not grouped:
-        cure = "pass the model's output as it is; a loss may leave samples out, the penalty cannot"
+        hint = "pass the model's output as it is; a loss may leave samples out, the penalty cannot"
         seen = " + ".join(map(str, ran_on))
         wish = f"a row for each of the {seen} samples that {layer} ran on"
-        raise expected("logits", wish, f"{wanted}", cure)
+        raise usage_error("logits", wish, f"{wanted}", hint)
     if granularity == "sample":
         raise UnsupportedError(
             f"granularity: {layer} runs on {ran_on[0]} groups of tokens of {wanted} samples, so "

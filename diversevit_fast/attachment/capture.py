@@ -4,7 +4,7 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 
-from ..errors import expected
+from ..errors import usage_error
 from .attachment import Attachment, Forward
 from .attention_modules import AttentionLayer, choose_layers
 from .indices import Integers, shown, whole_number
@@ -77,10 +77,10 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
         """
         number = whole_number(position)
         if number is None:
-            cure = "index with an integer; list(heads) holds all"
-            raise expected("heads", "the position of a chosen layer", shown(position), cure)
+            hint = "index with an integer; list(heads) holds all"
+            raise usage_error("heads", "the position of a chosen layer", shown(position), hint)
         layer = self.layers[number]
         if layer.index not in self._heads:
-            cure = "run the model inside the `with` block"
-            raise expected(f"heads[{number}]", "a forward of " + layer.name, "none", cure)
+            hint = "run the model inside the `with` block"
+            raise usage_error(f"heads[{number}]", "a forward of " + layer.name, "none", hint)
         return self._heads[layer.index]

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from .. import ops
-from ..errors import UnsupportedError, UsageError, expected
+from ..errors import UnsupportedError, UsageError, usage_error
 from .attachment import open_attachments
 
 Loss = TypeVar("Loss", bound=Callable[..., Any])
@@ -57,10 +57,12 @@ def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Lo
             call while a context of this library is entered.
     """
     if not callable(fn) or isinstance(fn, torch.nn.Module):
-        cure = "pass lambda model, images, labels: ..., the penalty included"
-        raise expected("fn", "a function that returns the loss", type(fn).__name__, cure)
+        hint = "pass lambda model, images, labels: ..., the penalty included"
+        raise usage_error("fn", "a function that returns the loss", type(fn).__name__, hint)
     if "fullgraph" in options:
-        raise expected("fullgraph", "nothing", options["fullgraph"], "a loss is always one graph")
+        raise usage_error(
+            "fullgraph", "nothing", options["fullgraph"], "a loss is always one graph"
+        )
     from torch._dynamo import config, exc  # a second of import that only compilers need
 
     compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, **options)

@@ -1,7 +1,7 @@
 """Looking through the autograd graph of a prediction for what cannot be differentiated twice.
 
 What torch.compile or reentrant checkpointing put there refuses a second derivative, or where it is not asked to
-run, drops it. Said before any gradient is taken, it is one line with the cure.
+run, drops it. Said before any gradient is taken, it is one line with the hint.
 """
 
 from collections.abc import Iterator, Sequence

@@ -84,8 +84,8 @@ def _why_unseen(layer: AttentionLayer) -> str | None:
     module = layer.module
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
     if implementation not in ("sdpa", "diversevit"):
-        cure = "model.set_attn_implementation('sdpa') first"
-        return f"its attention is {implementation!r}, whose heads cannot be seen; {cure}"
+        hint = "model.set_attn_implementation('sdpa') first"
+        return f"its attention is {implementation!r}, whose heads cannot be seen; {hint}"
     if qualified(module).startswith("timm.") and not _calls_attention(plain_class(module)):
         return "it computes attention itself, not by F.scaled_dot_product_attention; choose other layers"
     return None
@@ -108,16 +108,16 @@ def _why_no_input(layer: AttentionLayer) -> str | None:
 
 def _why_not_pruned(layer: AttentionLayer) -> str | None:
     module: Any = layer.module
-    cure = "use dvf.keep_heads"
+    hint = "use dvf.keep_heads"
     if _qualified_name(module) not in PRUNABLE:
-        return f"its own forward does not allow fewer heads; {cure}"
+        return f"its own forward does not allow fewer heads; {hint}"
     gate, norm = getattr(module, "gate", None), getattr(module, "norm", None)
     if gate is not None or not (norm is None or isinstance(norm, nn.Identity)):
-        return f"it has a norm or gate across heads after attention; {cure}"
+        return f"it has a norm or gate across heads after attention; {hint}"
     if _why_no_input(layer):
-        return f"heads share keys and values; {cure}"
+        return f"heads share keys and values; {hint}"
     if not all(type(owner._parameters.get("weight")) is nn.Parameter for owner in layer.linear):
-        return f"a weight of it is sharded, quantised, parametrised or none of its own; {cure}"
+        return f"a weight of it is sharded, quantised, parametrised or none of its own; {hint}"
     return None
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import UsageError, expected
+from ..errors import UsageError, usage_error
 
 SPLITS = ("train", "val_id", "val_ood", "test_id", "test_ood")
 IMAGE_SIZE = (64, 32)  # a digit of 32 x 32 pixels above a photograph of as many
@@ -115,7 +115,7 @@ def pair(
     ]
     smallest = min(len(pile) for pile in piles)
     if smallest == 0:
-        raise expected(
+        raise usage_error(
             "source",
             "digits and photographs for both labels",
             f"piles of {[len(pile) for pile in piles]}",
@@ -150,7 +150,9 @@ def stream(generator: torch.Generator | None, name: str) -> torch.Generator:
     """
     if not (generator is None or isinstance(generator, torch.Generator)):
         got = type(generator).__name__
-        raise expected("generator", "a torch.Generator or None", got, "torch.Generator() makes one")
+        raise usage_error(
+            "generator", "a torch.Generator or None", got, "torch.Generator() makes one"
+        )
     seed = 0 if generator is None else generator.initial_seed()
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
@@ -163,7 +165,7 @@ def role_of(split: str) -> str:
         UsageError: no such split.
     """
     if split not in SPLITS:
-        raise expected("split", f"one of {', '.join(SPLITS)}", repr(split), "pick one of these")
+        raise usage_error("split", f"one of {', '.join(SPLITS)}", repr(split), "pick one of these")
     return split.partition("_")[0]
 
 
@@ -176,7 +178,7 @@ def correlation_of(split: str, correlation: float | None) -> float:
     if correlation is None:
         return OOD_CORRELATION if split.endswith("_ood") else ID_CORRELATION
     if not (isinstance(correlation, Real) and 0 <= correlation <= 1):
-        raise expected(
+        raise usage_error(
             "correlation", "a number in [0, 1]", repr(correlation), "0.5 is no correlation"
         )
     return float(correlation)
@@ -189,14 +191,16 @@ def check_samples(samples: int | None) -> None:
         UsageError: not a positive even integer.
     """
     if samples is not None and not (isinstance(samples, int) and samples > 0 and samples % 2 == 0):
-        raise expected(
+        raise usage_error(
             "samples", "a positive even number", repr(samples), "both labels get half of it"
         )
 
 
 def too_many(samples: int | None, most: int) -> UsageError:
     """The error of asking for more images than the sources can give."""
-    return expected("samples", f"at most {most}", samples, "ask for fewer or use a larger source")
+    return usage_error(
+        "samples", f"at most {most}", samples, "ask for fewer or use a larger source"
+    )
 
 
 def batches(
@@ -214,7 +218,7 @@ def batches(
         UsageError: ``batch_size`` is not a positive integer.
     """
     if not (isinstance(batch_size, int) and batch_size > 0):
-        raise expected("batch_size", "a positive integer", repr(batch_size), "pass 1 or more")
+        raise usage_error("batch_size", "a positive integer", repr(batch_size), "pass 1 or more")
     count = len(dataset)
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     return (

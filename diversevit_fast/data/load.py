@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..errors import expected
+from ..errors import usage_error
 from .digits_photos import DigitsPhotos
 from .dominoes import SPLITS, Dominoes, role_of
 from .mnist_cifar import MNISTCIFAR, PREPARE
@@ -38,15 +38,15 @@ def load_splits(
         UsageError: a bad argument, or a source that is missing or damaged.
     """
     if name not in NAMES:
-        raise expected("name", f"one of {', '.join(NAMES)}", repr(name), "pick one of these")
+        raise usage_error("name", f"one of {', '.join(NAMES)}", repr(name), "pick one of these")
     if not (isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63):
-        raise expected(
+        raise usage_error(
             "seed", "an integer from 0 to 2**63 - 1", reprlib.repr(seed), "pass such a number"
         )
     if name == "mnist-cifar" and source is None:
-        raise expected("source", "an .npz file or a torchvision folder", "None", PREPARE)
+        raise usage_error("source", "an .npz file or a torchvision folder", "None", PREPARE)
     if name == "digits-photos" and source is not None:
-        raise expected(
+        raise usage_error(
             "source", "nothing for digits-photos", source, "leave it out, or name mnist-cifar"
         )
     if isinstance(samples, Mapping):

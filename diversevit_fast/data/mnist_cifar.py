@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..errors import UsageError, expected, require
+from ..errors import UsageError, require, usage_error
 from ..files import FileError, reading, write_atomically, writing
 from .dominoes import Dominoes, Pool, check_samples, correlation_of, part_of, role_of, stream
 
@@ -137,7 +137,7 @@ def prepare_mnist_cifar(
         write_atomically(out, lambda file: np.savez_compressed(file, **arrays))
     except FileError as refused:
         got = f"{out} ({refused.reason})"
-        raise expected("out", "a writable path", got, "pick another") from None
+        raise usage_error("out", "a writable path", got, "pick another") from None
     return out
 
 
@@ -148,7 +148,7 @@ def _read(source: Path, part: str, download: bool) -> Sources:
         return _from_torchvision(source, part, download, "source")
     wanted = "an .npz file or a torchvision folder"
     got = f"{source}, which {'is neither' if source.exists() else 'does not exist'}"
-    raise expected("source", wanted, got, PREPARE)
+    raise usage_error("source", wanted, got, PREPARE)
 
 
 def _from_npz(path: Path, part: str) -> Sources:
@@ -156,13 +156,13 @@ def _from_npz(path: Path, part: str) -> Sources:
     with reading(path), path.open("rb") as file:
         archive = zipfile.is_zipfile(file)
     if not archive:
-        raise expected("source", "an .npz archive", f"{path}, no whole zip archive", PREPARE)
+        raise usage_error("source", "an .npz archive", f"{path}, no whole zip archive", PREPARE)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             absent = [key for key in KEYS if key not in stored]
             if absent:
                 keys, missing = ", ".join(KEYS), ", ".join(absent)
-                raise expected("source", f"arrays {keys}", f"no {missing}", PREPARE)
+                raise usage_error("source", f"arrays {keys}", f"no {missing}", PREPARE)
             for key in wanted:
                 _check_form("source", key, *_header(stored.zip, key))
             arrays = [stored[key] for key in wanted]
@@ -175,7 +175,9 @@ def _from_npz(path: Path, part: str) -> Sources:
         if isinstance(broken, OSError) and broken.errno:
             with reading(path):  # the system's fault, not the file's
                 raise
-        raise expected("source", "a readable .npz archive", f"{path} ({broken})", PREPARE) from None
+        raise usage_error(
+            "source", "a readable .npz archive", f"{path} ({broken})", PREPARE
+        ) from None
     sources = Sources(*arrays)
     _check_labels("source", f"mnist_{part}", sources.mnist_images, sources.mnist_labels)
     _check_labels("source", f"cifar_{part}", sources.cifar_images, sources.cifar_labels)
@@ -198,23 +200,23 @@ def _check_form(argument: str, key: str, shape: tuple[int, ...], dtype: np.dtype
     if dtype != np.uint8 or len(shape) != 1 + len(tail) or shape[1:] != tail:
         listed = ", ".join(["n", *map(str, tail)])
         got = f"{dtype} {reprlib.repr(list(shape))}"
-        raise expected(argument, f"{key} as uint8 [{listed}]", got, PREPARE)
+        raise usage_error(argument, f"{key} as uint8 [{listed}]", got, PREPARE)
     if not 0 <= shape[0] <= MOST_IMAGES:
         wanted = f"at most {MOST_IMAGES} items in {key}"
-        raise expected(argument, wanted, reprlib.repr(shape[0]), PREPARE)
+        raise usage_error(argument, wanted, reprlib.repr(shape[0]), PREPARE)
 
 
 def _check_labels(argument: str, name: str, images: np.ndarray, labels: np.ndarray) -> None:
     if len(images) != len(labels):
         got = f"{len(images)} images and {len(labels)} labels"
-        raise expected(argument, f"as many {name}_images as {name}_labels", got, PREPARE)
+        raise usage_error(argument, f"as many {name}_images as {name}_labels", got, PREPARE)
     if labels.size and labels.max() > 1:
         got = f"values up to {labels.max()}"
-        raise expected(argument, f"{name}_labels of 0 or 1", got, PREPARE)
+        raise usage_error(argument, f"{name}_labels of 0 or 1", got, PREPARE)
     counts = np.bincount(labels, minlength=2)
     if counts.min() == 0:
         got = f"{counts[0]} and {counts[1]}"
-        raise expected(argument, f"{name} images of both classes", got, PREPARE)
+        raise usage_error(argument, f"{name} images of both classes", got, PREPARE)
 
 
 def _from_torchvision(root: Path, part: str, download: bool, argument: str) -> Sources:
@@ -224,9 +226,9 @@ def _from_torchvision(root: Path, part: str, download: bool, argument: str) -> S
         mnist = datasets.MNIST(root, train=train, download=download)
         cifar = datasets.CIFAR10(root, train=train, download=download)
     except DAMAGED_FOLDER as bad:
-        cure = "pass download=True, or another folder"
-        raise expected(
-            argument, "a folder with torchvision's MNIST and CIFAR-10", f"{root} ({bad})", cure
+        hint = "pass download=True, or another folder"
+        raise usage_error(
+            argument, "a folder with torchvision's MNIST and CIFAR-10", f"{root} ({bad})", hint
         ) from None
     digit_classes, photo_classes = mnist.targets.numpy(), np.asarray(cifar.targets)
     for name, images, labels in (
@@ -236,7 +238,7 @@ def _from_torchvision(root: Path, part: str, download: bool, argument: str) -> S
         _check_form(argument, f"{name}_{part}_images", images.shape, images.dtype)
         if labels.shape != images.shape[:1]:
             got = f"{len(images)} images and labels {list(labels.shape)}"
-            raise expected(argument, f"as many labels as images in {name}", got, PREPARE)
+            raise usage_error(argument, f"as many labels as images in {name}", got, PREPARE)
     digits, photos = digit_classes <= 1, np.isin(photo_classes, (AUTOMOBILE, TRUCK))
     sources = Sources(
         mnist.data.numpy()[digits],

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import expected
+from ..errors import usage_error
 from ..files import writing
 from . import options as o
 from .config import MOST_SEEDS, is_path
@@ -30,8 +30,10 @@ def _check_launch(ctx: typer.Context) -> None:
     from .distributed import launched
 
     if launched() and ctx.invoked_subcommand not in _BY_RANKS:
-        cure = f"start {ctx.invoked_subcommand} without it"
-        raise expected("torchrun", f"one of {', '.join(_BY_RANKS)}", ctx.invoked_subcommand, cure)
+        hint = f"start {ctx.invoked_subcommand} without it"
+        raise usage_error(
+            "torchrun", f"one of {', '.join(_BY_RANKS)}", ctx.invoked_subcommand, hint
+        )
 
 
 @app.command()
@@ -66,19 +68,21 @@ def run(
     """The experiment end to end: train ERM and DiverseViT, select heads, write a report."""
     if resume is not None:
         if not is_path(resume):
-            raise expected("resume", "the folder of a run", repr(resume), "name it")
+            raise usage_error("resume", "the folder of a run", repr(resume), "name it")
         given = [name for name, value in ctx.params.items() if value is not None]
         if len(given) > 1:
             others = ", ".join(f"--{name.replace('_', '-')}" for name in given if name != "resume")
-            raise expected("resume", "no other option", others, "the run folder holds the settings")
+            raise usage_error(
+                "resume", "no other option", others, "the run folder holds the settings"
+            )
         from .run import resume as finish
 
         return _work(lambda console: finish(resume, console=console))
     if seed is not None and seeds is not None:
-        raise expected("seed", "--seed or --seeds", "both", "drop one")
+        raise usage_error("seed", "--seed or --seeds", "both", "drop one")
     if seeds is not None and not 1 <= seeds <= MOST_SEEDS:
         wanted = f"a number of seeds, at least 1 and at most {MOST_SEEDS}"
-        raise expected("seeds", wanted, seeds, "try --seeds 2")
+        raise usage_error("seeds", wanted, seeds, "try --seeds 2")
     chosen = {} if seeds is None else {"seeds": tuple(range(seeds))}
     chosen |= {} if seed is None else {"seeds": (seed,)}
     _start(_settings_of(ctx) | chosen, config, out)
@@ -159,7 +163,7 @@ def select_heads(
 
     for name, value, words in (("search", search, SEARCHES), ("score", score, SCORES)):
         if value not in words:
-            raise expected(
+            raise usage_error(
                 name, f"one of {', '.join(words)}", reprlib.repr(value), "check the spelling"
             )
     if save is not None:
@@ -200,25 +204,25 @@ def prepare(
     from ..data import prepare_mnist_cifar
 
     if not is_path(root):
-        raise expected("root", "torchvision's data folder", repr(root), "name it")
+        raise usage_error("root", "torchvision's data folder", repr(root), "name it")
     _check_new("out", out)
     typer.echo(prepare_mnist_cifar(root, out, download=download))
 
 
 def _check_new(option: str, name: str) -> None:
     """Refuse a file that is there, or whose folder is not one to write into."""
-    path, cure = Path(name), "choose another name"
+    path, hint = Path(name), "choose another name"
     if not is_path(name):
-        raise expected(option, "a new file", repr(name), cure)
+        raise usage_error(option, "a new file", repr(name), hint)
     with writing(path):
         try:
             os.lstat(path)
         except FileNotFoundError:
             pass
         else:
-            raise expected(option, "a new file", f"{name}, which exists", cure)
+            raise usage_error(option, "a new file", f"{name}, which exists", hint)
         if path.parent.exists() and not os.access(path.parent, os.W_OK | os.X_OK):
-            raise expected(option, "a folder to write into", path.parent, "choose another")
+            raise usage_error(option, "a folder to write into", path.parent, "choose another")
 
 
 def _settings_of(ctx: typer.Context) -> dict[str, Any]:
@@ -232,7 +236,9 @@ def _settings_of(ctx: typer.Context) -> dict[str, Any]:
             given["layers"] = tuple(int(part) for part in given["layers"].split(","))
         except ValueError:
             got = reprlib.repr(given["layers"])
-            raise expected("layers", "last, all or numbers such as 0,-1", got, "mend it") from None
+            raise usage_error(
+                "layers", "last, all or numbers such as 0,-1", got, "mend it"
+            ) from None
     return given
 
 
@@ -242,7 +248,7 @@ def _start(options: dict[str, Any], config: str | None, out: str | None) -> None
 
     settings = resolve(options, config)
     if out is not None and not is_path(out):
-        raise expected("out", "the name of a folder", repr(out), "name it, or leave it out")
+        raise usage_error("out", "the name of a folder", repr(out), "name it, or leave it out")
     _work(lambda console: run(settings, out, console=console))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.load import NAMES
-from ..errors import UsageError, expected
+from ..errors import UsageError, usage_error
 from ..files import FileError, read_bytes
 from ..models.sizes import check_sizes, check_switch
 
@@ -139,7 +139,7 @@ def resolve(options: Mapping[str, Any], config: str | Path | None = None) -> Set
     filed = {} if config is None else read_config(config)
     preset = given.get("preset", filed.get("preset", "quick"))
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise expected(
+        raise usage_error(
             "preset", f"one of {', '.join(PRESETS)}", reprlib.repr(preset), "check the spelling"
         )
     return Settings.from_json({**PRESETS[preset], **filed, **given, "preset": preset})
@@ -154,7 +154,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     values = read_json(Path(path), "config")
     inner = values.get("settings", values) if "versions" in values else values
     if not isinstance(inner, dict):
-        raise expected("config", "settings as a JSON object", type(inner).__name__, f"mend {path}")
+        raise usage_error(
+            "config", "settings as a JSON object", type(inner).__name__, f"mend {path}"
+        )
     return inner
 
 
@@ -169,14 +171,14 @@ def read_json(path: Path, argument: str) -> dict[str, Any]:
         values = json.loads(text, object_pairs_hook=_once)
     except FileError as refused:
         got = f"{path} ({refused.reason})"
-        raise expected(argument, "a readable file", got, "check it") from None
+        raise usage_error(argument, "a readable file", got, "check it") from None
     except RecursionError:
         got = f"{path} (nested too deeply)"
-        raise expected(argument, "a JSON file", got, "mend the file") from None
+        raise usage_error(argument, "a JSON file", got, "mend the file") from None
     except ValueError as error:
-        raise expected(argument, "a JSON file", f"{path} ({error})", "mend the file") from None
+        raise usage_error(argument, "a JSON file", f"{path} ({error})", "mend the file") from None
     if not isinstance(values, dict):
-        raise expected(argument, "a JSON object", type(values).__name__, f"mend {path}")
+        raise usage_error(argument, "a JSON object", type(values).__name__, f"mend {path}")
     return values
 
 
@@ -192,7 +194,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _unknown(keys: list[str], names: Any) -> UsageError:
     listed = ", ".join(reprlib.repr(key).strip("'") for key in keys[:3])
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return expected("config", f"keys among {', '.join(names)}", listed + more, "remove or rename")
+    return usage_error(
+        "config", f"keys among {', '.join(names)}", listed + more, "remove or rename"
+    )
 
 
 def _whole(low: int, high: int = 10**9) -> Callable[[Any], bool]:
@@ -273,4 +277,4 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
 def _check(name: str, value: Any) -> None:
     fits, wanted = _CHECKS[name]
     if not fits(value):
-        raise expected(name, wanted, reprlib.repr(value), "change the option or the config file")
+        raise usage_error(name, wanted, reprlib.repr(value), "change the option or the config file")

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError, UsageError, expected
+from ..errors import UnsupportedError, UsageError, usage_error
 from ..files import FileError
 from .machine import choose_device
 
@@ -212,8 +212,8 @@ def open_ranks(device: str, *, fsdp: bool = False) -> Iterator[OneProcess]:
     """
     if not launched():
         if fsdp:
-            cure = f"start it with: {TORCHRUN.format(2)} ..."
-            raise expected("fsdp", "several ranks", "one process", cure)
+            hint = f"start it with: {TORCHRUN.format(2)} ..."
+            raise usage_error("fsdp", "several ranks", "one process", hint)
         yield OneProcess(choose_device(device))
         return
     _check_launch()
@@ -227,7 +227,7 @@ def open_ranks(device: str, *, fsdp: bool = False) -> Iterator[OneProcess]:
         kinds = sorted(set(ranks.gathered(ranks.device.type)))
         if len(kinds) > 1:
             got = " and ".join(kinds)
-            raise ranks.agreed(expected("device", "one kind for all ranks", got, "--device cpu"))
+            raise ranks.agreed(usage_error("device", "one kind for all ranks", got, "--device cpu"))
         with noticing_lost_ranks(ranks, "start it again"):
             yield ranks
     except ReportedError:
@@ -253,7 +253,7 @@ def _leave() -> None:
 
 
 @contextmanager
-def noticing_lost_ranks(ranks: OneProcess, cure: str) -> Iterator[None]:
+def noticing_lost_ranks(ranks: OneProcess, hint: str) -> Iterator[None]:
     """Inside, an error of a collective is one line: it means that another rank has left.
 
     Raises:
@@ -265,7 +265,7 @@ def noticing_lost_ranks(ranks: OneProcess, cure: str) -> Iterator[None]:
         if not ranks.launched or not _broken_connection(error):
             raise
         got = "a connection that another rank closed; its message says why"
-        raise ranks.agreed(expected("ranks", "all of them to the end", got, cure)) from None
+        raise ranks.agreed(usage_error("ranks", "all of them to the end", got, hint)) from None
 
 
 def resume_command(folder: Path, ranks: OneProcess) -> str:
@@ -299,7 +299,7 @@ def _check_launch() -> None:
     rank, count, _, port = map(int, texts) if known else (0, 0, 0, 0)
     if not (rank < count and 0 < port < 2**16):
         got = ", ".join(f"{name}={os.environ[name][:40]!r}" for name in _NUMBERS)
-        raise expected("ranks", "what torchrun sets", got, _UNSET)
+        raise usage_error("ranks", "what torchrun sets", got, _UNSET)
 
 
 def _meet(backends: str) -> None:
@@ -309,7 +309,7 @@ def _meet(backends: str) -> None:
     except (ValueError, RuntimeError) as failure:  # PyTorch's errors of a connection are the latter
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         said = str(failure).partition("\n")[0]
-        raise expected("ranks", f"the others at {place}", said, _UNSET) from None
+        raise usage_error("ranks", f"the others at {place}", said, _UNSET) from None
 
 
 def _attempt(job: Callable[[], T]) -> tuple[T | None, UsageError | None]:
@@ -334,15 +334,15 @@ def _own_device(name: str) -> torch.device:
     if kind is not None and name in ("auto", kind.type):
         there = torch.accelerator.device_count()
         if local >= there:
-            cure = f"--nproc-per-node {there}, or --device cpu"
-            raise expected("device", f"a {kind.type} device per rank", f"{there} of them", cure)
+            hint = f"--nproc-per-node {there}, or --device cpu"
+            raise usage_error("device", f"a {kind.type} device per rank", f"{there} of them", hint)
         torch.accelerator.set_device_index(local)
     device = choose_device(name)
     if device.type == "cpu":
         return device
     if device.index is not None:
-        cure = f"say {device.type}: each rank takes its own"
-        raise expected("device", "one without a number", repr(name), cure)
+        hint = f"say {device.type}: each rank takes its own"
+        raise usage_error("device", "one without a number", repr(name), hint)
     return torch.device(device.type, local)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, expected
+from ..errors import UsageError, usage_error
 from ..files import FileError, is_leftover, own_folder, probe, sync_folder, there, writing
 from .files import write_json
 from .state import Task
@@ -51,7 +51,7 @@ class Place:
             path = Path(os.path.abspath(path))
         name = path.name.removesuffix(_PARTIAL)
         if not name or "\0" in str(path):
-            raise expected("out", "the name of a folder", repr(str(folder)), "name another")
+            raise usage_error("out", "the name of a folder", repr(str(folder)), "name another")
         return cls(path.with_name(name))
 
     @property
@@ -110,7 +110,7 @@ class Lock:
         if not path.exists() or not os.path.samestat(held, path.stat()):
             self.release()
             got = f"{folder}, which another process has just finished"
-            raise expected("resume", "an unfinished run", got, "open its report.html")
+            raise usage_error("resume", "an unfinished run", got, "open its report.html")
 
     def release(self) -> None:
         """Let others work on it."""
@@ -135,7 +135,7 @@ class Lock:
                 return
             holder = os.read(self._descriptor, 300).decode(errors="replace") or "another"
             got = f"{folder}, on which process {holder} is at work"
-            raise expected("resume", "a run that nobody works on", got, "wait for it") from None
+            raise usage_error("resume", "a run that nobody works on", got, "wait for it") from None
 
 
 def check_new(place: Place) -> None:
@@ -144,12 +144,12 @@ def check_new(place: Place) -> None:
     Raises:
         UsageError: something is there, or cannot be looked at.
     """
-    for folder, cure in (
+    for folder, hint in (
         (place.out, "choose another --out"),
         (place.partial, f"continue with --resume {place.out}, or choose another --out"),
     ):
         if there(folder):
-            raise expected("out", "a new folder", f"{folder}, which exists", cure)
+            raise usage_error("out", "a new folder", f"{folder}, which exists", hint)
 
 
 def create(places: Iterable[Place], record: Mapping[str, Any], lock: Lock) -> Place:
@@ -171,7 +171,7 @@ def create(places: Iterable[Place], record: Mapping[str, Any], lock: Lock) -> Pl
             taken = failure
         else:
             return place
-    raise taken or expected("out", "a folder", "none", "name one")
+    raise taken or usage_error("out", "a folder", "none", "name one")
 
 
 def _create(place: Place, record: Mapping[str, Any], lock: Lock) -> None:
@@ -204,8 +204,8 @@ def give_name(place: Place) -> None:
         os.rename(place.partial, place.out)
     except OSError as failure:
         wanted = f"a free name {place.out} for the finished run in {place.partial}"
-        cure = f"mend that, then: diversevit run --resume {place.partial}"
-        raise expected("out", wanted, failure.strerror, cure) from None
+        hint = f"mend that, then: diversevit run --resume {place.partial}"
+        raise usage_error("out", wanted, failure.strerror, hint) from None
     with suppress(FileError, OSError):
         sync_folder(place.out.parent)
     tidy(place)
@@ -260,7 +260,7 @@ def check_record(place: Place, record: Mapping[str, Any]) -> None:
     if record.get("sha256", _digest(record)) != _digest(record):
         got = "one that does not fit its checksum: it was changed or damaged"
         wanted = f"{place.record} as the run wrote it"
-        raise expected("resume", wanted, got, "restore it, or start a new run")
+        raise usage_error("resume", wanted, got, "restore it, or start a new run")
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..data.dominoes import IMAGE_SIZE, Dominoes
-from ..errors import expected
+from ..errors import usage_error
 from ..models import DiverseViT
 from ..models.restore import skeleton
 from ..models.sizes import training_bytes
@@ -88,7 +88,7 @@ def choose_device(name: str) -> torch.device:
         computes = False
     if not computes:
         wanted = "auto, or a device of this machine"
-        raise expected("device", wanted, reprlib.repr(name), "use cpu")
+        raise usage_error("device", wanted, reprlib.repr(name), "use cpu")
     return device
 
 
@@ -108,7 +108,7 @@ def check_model(settings: Settings, device: torch.device, samples: int = 1) -> N
     if there is not None and needed > there:
         wanted = f"a model that fits {device.type}'s memory of {there / 1e9:.0f} GB"
         got = f"one whose training takes {needed / 1e9:.3g} GB"
-        raise expected("model", wanted, got, "make it, or the batches, smaller")
+        raise usage_error("model", wanted, got, "make it, or the batches, smaller")
 
 
 def check_threads(count: int) -> None:
@@ -125,8 +125,8 @@ def check_threads(count: int) -> None:
             thread.start()
             started.append(thread)
     except RuntimeError:
-        cure = f"use --threads {max(1, len(started) // 2)}"
-        raise expected("threads", "as many as the system lets us start", count, cure) from None
+        hint = f"use --threads {max(1, len(started) // 2)}"
+        raise usage_error("threads", "as many as the system lets us start", count, hint) from None
     finally:
         gate.set()
         for thread in started:

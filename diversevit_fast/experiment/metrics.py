@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, expected
+from ..errors import UsageError, usage_error
 from ..files import read_bytes, there
 from .files import write_text
 
@@ -95,7 +95,9 @@ def _value(kind: type, cell: str | None, optional: bool) -> Any:
 
 
 def _damaged(wanted: str, got: str) -> UsageError:
-    return expected("metrics.csv", wanted, got, "give the folder of a finished run, or repeat it")
+    return usage_error(
+        "metrics.csv", wanted, got, "give the folder of a finished run, or repeat it"
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, expected, require
+from ..errors import UsageError, require, usage_error
 from ..files import write_atomically
 from .metrics import SELECTED, Row, of_run, present
 from .progress import NAMES
@@ -64,7 +64,7 @@ def rehearse() -> None:
         raise
     except Exception as failure:  # of whatever this installation is made
         got = f"{type(failure).__name__}: {failure}"
-        raise expected("matplotlib", "one that draws", got, "mend its installation") from None
+        raise usage_error("matplotlib", "one that draws", got, "mend its installation") from None
 
 
 @contextmanager

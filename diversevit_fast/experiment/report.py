@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, expected, require
+from ..errors import UsageError, require, usage_error
 from ..files import writing
 from .config import Settings, read_json
 from .files import out_of_memory, printable, write_text
@@ -55,8 +55,8 @@ def write_report(folder: Path) -> Path:
             with writing(folder / "report.html"):
                 raise MemoryError from None
         got = f"incomplete ones ({type(failure).__name__}: {failure})"
-        cure = "mend that, or repeat the run"
-        raise expected("report", f"the files of a run in {folder}", got, cure) from None
+        hint = "mend that, or repeat the run"
+        raise usage_error("report", f"the files of a run in {folder}", got, hint) from None
     write_text(folder / "report.html", page)
     return folder / "report.html"
 

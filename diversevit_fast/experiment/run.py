@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..data import load_splits
-from ..errors import UsageError, expected, require
+from ..errors import UsageError, require, usage_error
 from ..files import FileError, there
 from ..models import DiverseViT
 from . import folder as folders
@@ -109,9 +109,9 @@ def resume(folder: str | Path, *, console: Any = None) -> Path:
             return place.out
         splits, prints = _prepare(settings, ranks, record["threads"])
         if record.get("splits") != prints:
-            cure = "restore the data it started with, or start a new run"
-            got = expected(
-                "data", f"the data that {place.partial} started with", "other data", cure
+            hint = "restore the data it started with, or start a new run"
+            got = usage_error(
+                "data", f"the data that {place.partial} started with", "other data", hint
             )
             raise ranks.agreed(got)
         ranks.together(lambda: folders.check_record(place, record))
@@ -124,8 +124,8 @@ def resume(folder: str | Path, *, console: Any = None) -> Path:
 def _new_place(out: str | Path) -> Place:
     place = Place.of(out)
     if place.out != Path(out) and Path(out).name == place.partial.name:
-        cure = f"say --resume {out} to go on with a run, or choose another --out"
-        raise expected("out", "a name that does not end as an unfinished run's does", out, cure)
+        hint = f"say --resume {out} to go on with a run, or choose another --out"
+        raise usage_error("out", "a name that does not end as an unfinished run's does", out, hint)
     folders.check_new(place)
     return place
 
@@ -146,12 +146,12 @@ def _read_record(place: Place) -> dict[str, Any]:
     """``config.json`` of an unfinished run."""
     if not there(place.partial):
         got = f"{place.out}, which is finished" if place.finished else f"no folder {place.partial}"
-        cure = "check the path, or start a run with --out"
-        raise expected(
-            "resume", "an unfinished run", got, "open its report.html" if place.finished else cure
+        hint = "check the path, or start a run with --out"
+        raise usage_error(
+            "resume", "an unfinished run", got, "open its report.html" if place.finished else hint
         )
     if there(place.out):
-        raise expected(
+        raise usage_error(
             "resume", f"no finished folder {place.out}", "one that exists", "move it away first"
         )
     record = read_json(place.record, "resume")
@@ -169,7 +169,7 @@ def _read_record(place: Place) -> dict[str, Any]:
     ):
         if not fits:
             got = f"{place.record} without {name}"
-            raise expected("resume", "the configuration of a run", got, "start a new run")
+            raise usage_error("resume", "the configuration of a run", got, "start a new run")
     return record
 
 
@@ -212,8 +212,8 @@ def _prepare(
 
     splits, prints = ranks.together(prepare)
     if any(other != prints for other in ranks.gathered(prints)):
-        cure = "give every machine the same files"
-        raise ranks.agreed(expected("data", "the same on every rank", "different ones", cure))
+        hint = "give every machine the same files"
+        raise ranks.agreed(usage_error("data", "the same on every rank", "different ones", hint))
     return splits, prints
 
 
@@ -274,8 +274,8 @@ def _continue(
     except (MemoryError, RuntimeError) as failure:
         if not out_of_memory(failure):
             raise
-        cure = f"free some, then continue with: {command}"
-        raise expected("memory", "enough for this run", "too little", cure) from None
+        hint = f"free some, then continue with: {command}"
+        raise usage_error("memory", "enough for this run", "too little", hint) from None
     finally:
         torch.set_num_threads(before)
     return place.out
@@ -321,7 +321,7 @@ def _finish(rows: list[Row], cosines: Mapping[str, Any], place: Place, command: 
         raise
     except UsageError as failure:
         kept = f"everything is trained and kept, continue with: {command}"
-        raise expected("report", "one of this run", f"an error ({failure})", kept) from None
+        raise usage_error("report", "one of this run", f"an error ({failure})", kept) from None
     folders.give_name(place)
 
 

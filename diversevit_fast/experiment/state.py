@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UsageError, expected
+from ..errors import UsageError, usage_error
 from ..files import FileError, reading, writing
 from ..models import DiverseViT
 from .config import Settings
@@ -260,8 +260,8 @@ def _unreadable(failure: Exception, sealed: bool) -> str:
 
 def foreign(path: Path, got: str, what: str = "it") -> UsageError:
     """The error for a checkpoint that this training cannot continue from; deleting ``what`` helps."""
-    cure = f"delete {what} to train that seed from the start, then resume again"
-    return expected("checkpoint", f"an intact one of this run in {path}", got, cure)
+    hint = f"delete {what} to train that seed from the start, then resume again"
+    return usage_error("checkpoint", f"an intact one of this run in {path}", got, hint)
 
 
 def _identity(settings: Settings, task: Task) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data import batches
-from ..errors import UsageError, expected
+from ..errors import UsageError, usage_error
 from ..files import there
 from ..penalty.head_diversity import HeadDiversity
 from .config import Settings
@@ -104,8 +104,8 @@ def _open_checkpoint(
     from . import sharded  # takes a second to import
 
     if ranks.on_first(lambda: there(path)):
-        cure = "resume without torchrun, or delete it to train that seed from the start"
-        raise ranks.agreed(expected("checkpoint", "one that ranks wrote", path, cure))
+        hint = "resume without torchrun, or delete it to train that seed from the start"
+        raise ranks.agreed(usage_error("checkpoint", "one that ranks wrote", path, hint))
     if ranks.launched:
         state.trained = ranks.distribute(state.model, settings.fsdp)
         state.optimizer = adam(state.trained, settings, task)
@@ -226,4 +226,4 @@ def _train_epoch(
 def _diverged(task: Task, done: int, where: str) -> UsageError:
     got = f"NaN or infinity {where} of epoch {done + 1} of {task}"
     kept = f"the checkpoint after epoch {done} is kept" if done else "nothing was kept"
-    return expected("loss", "a finite number", got, f"lower the learning rate ({kept})")
+    return usage_error("loss", "a finite number", got, f"lower the learning rate ({kept})")

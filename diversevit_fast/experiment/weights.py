@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..data import batches, load_splits
-from ..errors import expected, require
+from ..errors import require, usage_error
 from ..heads.pruning import keep_heads, prune_heads
 from ..heads.selection import HeadChoice, select_heads
 from ..models import DiverseViT
@@ -31,11 +31,11 @@ def load_model(path: str) -> DiverseViT:
     model = DiverseViT.load(path).eval()
     for name, tensor in model.state_dict().items():
         if tensor.dtype != torch.float32:
-            cure = "save them in that dtype"
-            raise expected("weights", "tensors of dtype torch.float32", f"{tensor.dtype}", cure)
+            hint = "save them in that dtype"
+            raise usage_error("weights", "tensors of dtype torch.float32", f"{tensor.dtype}", hint)
         if not tensor.isfinite().all():
-            cure = "take those of another training"
-            raise expected("weights", "finite numbers", f"NaN or infinity in {name}", cure)
+            hint = "take those of another training"
+            raise usage_error("weights", "finite numbers", f"NaN or infinity in {name}", hint)
     return model
 
 
@@ -51,7 +51,7 @@ def splits_for(
         UsageError: the data are missing or do not fit the model.
     """
     if config is not None and not is_path(config):
-        raise expected("config", "a JSON file", repr(config), "name one, or leave it out")
+        raise usage_error("config", "a JSON file", repr(config), "name one, or leave it out")
     beside = weights.parent / "config.json"
     if config is None and "data" not in options and beside.exists():
         config = str(beside)
@@ -65,13 +65,13 @@ def splits_for(
         samples=settings.samples,
         download=settings.download,
     )
-    data, cure = splits["test_id"], "give the weights' own data"
+    data, hint = splits["test_id"], "give the weights' own data"
     images = (data.images.shape[1], *data.image_size)
     wished = (model.config["channels"], *model.config["image_size"])
     if images != wished:
-        raise expected("data", f"images {list(wished)}, as the model's", list(images), cure)
+        raise usage_error("data", f"images {list(wished)}, as the model's", list(images), hint)
     if (classes := model.config["num_classes"]) != data.num_classes:
-        raise expected("data", f"{classes} classes, as the model's", data.num_classes, cure)
+        raise usage_error("data", f"{classes} classes, as the model's", data.num_classes, hint)
     return splits, settings.data + (f" (as in {config})" if config else "")
 
 

@@ -19,7 +19,7 @@ from ..attachment.attachment import Attachment, Forward
 from ..attachment.attention_modules import AttentionLayer, is_compiled, is_hooked
 from ..attachment.support import refuse
 from ..attachment.unfused_attention import Unfused
-from ..errors import UnsupportedError, expected
+from ..errors import UnsupportedError, usage_error
 from .pruning import Kept, head_scale
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
@@ -118,7 +118,7 @@ class Replay(Attachment):
             UnsupportedError: the model calls its modules in another order the second time.
         """
         if self._thread is None:
-            raise expected("with", "a Replay that is entered", "one that is not", "use `with`")
+            raise usage_error("with", "a Replay that is entered", "one that is not", "use `with`")
         self._varied = {
             layer.index
             for layer in self.layers

@@ -282,11 +282,11 @@ def _heads_to_prune(
     layers: list[AttentionLayer] = attention_layers(model)
     has = {layer.layer: layer for layer in _pruned_layers(model)}
     heads: dict[int, list[int]] = {}
-    cure = "build the model that was saved"
+    hint = "build the model that was saved"
     for entry in filed:
         named = layers[entry.layer].name if 0 <= entry.layer < len(layers) else "no such layer"
         if named != entry.name:
-            raise misfit(path, f"layer {entry.layer} named {named!r}", repr(entry.name), cure)
+            raise misfit(path, f"layer {entry.layer} named {named!r}", repr(entry.name), hint)
         pruned = has.pop(entry.layer, None)
         if pruned is not None:
             if pruned.kept != entry.kept:
@@ -297,7 +297,7 @@ def _heads_to_prune(
         whole = entry.heads is None or whole_number(entry.heads) == count
         if not found or len(found) < len(entry.kept) or not whole:
             got = f"heads {list(entry.kept)} of {entry.heads or 'more'}"
-            raise misfit(path, f"heads of the model's {count} in {entry.name}", got, cure)
+            raise misfit(path, f"heads of the model's {count} in {entry.name}", got, hint)
         heads[entry.layer] = list(entry.kept)
     for pruned in has.values():
         raise _pruned_otherwise(path, pruned.name, pruned.kept, "all")
@@ -312,16 +312,16 @@ def _pruned_otherwise(path: StrPath, name: str, kept: object, filed: object) -> 
 def _check_tensors(
     path: StrPath, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> None:
-    cure = "build the model that was saved"
+    hint = "build the model that was saved"
     if missing := [name for name in wanted if name not in given]:
-        raise misfit(path, f"the tensors {listing(missing)}", "a file without", cure)
+        raise misfit(path, f"the tensors {listing(missing)}", "a file without", hint)
     if extra := [name for name in given if name not in wanted]:
-        raise misfit(path, "no other tensors", listing(extra), cure)
+        raise misfit(path, "no other tensors", listing(extra), hint)
     for name, tensor in wanted.items():
         ours, theirs = ((list(x.shape), x.dtype) for x in (tensor, given[name]))
         if ours != theirs:
             wish = f"{name} of shape {ours[0]} and {ours[1]}, the model's"
-            raise misfit(path, wish, f"{theirs[0]} and {theirs[1]}", cure)
+            raise misfit(path, wish, f"{theirs[0]} and {theirs[1]}", hint)
 
 
 def _check_shared(path: StrPath, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from ..attachment.attention_modules import (
 from ..attachment.indices import Integers, is_boolean, listed, shown, whole_number
 from ..attachment.parallel import is_ddp, unwrapped
 from ..attachment.support import refuse
-from ..errors import UnsupportedError, expected
+from ..errors import UnsupportedError, usage_error
 from .module_swap import Change, replaced_by, swap, warn_of_optimizers
 
 Heads = Mapping[Any, Integers]
@@ -68,7 +68,7 @@ class keep_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
         heads, scale = attend(*qkv, **options), self._scale[layer.index]
         if heads.shape[1] != len(scale):
             wanted = f"the {len(scale)} heads that {layer.name} had"
-            raise expected("model", wanted, heads.shape[1], "make keep_heads after pruning")
+            raise usage_error("model", wanted, heads.shape[1], "make keep_heads after pruning")
         return heads * scale.to(heads)[:, None, None]
 
 
@@ -76,12 +76,14 @@ def check_kept(model: nn.Module, heads: Heads) -> list[tuple[AttentionLayer, lis
     """The layers named and their heads to keep, sorted and validated, in the model's order."""
     every = attention_layers(model)
     if not isinstance(heads, Mapping) or not heads:
-        raise expected("heads", "a dictionary {layer: [heads]}", shown(heads), "name a layer")
+        raise usage_error("heads", "a dictionary {layer: [heads]}", shown(heads), "name a layer")
     kept: dict[int, list[int]] = {}
     for index, which in heads.items():
         layer = every[layer_index(index, len(every))]
         if layer.index in kept:
-            raise expected("heads", "each layer once", shown(list(heads)), "remove the repetition")
+            raise usage_error(
+                "heads", "each layer once", shown(list(heads)), "remove the repetition"
+            )
         kept[layer.index] = _check_heads(layer, which)
     return [(every[index], kept[index]) for index in sorted(kept)]
 
@@ -95,10 +97,10 @@ def _check_heads(layer: AttentionLayer, which: Any) -> list[int]:
             f"a list of different heads from 0 to {layer.num_heads - 1} for layer {layer.index}"
         )
         masked = any(map(is_boolean, given or [which]))
-        cure = (
+        hint = (
             "for a mask pass the numbers of the heads that stay" if masked else "keep at least one"
         )
-        raise expected("heads", wanted, shown(which if given is None else given), cure)
+        raise usage_error("heads", wanted, shown(which if given is None else given), hint)
     return found
 
 

@@ -13,7 +13,7 @@ from ..attachment.attention_modules import AttentionLayer, choose_layers
 from ..attachment.batch_checks import Batch, class_indices, group_names, split_batch
 from ..attachment.indices import Integers
 from ..attachment.parallel import unwrapped
-from ..errors import expected
+from ..errors import usage_error
 from ..ops.checks import check_choice
 from .prefix_cache import Replay
 
@@ -115,7 +115,7 @@ def _exhaustive(layers: Sequence[AttentionLayer]) -> list[Kept]:
         count *= 2**layer.num_heads - 1
     if count > MAX_CANDIDATES:
         wanted = f"at most {MAX_CANDIDATES} combinations for 'exhaustive'"
-        raise expected("search", wanted, count, "use 'greedy', or choose fewer layers")
+        raise usage_error("search", wanted, count, "use 'greedy', or choose fewer layers")
     subsets = [
         list(chain(*(combinations(range(layer.num_heads), n + 1) for n in range(layer.num_heads))))
         for layer in layers
@@ -173,12 +173,12 @@ class _Evaluation:
                 if reference is None
                 else (f"nothing for score={score!r}", "a loader")
             )
-            raise expected("reference_loader", wanted, got, "only 'atc' compares with it")
+            raise usage_error("reference_loader", wanted, got, "only 'atc' compares with it")
         for name, data in (("loader", loader), ("reference_loader", reference)):
             if several and isinstance(data, Iterator):
-                cure = "pass a list or a DataLoader"
+                hint = "pass a list or a DataLoader"
                 wanted = "data that can be run through again for search='greedy'"
-                raise expected(name, wanted, "an iterator, which runs once", cure)
+                raise usage_error(name, wanted, "an iterator, which runs once", hint)
         self._replay = Replay(model, layers)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
@@ -211,7 +211,7 @@ class _Evaluation:
         reference, seen = name == "reference_loader", 0
         if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
             got = type(loader).__name__
-            raise expected(name, "an iterable of batches", got, "pass a list or a DataLoader")
+            raise usage_error(name, "an iterable of batches", got, "pass a list or a DataLoader")
         for item in loader:
             batch = split_batch(name, item, self._model, self._device)
             labels, members = self._answers(name, batch)
@@ -223,7 +223,7 @@ class _Evaluation:
                     _check(predictions)
                     (tally.refer if reference else tally.add)(predictions)
         if not seen:
-            raise expected(name, "at least one batch", "none", "pass a list or a DataLoader")
+            raise usage_error(name, "at least one batch", "none", "pass a list or a DataLoader")
 
     def _answers(self, name: str, batch: Batch) -> tuple[Tensor | None, Tensor | list[str] | None]:
         """Labels and groups of one batch, where they are looked at."""
@@ -231,7 +231,7 @@ class _Evaluation:
             return None, None
         if batch.labels is None:
             wanted = "labels: batches (images, labels), or dictionaries with 'labels'"
-            raise expected(name, wanted, "images alone", "only 'confidence' needs no labels")
+            raise usage_error(name, wanted, "images alone", "only 'confidence' needs no labels")
         labels = class_indices(batch.labels, batch.size)
         if not self._grouped or batch.groups is None:
             return labels, None
@@ -250,7 +250,7 @@ def _logits(output: Any) -> Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise expected(
+        raise usage_error(
             "model", "logits [B, classes]", got, "wrap the model in one that returns them"
         )
     return logits.float().cpu()
@@ -259,12 +259,14 @@ def _logits(output: Any) -> Tensor:
 def _check(batch: Predictions) -> None:
     (count, classes), labels = batch.logits.shape, batch.labels
     if not torch.isfinite(batch.logits).all():
-        raise expected("model", "finite logits", "NaN or infinity", "check the weights")
+        raise usage_error("model", "finite logits", "NaN or infinity", "check the weights")
     if labels is not None and len(labels) != count:
-        raise expected("model", f"logits of {len(labels)} images", count, "give one row an image")
+        raise usage_error(
+            "model", f"logits of {len(labels)} images", count, "give one row an image"
+        )
     if labels is not None and count and not 0 <= labels.min() <= labels.max() < classes:
         got = f"{int(labels.min())} to {int(labels.max())}"
-        raise expected("labels", f"class indices from 0 to {classes - 1}", got, "check the data")
+        raise usage_error("labels", f"class indices from 0 to {classes - 1}", got, "check the data")
 
 
 class _Accuracy:
@@ -285,8 +287,8 @@ class _WorstGroup:
 
     def add(self, batch: Predictions) -> None:
         if batch.groups is None or batch.labels is None:
-            cure = "let the loader yield (images, labels, groups)"
-            raise expected("loader", "groups for score='worst_group'", "none", cure)
+            hint = "let the loader yield (images, labels, groups)"
+            raise usage_error("loader", "groups for score='worst_group'", "none", hint)
         names = batch.groups if isinstance(batch.groups, list) else batch.groups.tolist()
         for group in dict.fromkeys(names):
             here = torch.tensor([name == group for name in names])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import expected, require
+from ..errors import require, usage_error
 from ..ops.checks import shape_error
 
 _biases: Any = require("xformers.ops.fmha.attn_bias", extra="xformers")
@@ -107,12 +107,14 @@ def _over_heads(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _packed(bias: Any, queries: int, keys: int, device: torch.device) -> list[Block]:
     wanted = bias.q_seqinfo.seqstart_py[-1]
     if wanted != queries:
-        raise expected("query", f"{wanted} tokens, attn_bias's", queries, "pack what the bias says")
+        raise usage_error(
+            "query", f"{wanted} tokens, attn_bias's", queries, "pack what the bias says"
+        )
     made = []
     rows = zip(bias.q_seqinfo.intervals(), _keys(bias, device), strict=True)
     for (start, end), (where, count, last) in rows:
         if last > keys:
-            raise expected("key", f"{last} tokens or more", keys, "pack what attn_bias says")
+            raise usage_error("key", f"{last} tokens or more", keys, "pack what attn_bias says")
         made.append(Block(slice(start, end), where, *_within(bias, end - start, count, device)))
     return made
 

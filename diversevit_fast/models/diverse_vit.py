@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as dnn
-from ..errors import expected
+from ..errors import usage_error
 from . import published, store
 from .sizes import check_config
 
@@ -224,19 +224,21 @@ class DiverseViT(nn.Module):
         weight = self.patch_embed.weight
         shape = (self.config["channels"], *self.config["image_size"])
         if not isinstance(images, Tensor):
-            raise expected("images", "a tensor", type(images).__name__, "use torch.as_tensor")
+            raise usage_error("images", "a tensor", type(images).__name__, "use torch.as_tensor")
         if images.ndim != 4 or images.shape[1:] != shape:
             wanted = f"shape [B, {', '.join(map(str, shape))}]"
-            raise expected("images", wanted, list(images.shape), "resize them, or set image_size")
+            raise usage_error(
+                "images", wanted, list(images.shape), "resize them, or set image_size"
+            )
         if not images.is_floating_point():
-            cure = "convert bytes with images.float() / 255"
-            raise expected("images", "a floating dtype", images.dtype, cure)
+            hint = "convert bytes with images.float() / 255"
+            raise usage_error("images", "a floating dtype", images.dtype, hint)
         if images.device != weight.device:
-            cure = "move the images or the model"
-            raise expected("images", f"device {weight.device}", images.device, cure)
+            hint = "move the images or the model"
+            raise usage_error("images", f"device {weight.device}", images.device, hint)
         if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
-            cure = "cast the images or the model"
-            raise expected("images", f"the model's dtype {weight.dtype}", images.dtype, cure)
+            hint = "cast the images or the model"
+            raise usage_error("images", f"the model's dtype {weight.dtype}", images.dtype, hint)
 
 
 def to_patches(images: Tensor, size: int) -> Tensor:

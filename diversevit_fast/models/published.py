@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import expected
+from ..errors import usage_error
 from ..files import read_bytes
 from ..weight_files import StrPath, existing_file, listing, misfit
 from .restore import check_tensors, skeleton
@@ -69,12 +69,12 @@ def to_published_state_dict(model: "DiverseViT") -> dict[str, Tensor]:
             the last attention.
     """
     if model.config["last_residual"]:
-        cure = "use model.save, which records it"
-        raise expected("model", "last_residual=False, as published", "last_residual=True", cure)
+        hint = "use model.save, which records it"
+        raise usage_error("model", "last_residual=False, as published", "last_residual=True", hint)
     pruned = [i for i, kept in model.kept_heads.items() if len(kept) < model.config["num_heads"]]
     if pruned:
-        cure = "use model.save, which records the kept heads"
-        raise expected("model", "all its heads", f"pruned layers {pruned}", cure)
+        hint = "use model.save, which records the kept heads"
+        raise usage_error("model", "all its heads", f"pruned layers {pruned}", hint)
     state = model.state_dict()
     return {theirs: state[ours] for ours, theirs in published_names(len(model.blocks)).items()}
 
@@ -95,9 +95,9 @@ def _read(path: StrPath) -> Mapping[str, Any]:
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as failure:  # on a foreign file the unpickler can raise anything
-        cure = "re-save the weights with torch.save(model.state_dict(), path)"
+        hint = "re-save the weights with torch.save(model.state_dict(), path)"
         got = f"one that weights-only loading refuses ({type(failure).__name__})"
-        raise misfit(path, "an intact torch.save file of tensors", got, cure) from None
+        raise misfit(path, "an intact torch.save file of tensors", got, hint) from None
     if not isinstance(content, Mapping):
         raise misfit(path, "a state dict", type(content).__name__, "save model.state_dict()")
     if any(str(key).startswith("vit.") for key in content):
@@ -122,10 +122,12 @@ def _infer_config(
     patch = _patch_size(image_size, tokens - 1)
     if not isinstance(num_heads, int) or num_heads < 1 or inner % num_heads:
         wanted = f"a divisor of the checkpoint's attention width {inner}"
-        raise expected("num_heads", wanted, repr(num_heads), "pass the count it was trained with")
+        raise usage_error(
+            "num_heads", wanted, repr(num_heads), "pass the count it was trained with"
+        )
     if pixels % patch**2:
         wanted = f"patches of {pixels} values, as the checkpoint embeds"
-        raise expected("image_size", wanted, f"patches of {patch}x{patch} pixels", "check it")
+        raise usage_error("image_size", wanted, f"patches of {patch}x{patch} pixels", "check it")
     layers = (re.match(r"vit\.transformer\.layers\.(\d+)\.", str(key)) for key in state)
     return {
         "image_size": tuple(image_size),
@@ -162,4 +164,4 @@ def _patch_size(image_size: Sequence[int], patches: int) -> int:
             return side
     except (TypeError, ValueError):
         pass  # not a pair of integers: the same mistake
-    raise expected("image_size", wanted, repr(image_size), "pass the size it was trained on")
+    raise usage_error("image_size", wanted, repr(image_size), "pass the size it was trained on")

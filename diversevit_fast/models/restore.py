@@ -48,8 +48,8 @@ def check_tensors(path: StrPath, got: Mapping[str, Any], wanted: Mapping[str, to
         if not isinstance(value, Tensor):
             raise misfit(path, f"a tensor under {key}", type(value).__name__, "save tensors only")
         if value.shape != shape:
-            cure = "is it of another configuration?"
-            raise misfit(path, f"{key} of shape {list(shape)}", list(value.shape), cure)
+            hint = "is it of another configuration?"
+            raise misfit(path, f"{key} of shape {list(shape)}", list(value.shape), hint)
         if not value.is_floating_point():
             raise misfit(path, f"{key} of a floating dtype", value.dtype, "dequantise it")
         if value.dtype != got[first].dtype:

@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import expected
+from ..errors import usage_error
 
 MOST_PARAMETERS = 10**11  # 400 GB in float32
 _MOST = {"depth": 1000, "num_heads": 1000}
@@ -21,7 +21,7 @@ def check_sizes(sizes: Mapping[str, Any]) -> None:
         most = _MOST.get(name, _WIDEST)
         if not _whole(size, most):
             wanted = f"an integer from 1 to {most}"
-            raise expected(name, wanted, reprlib.repr(size), "pass such a number")
+            raise usage_error(name, wanted, reprlib.repr(size), "pass such a number")
 
 
 def check_switch(name: str, value: object) -> None:
@@ -31,7 +31,7 @@ def check_switch(name: str, value: object) -> None:
         UsageError: it is not.
     """
     if not isinstance(value, bool):
-        raise expected(name, "True or False", reprlib.repr(value), "pass a bool")
+        raise usage_error(name, "True or False", reprlib.repr(value), "pass a bool")
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -48,10 +48,10 @@ def check_config(config: Mapping[str, Any]) -> None:
     if not pair or not all(_whole(n, _WIDEST) and n % patch == 0 for n in image_size):
         wanted = f"(height, width), positive multiples of patch_size={patch}, at most {_WIDEST}"
         got = reprlib.repr(image_size)
-        raise expected("image_size", wanted, got, "resize the images or the patches")
+        raise usage_error("image_size", wanted, got, "resize the images or the patches")
     if (count := parameters(config)) > MOST_PARAMETERS:
         wanted = f"a model of at most {MOST_PARAMETERS:.0e} parameters"
-        raise expected("dim, depth, ...", wanted, f"{count:.0e}", "make it smaller")
+        raise usage_error("dim, depth, ...", wanted, f"{count:.0e}", "make it smaller")
 
 
 def parameters(config: Mapping[str, Any]) -> int:

@@ -26,19 +26,19 @@ def save(model: "DiverseViT", path: StrPath) -> None:
 
 def load(path: StrPath, build: "type[DiverseViT]") -> "DiverseViT":
     """See ``DiverseViT.load``. Heads are pruned first, so that the shapes are the file's."""
-    cure = "pass a file that DiverseViT.save wrote"
-    metadata, tensors = read_tensors(path, cure)
+    hint = "pass a file that DiverseViT.save wrote"
+    metadata, tensors = read_tensors(path, hint)
     try:
         config = json.loads(metadata["config"])
         kept = {int(layer): heads for layer, heads in json.loads(metadata["kept_heads"]).items()}
         model = skeleton(build, config, kept)
     except KeyError as missing:
-        raise misfit(path, f"metadata {missing}", "a file without", cure) from None
+        raise misfit(path, f"metadata {missing}", "a file without", hint) from None
     except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as failure:
         if isinstance(failure, UsageError):
-            raise misfit(path, "a valid configuration", f"({failure})", cure) from None
+            raise misfit(path, "a valid configuration", f"({failure})", hint) from None
         got = f"one that does not parse ({type(failure).__name__})"
-        raise misfit(path, "a configuration of DiverseViT", got, cure) from None
+        raise misfit(path, "a configuration of DiverseViT", got, hint) from None
     check_tensors(path, tensors, {key: x.shape for key, x in model.state_dict().items()})
     model.load_state_dict(tensors, assign=True)
     return model

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..errors import UnsupportedError, expected
+from ..errors import UnsupportedError, usage_error
 from . import reference
 from .attention_qkvpacked import packed_attention, whole_of
 from .autograd import Rung, any_order, plainly
@@ -112,23 +112,23 @@ def _check(
             "v", f"[..., {k.shape[-2]}, dv], k's token count", v, "pass a value per key"
         )
     if enable_gqa and (k.shape[-3] != v.shape[-3] or q.shape[-3] % k.shape[-3]):
-        cure = "k and v need one head count that divides q's"
-        raise shape_error("k", f"a head count that divides {q.shape[-3]} and equals v's", k, cure)
+        hint = "k and v need one head count that divides q's"
+        raise shape_error("k", f"a head count that divides {q.shape[-3]} and equals v's", k, hint)
     if not 0.0 <= dropout_p < 1.0:
-        raise expected("dropout_p", "a probability in [0, 1)", dropout_p, "pass 0.0")
+        raise usage_error("dropout_p", "a probability in [0, 1)", dropout_p, "pass 0.0")
     if dropout_p > 0.0:
         raise UnsupportedError(
             f"dropout_p: attention dropout is not supported, got {dropout_p}; pass 0.0 (for timm: "
             "attn_drop_rate=0) and use dropout after the projection instead"
         )
     if scale is not None and not math.isfinite(scale):
-        raise expected("scale", "a finite number", scale, "leave it None for d ** -0.5")
+        raise usage_error("scale", "a finite number", scale, "leave it None for d ** -0.5")
     if is_causal and mask is not None:
-        raise expected("attn_mask", "None with is_causal", "a mask", "put causality in the mask")
+        raise usage_error("attn_mask", "None with is_causal", "a mask", "put causality in the mask")
     if mask is not None and mask.dtype != torch.bool:
         check_tensor("attn_mask", mask)
     if mask is not None and mask.device != q.device:
-        raise expected("attn_mask", f"device {q.device} like q", mask.device, "move it")
+        raise usage_error("attn_mask", f"device {q.device} like q", mask.device, "move it")
 
 
 def _as_samples(
@@ -143,7 +143,7 @@ def _as_samples(
         heads = () if enable_gqa else torch.broadcast_shapes(*(x.shape[-3:-2] for x in (q, k, v)))
     except RuntimeError:
         shapes = " and ".join(str(list(x.shape)) for x in (q, k, v))
-        raise expected("q, k, v", "leading axes that broadcast", shapes, "match them") from None
+        raise usage_error("q, k, v", "leading axes that broadcast", shapes, "match them") from None
 
     def view(x: Tensor) -> Tensor:
         count = x.shape[-3:-2] if enable_gqa else (heads or (1,))

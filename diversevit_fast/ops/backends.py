@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError, expected
+from ..errors import UnsupportedError, usage_error
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def use_backend(name: str) -> Iterator[None]:
     global _chosen
     if name != "auto" and name not in _BACKENDS:
         names = ", ".join(["auto", *_BACKENDS])
-        raise expected("use_backend", f"one of {names}", repr(name), "check the spelling")
+        raise usage_error("use_backend", f"one of {names}", repr(name), "check the spelling")
     if name != "auto" and (reason := _BACKENDS[name].missing()):
         raise UnsupportedError(f"use_backend: {name!r} is unavailable: {reason}")
     before, _chosen = _chosen, name

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..errors import UsageError, expected
+from ..errors import UsageError, usage_error
 
 
 def check_tensor(name: str, x: object) -> Tensor:
@@ -13,12 +13,12 @@ def check_tensor(name: str, x: object) -> Tensor:
         UsageError: not a tensor, not floating, or neither strided nor plain.
     """
     if not isinstance(x, Tensor):
-        raise expected(name, "a tensor", type(x).__name__, "convert it with torch.as_tensor")
+        raise usage_error(name, "a tensor", type(x).__name__, "convert it with torch.as_tensor")
     if not x.is_floating_point():
-        raise expected(name, "a floating dtype", x.dtype, f"convert it with {name}.float()")
+        raise usage_error(name, "a floating dtype", x.dtype, f"convert it with {name}.float()")
     if x.layout != torch.strided or x.is_nested:
         layout = "nested" if x.is_nested else str(x.layout)
-        raise expected(name, "a dense strided tensor", layout, "convert it with to_dense()")
+        raise usage_error(name, "a dense strided tensor", layout, "convert it with to_dense()")
     return x
 
 
@@ -31,9 +31,11 @@ def check_alike(**tensors: Tensor | None) -> None:
     (name, first), *rest = ((n, x) for n, x in tensors.items() if x is not None)
     for other, x in rest:
         if x.dtype != first.dtype:
-            raise expected(other, f"dtype {first.dtype} like {name}", x.dtype, "cast one of them")
+            raise usage_error(
+                other, f"dtype {first.dtype} like {name}", x.dtype, "cast one of them"
+            )
         if x.device != first.device:
-            raise expected(
+            raise usage_error(
                 other, f"device {first.device} like {name}", x.device, "move one of them"
             )
 
@@ -46,9 +48,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         wanted = "one of " + ", ".join(map(repr, choices))
-        raise expected(name, wanted, repr(value), "check the spelling")
+        raise usage_error(name, wanted, repr(value), "check the spelling")
 
 
-def shape_error(name: str, wanted: str, x: Tensor, cure: str) -> UsageError:
+def shape_error(name: str, wanted: str, x: Tensor, hint: str) -> UsageError:
     """The error for a tensor of the wrong shape."""
-    return expected(name, f"shape {wanted}", list(x.shape), cure)
+    return usage_error(name, f"shape {wanted}", list(x.shape), hint)

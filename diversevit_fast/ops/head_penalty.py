@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..errors import expected
+from ..errors import usage_error
 from . import reference
 from .autograd import Rung, any_order, batch_by_loop, plainly
 from .backends import launch
@@ -88,10 +88,10 @@ def check_kind(
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "pairs" and heads == 1:
-        raise expected("reduction", "'all' for one head", "'pairs'", "one head has no pairs")
+        raise usage_error("reduction", "'all' for one head", "'pairs'", "one head has no pairs")
     smallest = math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).tiny)
     if not smallest <= eps < math.inf:
-        raise expected("eps", f"a finite number of at least {smallest:.2g}", eps, "pass 1e-12")
+        raise usage_error("eps", f"a finite number of at least {smallest:.2g}", eps, "pass 1e-12")
 
 
 def statistics_fake(like: Tensor, B: int, H: int, N: int, granularity: str) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..errors import expected
+from ..errors import usage_error
 from . import reference
 from .autograd import Rung, any_order, batch_by_loop, plainly
 from .backends import launch
@@ -80,11 +80,13 @@ def _normalized_shape(normalized_shape: int | Sequence[int], x: Tensor) -> tuple
     shape = (normalized_shape,) if one else normalized_shape
     if not isinstance(shape, Sequence) or not all(isinstance(n, int) for n in shape) or not shape:
         got = repr(normalized_shape)
-        raise expected("normalized_shape", "an int or a sequence of ints", got, "pass x.shape[-1]")
+        raise usage_error(
+            "normalized_shape", "an int or a sequence of ints", got, "pass x.shape[-1]"
+        )
     shape = tuple(shape)
     if len(shape) > x.ndim or tuple(x.shape[x.ndim - len(shape) :]) != shape:
         wanted = f"the last sizes of x, which has shape {list(x.shape)}"
-        raise expected("normalized_shape", wanted, list(shape), "pass x.shape[-1]")
+        raise usage_error("normalized_shape", wanted, list(shape), "pass x.shape[-1]")
     return shape
 
 
@@ -100,13 +102,13 @@ def _check_parameter(
             name, f"{list(shape)}, normalized_shape", p, "pass one number per feature"
         )
     if p.device != like.device:
-        raise expected(name, f"device {like.device} like x", p.device, "move one of them")
+        raise usage_error(name, f"device {like.device} like x", p.device, "move one of them")
     allowed = [like.dtype]
     if half_as_float and like.dtype in (torch.float16, torch.bfloat16):
         allowed.append(torch.float32)
     if p.dtype not in allowed:
         wanted = "dtype " + " or ".join(map(str, allowed))
-        raise expected(name, wanted, p.dtype, "cast it")
+        raise usage_error(name, wanted, p.dtype, "cast it")
 
 
 def _cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..errors import expected
+from ..errors import usage_error
 from . import reference
 from .autograd import Rung, any_order, batch_by_loop, plainly
 from .backends import launch
@@ -83,13 +83,13 @@ def _check(grad_qkv: Tensor, weight_qkv: Tensor) -> None:
         raise shape_error("grad_qkv", wanted, grad_qkv, "check its axes")
     H, d = grad_qkv.shape[3:]
     if weight_qkv.ndim != 4 or weight_qkv.shape[:3] != (3, H, d) or weight_qkv.shape[3] == 0:
-        cure = "view the projection's weight as (3, H, d, D)"
-        raise shape_error("weight_qkv", f"[3, {H}, {d}, D] for grad_qkv's heads", weight_qkv, cure)
+        hint = "view the projection's weight as (3, H, d, D)"
+        raise shape_error("weight_qkv", f"[3, {H}, {d}, D] for grad_qkv's heads", weight_qkv, hint)
     if not torch.is_autocast_enabled(grad_qkv.device.type):
         check_alike(grad_qkv=grad_qkv, weight_qkv=weight_qkv)
     elif weight_qkv.device != grad_qkv.device:
         wanted = f"device {grad_qkv.device} like grad_qkv"
-        raise expected("weight_qkv", wanted, weight_qkv.device, "move one of them")
+        raise usage_error("weight_qkv", wanted, weight_qkv.device, "move one of them")
 
 
 @torch.library.custom_op("diversevit::routed_head_penalty", mutates_args=())

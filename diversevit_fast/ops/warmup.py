@@ -2,7 +2,7 @@
 
 import torch
 
-from ..errors import expected
+from ..errors import usage_error
 from .backends import compile_ahead
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,6 +30,8 @@ def warmup(*dtypes: torch.dtype) -> dict[torch.dtype, list[str]]:
     for dtype in dtypes:
         if dtype not in DTYPES:
             known = ", ".join(str(one) for one in DTYPES)
-            raise expected("warmup", f"one of {known}", str(dtype), "name a dtype that is compiled")
+            raise usage_error(
+                "warmup", f"one of {known}", str(dtype), "name a dtype that is compiled"
+            )
     chosen = dtypes or (torch.float32, torch.bfloat16)
     return {dtype: compile_ahead(dtype) for dtype in chosen}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError, expected
+from ..errors import UnsupportedError, usage_error
 
 LARGEST = 2.0**15
 """Float16 ends at 65504, and the factor itself is the gradient of the score."""
@@ -27,7 +27,9 @@ class InnerScale:
     def __init__(self, fixed: float | None = None):
         number = isinstance(fixed, (int, float)) and not isinstance(fixed, bool)
         if fixed is not None and not (number and 0 < fixed < torch.inf):
-            raise expected("grad_scale", "a positive number or None", repr(fixed), "leave it out")
+            raise usage_error(
+                "grad_scale", "a positive number or None", repr(fixed), "leave it out"
+            )
         self.fixed = fixed
         self.value = LARGEST if fixed is None else float(fixed)
         self._good = 0

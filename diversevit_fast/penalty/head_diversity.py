@@ -17,7 +17,7 @@ from ..attachment.parallel import check_ddp_forward, is_ddp, kept_unsharded, unw
 from ..attachment.support import refuse
 from ..attachment.torch_mha import multi_head_attention
 from ..attachment.unfused_attention import Unfused
-from ..errors import UnsupportedError, expected
+from ..errors import UnsupportedError, usage_error
 from ..ops import attention, gelu, layer_norm
 from ..ops.checks import check_choice
 from .grad_scale import InnerScale
@@ -129,7 +129,9 @@ class HeadDiversity(Attachment):
         check_choice("reduction", reduction, ("all", "pairs"))
         check_target(target)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise expected("every", "a whole number of at least 1", repr(every), "1 is each step")
+            raise usage_error(
+                "every", "a whole number of at least 1", repr(every), "1 is each step"
+            )
         self._in_ddp = is_ddp(model)
         model = unwrapped(model)
         self._split = SampleSplit(fraction, generator)
@@ -139,7 +141,7 @@ class HeadDiversity(Attachment):
         self.target: Target = target
         self.num_heads = [layer.num_heads for layer in self.layers]
         if reduction == "pairs" and 1 in self.num_heads:
-            raise expected(
+            raise usage_error(
                 "reduction", "'all' for a layer with one head", "'pairs'", "a pair needs two"
             )
         self.every, self.step = every, 0

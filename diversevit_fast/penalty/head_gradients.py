@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import UsageError, expected
+from ..errors import UsageError, usage_error
 from ..ops import head_penalty, routed_head_penalty
 
 Target = Literal["logit", "probability"] | Callable[[Tensor], Tensor]
@@ -57,7 +57,7 @@ def check_target(target: Target) -> None:
     """Raise a UsageError unless ``target`` is one that ``prediction_score`` takes."""
     if not callable(target) and target not in ("logit", "probability"):
         wanted = "'logit', 'probability' or a callable"
-        raise expected("target", wanted, repr(target), "check the spelling")
+        raise usage_error("target", wanted, repr(target), "check the spelling")
 
 
 def prediction_score(logits: Tensor, target: Target) -> Tensor:
@@ -73,14 +73,16 @@ def prediction_score(logits: Tensor, target: Target) -> Tensor:
     """
     check_logits(logits)
     if _may_be_read(logits) and not torch.isfinite(logits).all():
-        cure = "lower the learning rate or the penalty's weight, or scale the loss"
-        raise expected("logits", "finite values", "NaN or infinity", cure)
+        hint = "lower the learning rate or the penalty's weight, or scale the loss"
+        raise usage_error("logits", "finite values", "NaN or infinity", hint)
     if not callable(target):
         return (logits if target == "logit" else logits.softmax(-1)).max(-1).values
     score = target(logits)
     if not isinstance(score, Tensor) or score.shape != logits.shape[:1]:
         got = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
-        raise expected("target", f"a callable returning [{len(logits)}]", got, "one score a sample")
+        raise usage_error(
+            "target", f"a callable returning [{len(logits)}]", got, "one score a sample"
+        )
     return score
 
 
@@ -94,10 +96,12 @@ def check_logits(logits: Tensor) -> None:
     """Raise a UsageError unless ``logits`` are ``[B, classes]`` with a graph; reads no value."""
     if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise expected("logits", "floating [B, classes]", got, "pass the model's output as it is")
+        raise usage_error(
+            "logits", "floating [B, classes]", got, "pass the model's output as it is"
+        )
     if not logits.requires_grad:
-        cure = "run the model inside the `with` block, without no_grad or inference_mode"
-        raise expected("logits", "a tensor with a graph", "one without", cure)
+        hint = "run the model inside the `with` block, without no_grad or inference_mode"
+        raise usage_error("logits", "a tensor with a graph", "one without", hint)
 
 
 HeadGradients = list[Tensor | None]
@@ -174,7 +178,7 @@ def _by_head(grad: Tensor | None, part: Projected, heads: int) -> tuple[Tensor, 
 
 def unreached(layers: Sequence[str]) -> UsageError:
     """The error for logits that do not depend on what the context captured."""
-    return expected(
+    return usage_error(
         "logits",
         "logits computed under this context",
         f"logits that do not depend on {', '.join(layers)}",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import UnsupportedError, expected
+from ..errors import UnsupportedError, usage_error
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class SampleSplit:
         number = isinstance(fraction, (int, float)) and not isinstance(fraction, bool)
         if not number or not 0 < fraction <= 1:
             wanted = "a number above 0 and at most 1"
-            raise expected("fraction", wanted, repr(fraction), "1 is every sample")
+            raise usage_error("fraction", wanted, repr(fraction), "1 is every sample")
         if generator is not None and not isinstance(generator, torch.Generator):
-            cure = "or leave it out"
-            raise expected("generator", "a torch.Generator", type(generator).__name__, cure)
+            hint = "or leave it out"
+            raise usage_error("generator", "a torch.Generator", type(generator).__name__, hint)
         self.fraction, self.generator = fraction, generator
         self.with_rest = self.entangled = self._running = False
         self._orders: dict[int, tuple[Tensor, Tensor]] = {}
@@ -85,7 +85,7 @@ class SampleSplit:
             return None
         if batch not in self._orders:
             wanted = "1 for a model whose blocks see another batch than its logits have"
-            raise expected("fraction", wanted, self.fraction, "drop it, or fold no axis into B")
+            raise usage_error("fraction", wanted, self.fraction, "drop it, or fold no axis into B")
         return self._orders[batch][0][:count]
 
     def wrapper_of(self, module: nn.Module) -> Callable[..., Tensor]:

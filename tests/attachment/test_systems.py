@@ -1,4 +1,4 @@
-"""Training systems around a penalty that is differentiated through: right to rounding, or refused with the cure."""
+"""Training systems around a penalty that is differentiated through: right to rounding, or refused with the hint."""
 
 import copy
 import threading

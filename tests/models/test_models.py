@@ -99,7 +99,7 @@ def published_state(model):
 
 
 def refused(call, *words):
-    """``call`` raises a ``UsageError`` of one line that says each of ``words`` and a cure."""
+    """``call`` raises a ``UsageError`` of one line that says each of ``words`` and a hint."""
     with pytest.raises(UsageError) as error:
         call()
     message = str(error.value)

@@ -14,7 +14,7 @@ from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
 from tools.kernel_analysis import traffic
 
-kernels = pytest.importorskip("diversevit_kernels.triton.gelu")
+kernels = pytest.importorskip("diversevit_kernels.triton.gelu.kernels")
 launching = pytest.importorskip("diversevit_kernels.triton.runtime.launch")
 
 MIXED = [(kind,) * 3 for kind in LAYOUTS] + [

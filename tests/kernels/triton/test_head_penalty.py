@@ -16,7 +16,7 @@ from tests.ops import test_head_penalty as definition
 from tests.ops.test_head_penalty import KINDS, LAYOUTS, Case, gradients
 from tools.kernel_analysis import traffic
 
-kernels = pytest.importorskip("diversevit_kernels.triton.head_penalty")
+kernels = pytest.importorskip("diversevit_kernels.triton.head_penalty.plain")
 products = pytest.importorskip("diversevit_kernels.triton.head_penalty.gram")
 cosine = pytest.importorskip("diversevit_kernels.triton.head_penalty.cosine")
 launching = pytest.importorskip("diversevit_kernels.triton.runtime.launch")

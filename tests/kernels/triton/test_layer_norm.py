@@ -17,7 +17,7 @@ from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
 from tools.kernel_analysis import traffic
 
-kernels = pytest.importorskip("diversevit_kernels.triton.layer_norm")
+kernels = pytest.importorskip("diversevit_kernels.triton.layer_norm.kernels")
 sums = pytest.importorskip("diversevit_kernels.triton.layer_norm.sums")
 tiles = pytest.importorskip("diversevit_kernels.triton.layer_norm.tiles")
 launching = pytest.importorskip("diversevit_kernels.triton.runtime.launch")

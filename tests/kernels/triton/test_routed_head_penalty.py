@@ -17,7 +17,7 @@ from tests.ops import test_routed_head_penalty as definition
 from tests.ops.test_routed_head_penalty import KINDS, LAYOUTS, Case, operands
 from tools.kernel_analysis import traffic
 
-kernels = pytest.importorskip("diversevit_kernels.triton.head_penalty")
+kernels = pytest.importorskip("diversevit_kernels.triton.head_penalty.routed")
 routing = pytest.importorskip("diversevit_kernels.triton.head_penalty.routed_products")
 launching = pytest.importorskip("diversevit_kernels.triton.runtime.launch")
 
