@@ -95,8 +95,8 @@ def _cells(line: Line, rows: Sequence[Row]) -> tuple[str, str, str]:
     if "ours" not in found or line.other not in found:
         return "", "", ""
     ours, other = found["ours"], found[line.other]
-    bytes_of = [row.info.get("peak_bytes") for row in (other, ours)]
-    memory = f"{bytes_of[0] / bytes_of[1]:.1f}" if all(bytes_of) else ""
+    before, after = (row.info.get("peak_bytes") for row in (other, ours))
+    memory = f"{before / after:.1f}" if before and after else ""
     return _time(ours.median), _speed(speed(line, rows)), memory
 
 
