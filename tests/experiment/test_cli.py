@@ -173,7 +173,7 @@ class TestDoctor:
 
     def test_a_wrong_backend_fails(self, monkeypatch):
         """The self-check bites: second-order results off by one part in a thousand exit with 1."""
-        from diversevit_kernels.cpu.attention import blocked as kernels
+        from diversevit_kernels.cpu import attention as kernels
 
         right = kernels.attention_double_backward
 

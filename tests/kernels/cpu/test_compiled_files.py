@@ -449,7 +449,7 @@ print(configurations._autotune)
 
 def test_the_environment_is_read_here_alone() -> None:
     """Whatever begins with DIVERSEVIT_ is a switch, or the folder."""
-    root = Path(environment.__file__).parents[2]
+    root = Path(environment.__file__).parents[3]
     readers = {
         path.name
         for folder in ("kernels/diversevit_kernels", "diversevit_fast")

@@ -101,7 +101,7 @@ def test_a_lock_that_the_forking_thread_held() -> None:
 
 def test_every_lock_is_fork_safe() -> None:
     """Nothing else makes a lock, nor what holds one; the experiment is a program, and nobody forks it."""
-    root = Path(forks.__file__).parents[2]
+    root = Path(forks.__file__).parents[3]
     makers = {"Lock", "RLock", "Condition", "Semaphore", "Event", "ThreadPoolExecutor", "Queue"}
     found = {
         path.name
