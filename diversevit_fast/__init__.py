@@ -17,7 +17,14 @@ from .errors import UnsupportedError, UsageError
 from .heads.pruned_files import PruningReport, load_pruned, pruning_report, save_pruned
 from .heads.pruning import keep_heads, prune_heads
 from .heads.selection import HeadChoice, select_heads
-from .ops import attention, gelu, head_penalty, layer_norm, routed_head_penalty
+from .ops import (
+    attention,
+    attention_qkvpacked,
+    gelu,
+    head_penalty,
+    layer_norm,
+    routed_head_penalty,
+)
 from .ops.backends import use_backend
 from .ops.warmup import warmup
 from .penalty.head_diversity import HeadDiversity
@@ -32,6 +39,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "attention",
+    "attention_qkvpacked",
     "capture_heads",
     "compile_loss",
     "data",

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ..errors import UnsupportedError, usage_error
-from ..ops import attention
+from ..ops import attention, attention_qkvpacked
 from ..ops.attention import attention_operator
-from ..ops.attention_qkvpacked import recognise
 from .attention_modules import AttentionLayer, is_compiled, plain_class_of
+from .packed_projection import PackedAttention, may_pack, packed_attention
 from .torch_mha import multi_head_attention
 from .unfused_attention import Unfused, watched
 
@@ -134,6 +134,10 @@ class Attachment:
         """Called in place of attention; ``attend(*qkv, **options)`` computes ``[B, H, N, d]``."""
         return attend(*qkv, **options)
 
+    def _second_order(self) -> bool:
+        """Whether attention that runs now is to be twice differentiable; else it is what the model calls."""
+        return False
+
     def elsewhere(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called in place of every other torch function."""
         return func(*args, **kwargs)
@@ -182,10 +186,10 @@ class Attachment:
             made = layer.projection_of(weight)
             if made is None:
                 return func(*args, **kwargs)
-            out = self.projected(layer, made.roles, x, weight, func(*args, **kwargs))
-            if made.roles == "qkv" and not compiling:
-                self._made = out
-            return out
+            return self._project(layer, made.roles, x, weight, func(*args, **kwargs))
+        if func is attention_qkvpacked:
+            packed = PackedAttention(*args)
+            return self._attend(layer, packed, packed.parts, kwargs).transpose(1, 2)
         if func in (F.scaled_dot_product_attention, attention):
             return self._attend(layer, func, *_split_attention_call(args, kwargs))
         if func is attention_operator._opoverload:  # a compiler sees the operator, not its function
@@ -202,12 +206,20 @@ class Attachment:
             return self.elsewhere(F.multi_head_attention_forward, args, kwargs)
 
         def project(roles: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return self.projected(layer, roles, x, weight, F.linear(x, weight, bias))
+            return self._project(layer, roles, x, weight, F.linear(x, weight, bias))
 
         def attend(by: Any, *qkv: Tensor, **options: Any) -> Tensor:
             return self._attend(layer, by or F.scaled_dot_product_attention, qkv, options)
 
         return multi_head_attention(args, kwargs, project, attend)
+
+    def _project(
+        self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
+    ) -> Tensor:
+        out = self.projected(layer, roles, x, weight, out)
+        if roles == "qkv" and not torch.compiler.is_compiling():
+            self._made = out
+        return out
 
     def _attend(self, layer: AttentionLayer, attend: Forward, qkv: Any, options: Any) -> Tensor:
         q, k, v = qkv
@@ -224,10 +236,20 @@ class Attachment:
         compiling = torch.compiler.is_compiling()
         if not compiling and watched(layer.module, options.get("dropout_p", 0.0)):
             attend = Unfused.of(layer.module)
-        elif self._made is not None:
-            recognise(q, k, v, self._made)
+        elif attend is attention or (
+            attend is F.scaled_dot_product_attention and self._second_order()
+        ):
+            attend = self._twice_differentiable(layer, q, k, v)
         self._made = None
         return self.attended(layer, attend, qkv, options)
+
+    def _twice_differentiable(
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor
+    ) -> Forward:
+        """Attention of q, k and v: of the projection's whole output where they are its parts."""
+        if self._made is None or not may_pack(layer.module, layer.linear):
+            return attention
+        return packed_attention(self._made, q, k, v) or attention
 
     def _swap_classes(self) -> None:
         if torch.compiler.is_compiling():

@@ -15,9 +15,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..errors import UnsupportedError, usage_error
 from . import reference
-from .attention_qkvpacked import packed_attention, whole_of
 from .autograd import Rung, any_order, plainly
-from .backends import cast_for_autocast, launch
+from .backends import launch
 from .checks import check_alike, check_tensor, shape_error
 from .onnx import decomposes, exported_attention, exporting_to_onnx
 from .third_order import Places, Stage, differentiated, plain_curvature
@@ -71,18 +70,14 @@ def attention(
             enable_gqa=enable_gqa,
         )
     _check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    q, k, v = cast_for_autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
+    q, k, v = cast_for_autocast(q, k, v)
     check_alike(q=q, k=k, v=v)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if exporting_to_onnx():
         return exported_attention(q, k, v, attn_mask, is_causal, scale, enable_gqa)
-    plain = any_order()
-    whole = whole_of(q, k, v) if attn_mask is None and not plain else None
-    if whole is not None:
-        return packed_attention(whole, is_causal, scale)
     q4, k4, v4, lead = _as_samples(q, k, v, enable_gqa)
-    mask = None if attn_mask is None else _mask_as_samples(attn_mask, lead, q4, k4)
-    if plain:
+    mask = None if attn_mask is None else mask_as_samples(attn_mask, lead, q4, k4)
+    if any_order():
         o = plainly(reference.attention, q4, k4, v4, mask, is_causal, scale)
     else:
         o = _d0(q4, k4, v4, mask, is_causal, scale)[0]
@@ -121,14 +116,28 @@ def _check(
             f"dropout_p: attention dropout is not supported, got {dropout_p}; pass 0.0 (for timm: "
             "attn_drop_rate=0) and use dropout after the projection instead"
         )
-    if scale is not None and not math.isfinite(scale):
-        raise usage_error("scale", "a finite number", scale, "leave it None for d ** -0.5")
+    check_scale(scale)
     if is_causal and mask is not None:
         raise usage_error("attn_mask", "None with is_causal", "a mask", "put causality in the mask")
     if mask is not None and mask.dtype != torch.bool:
         check_tensor("attn_mask", mask)
     if mask is not None and mask.device != q.device:
         raise usage_error("attn_mask", f"device {q.device} like q", mask.device, "move it")
+
+
+def check_scale(scale: float | None) -> None:
+    """Raise a UsageError unless the softmax scale is a finite number or None."""
+    if scale is not None and not math.isfinite(scale):
+        raise usage_error("scale", "a finite number", scale, "leave it None for d ** -0.5")
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, tensors other than float64 in the autocast dtype, as PyTorch's attention; else as they are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _as_samples(
@@ -153,7 +162,7 @@ def _as_samples(
     return view(q), view(k), view(v), (*batch, *(q.shape[-3:-2] if enable_gqa else heads))
 
 
-def _mask_as_samples(mask: Tensor, lead: tuple[int, ...], q: Tensor, k: Tensor) -> Tensor:
+def mask_as_samples(mask: Tensor, lead: tuple[int, ...], q: Tensor, k: Tensor) -> Tensor:
     """The mask as ``[B | 1, H | 1, Nq | 1, Nk | 1]``, broadcast axes kept at size 1."""
     full = (*lead, q.shape[2], k.shape[2])
     shape = (1,) * (len(full) - mask.ndim) + tuple(mask.shape)

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import UnsupportedError, usage_error
 
@@ -130,15 +129,3 @@ def _kernel(chosen: str, device: str, stage: str, function: str) -> Callable[...
         )
     folder = _FOLDERS.get(stage, stage)
     return getattr(import_module(backend.module.format(operator=folder)), function)
-
-
-def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, floating tensors other than float64 in the autocast dtype; else as they are."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
-        for t in tensors
-    )

@@ -16,7 +16,6 @@ from ..attachment.indices import Integers
 from ..attachment.parallel import check_ddp_forward, is_ddp, kept_unsharded, unwrapped
 from ..attachment.support import refuse
 from ..attachment.torch_mha import multi_head_attention
-from ..attachment.unfused_attention import Unfused
 from ..errors import UnsupportedError, usage_error
 from ..ops import attention, gelu, layer_norm
 from ..ops.checks import check_choice
@@ -247,8 +246,6 @@ class HeadDiversity(Attachment):
         one_token = self._class_token.active and layer is self.layers[-1]
         if one_token:
             q = q[..., :1, :]
-        if self._second_order() and not isinstance(attend, Unfused):
-            attend = attention
         heads = attend(q, k, v, **options)
         if self._capturing():
             if self.wrt == "output":

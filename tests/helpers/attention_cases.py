@@ -87,7 +87,7 @@ def as_function(case, mask, causal, attend=None):
     options = {"is_causal": causal, "enable_gqa": case.Hkv != case.H}
     if attend is reference.attention:
         options = {"is_causal": causal}
-        mask = mask if mask is None else ops._mask_as_samples(mask, (case.B, case.H), *SHAPED(case))
+        mask = mask if mask is None else ops.mask_as_samples(mask, (case.B, case.H), *SHAPED(case))
     if mask is None or mask.dtype == torch.bool:
         return lambda q, k, v: attend(q, k, v, mask, **options)
     return lambda q, k, v, m: attend(q, k, v, m, **options)
@@ -105,7 +105,7 @@ def rungs(kernels, case, tensors):
     """All results of the three rungs, mask gradients included, in order."""
     q, k, v, mask, causal = tensors
     if mask is not None:
-        mask = ops._mask_as_samples(mask, (case.B, case.H), q, k)
+        mask = ops.mask_as_samples(mask, (case.B, case.H), q, k)
     additive = mask is not None and mask.dtype != torch.bool
     g = torch.Generator().manual_seed(1)
 

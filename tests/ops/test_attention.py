@@ -82,7 +82,7 @@ def reshaped(inputs, case):
     """The same inputs with the mask four-dimensional, as the reference takes it."""
     return [
         *inputs[:3],
-        *(ops._mask_as_samples(m, (case.B, case.H), *SHAPED(case)) for m in inputs[3:]),
+        *(ops.mask_as_samples(m, (case.B, case.H), *SHAPED(case)) for m in inputs[3:]),
     ]
 
 

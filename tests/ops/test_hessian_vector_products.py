@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 import diversevit_fast as dvf
 from diversevit_fast import UnsupportedError
 from diversevit_fast.ops import reference
-from diversevit_fast.ops.attention_qkvpacked import taken_apart
+from diversevit_fast.ops.attention_qkvpacked import split_qkv
 from tests.helpers.attention_cases import CASES, as_function, differentiable, operands
 from tests.helpers.eager import softmax_attention
 from tests.helpers.vits import VITS, diverse_vit, images_for, labels_for, timm_vit
@@ -46,10 +46,6 @@ def _attention(name: str) -> tuple[Function, Function, tuple[Tensor, ...]]:
     return ours, plain, differentiable(*tensors)
 
 
-def _apart(qkv: Tensor) -> tuple[Tensor, ...]:
-    return qkv.permute(2, 0, 3, 1, 4).unbind()
-
-
 ATTENTION = {
     f"attention {name}": _attention(name)
     for name in CASES
@@ -57,8 +53,8 @@ ATTENTION = {
 }
 OPERATORS: dict[str, tuple[Function, Function, tuple[Tensor, ...]]] = ATTENTION | {
     "attention of a projection": (
-        lambda qkv: dvf.attention(*taken_apart(qkv)),
-        lambda qkv: reference.attention(*_apart(qkv)),
+        dvf.attention_qkvpacked,
+        lambda qkv: reference.attention(*split_qkv(qkv)).transpose(1, 2),
         (_numbers(1, 3, 3, 2, 2),),
     ),
     "layer_norm": (
