@@ -66,7 +66,7 @@ def packed_attention(made: Tensor, q: Tensor, k: Tensor, v: Tensor) -> PackedAtt
 
 
 def may_pack(module: nn.Module, linear: list[nn.Module]) -> bool:
-    """Whether no hook can look at q, k or v inside ``module``, which makes them by ``linear``; False under a compiler."""
+    """Whether no hook can look at q, k or v in ``module``, which makes them by ``linear``; False under a compiler."""
     if torch.compiler.is_compiling():
         return False
     inner = (child for child in module.modules() if child is not module and child not in linear)
