@@ -9,7 +9,7 @@ The pipeline, a file per stage: attention (``ops``) -> ``capture`` -> ``head_gra
 (``ops.head_penalty``, ``ops.routed_head_penalty``) -> ``diversity`` -> ``pruning`` and ``selection``.
 """
 
-from . import data, models, nn
+from . import data, integrations, models, nn
 from .attachment.capture import capture_heads
 from .attachment.compile_loss import compile_loss
 from .attachment.support import LayerSupport, supported
@@ -38,6 +38,7 @@ __all__ = [
     "empty_cpu_cache",
     "gelu",
     "head_penalty",
+    "integrations",
     "keep_heads",
     "layer_norm",
     "load_pruned",
