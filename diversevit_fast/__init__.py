@@ -25,7 +25,7 @@ from .ops import (
     layer_norm,
     routed_head_penalty,
 )
-from .ops.backends import use_backend
+from .ops.backends import empty_cpu_cache, use_backend
 from .ops.warmup import warmup
 from .penalty.head_diversity import HeadDiversity
 from .version import __version__
@@ -43,6 +43,7 @@ __all__ = [
     "capture_heads",
     "compile_loss",
     "data",
+    "empty_cpu_cache",
     "gelu",
     "head_penalty",
     "integrations",
