@@ -11,13 +11,20 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from diversevit_kernels.common.contracts import (
+    AttentionBackward,
+    AttentionDoubleBackward,
+    AttentionKernels,
+)
+
 from . import reference
 from .attention import attention, cast_for_autocast, check_scale
-from .autograd import Rung, any_order, batch_by_loop
-from .backends import launch
+from .autograd import Operator, batch_by_loop, uses_formula
+from .backends import kernels
 from .checks import check_tensor, shape_error
+from .library import operator
 from .onnx import exporting_to_onnx
-from .third_order import Places, Stage, differentiated, plain_curvature
+from .third_order import Derivatives, Places, formula_along_two, gradients
 
 
 def attention_qkvpacked(
@@ -58,7 +65,7 @@ def attention_qkvpacked(
     check_scale(scale)
     (qkv,) = cast_for_autocast(qkv)
     scale = float(qkv.shape[-1] ** -0.5 if scale is None else scale)
-    return _d0(qkv, is_causal, scale)[0]
+    return _forward(qkv, is_causal, scale)[0]
 
 
 def split_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,32 +76,34 @@ def split_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def autograd_alone() -> bool:
     """Whether nobody but autograd looks on; else three tensors are right, for which ``attention`` has rules."""
-    transformed = torch._C._are_functorch_transforms_active() or any_order()
+    transformed = torch._C._are_functorch_transforms_active() or uses_formula()
     return not transformed and not torch.compiler.is_compiling() and not exporting_to_onnx()
 
 
-@torch.library.custom_op("diversevit::attention_qkvpacked", mutates_args=())
+@operator("attention_qkvpacked")
 def attention_qkvpacked_operator(
     qkv: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(1)-(2): ``o`` [B, N, H, d] and ``softmax`` [B, H, 2, N], (1a)."""
-    o, softmax = launch("attention", "forward", *split_qkv(qkv), None, is_causal, scale)
+    run = kernels(AttentionKernels, qkv).attention_forward
+    o, softmax = run(*split_qkv(qkv), None, is_causal, scale)
     return o.transpose(1, 2).contiguous(), softmax
 
 
-@torch.library.custom_op("diversevit::attention_qkvpacked_backward", mutates_args=())
+@operator("attention_qkvpacked_backward")
 def attention_qkvpacked_backward_operator(
     qkv: Tensor, o: Tensor, softmax: Tensor, do: Tensor, is_causal: bool, scale: float
 ) -> Tensor:
-    """d1, (3)-(5): ``dqkv`` like qkv, dense."""
-    dqkv = launch("attention", "packed", qkv)
-    o, do = o.transpose(1, 2), do.transpose(1, 2)
-    operands = (*split_qkv(qkv), None, o, softmax, do, is_causal, scale, False)
-    launch("attention", "backward", *operands, into=split_qkv(dqkv))
+    """(3)-(5): ``dqkv`` like qkv, dense."""
+    chosen = kernels(AttentionKernels, qkv)
+    dqkv = chosen.attention_empty_qkv(qkv)
+    tensors = (*split_qkv(qkv), None, o.transpose(1, 2), softmax, do.transpose(1, 2))
+    inputs = AttentionBackward(*tensors, is_causal, scale, mask_grad=False)
+    chosen.attention_backward(inputs, into=split_qkv(dqkv))
     return dqkv
 
 
-@torch.library.custom_op("diversevit::attention_qkvpacked_double_backward", mutates_args=())
+@operator("attention_qkvpacked_double_backward")
 def attention_qkvpacked_double_backward_operator(
     qkv: Tensor,
     o: Tensor,
@@ -105,24 +114,14 @@ def attention_qkvpacked_double_backward_operator(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """d2, (6)-(9): ``gqkv`` like qkv, dense, and ``gdo``. ``dqkv`` is d1's, or None."""
+    """(6)-(9): ``gqkv`` like qkv, dense, and ``gdo``. ``dqkv`` is the backward's, or None."""
+    chosen = kernels(AttentionKernels, qkv)
+    gqkv = chosen.attention_empty_qkv(qkv)
     dq = None if dqkv is None else split_qkv(dqkv)[0]
-    o, do = o.transpose(1, 2), do.transpose(1, 2)
-    gqkv = launch("attention", "packed", qkv)
-    given = (
-        *split_qkv(qkv),
-        None,
-        o,
-        softmax,
-        do,
-        dq,
-        *split_qkv(ddqkv),
-        None,
-        is_causal,
-        scale,
-        False,
-    )
-    *_, gdo, _ = launch("attention", "double_backward", *given, into=split_qkv(gqkv))
+    tensors = (*split_qkv(qkv), None, o.transpose(1, 2), softmax, do.transpose(1, 2))
+    cotangents = (*split_qkv(ddqkv), None)
+    inputs = AttentionDoubleBackward(*tensors, dq, *cotangents, is_causal, scale, mask_grad=False)
+    *_, gdo, _ = chosen.attention_double_backward(inputs, into=split_qkv(gqkv))
     return gqkv, gdo.transpose(1, 2).contiguous()
 
 
@@ -140,82 +139,78 @@ def _(qkv, is_causal, scale):
 
 
 @attention_qkvpacked_backward_operator.register_fake
-def _(qkv, o, softmax, do, is_causal, scale):
+def _(qkv, *_):
     return qkv.new_empty(qkv.shape)
 
 
 @attention_qkvpacked_double_backward_operator.register_fake
-def _(qkv, o, softmax, do, dqkv, ddqkv, is_causal, scale):
+def _(qkv, *_):
     return qkv.new_empty(qkv.shape), _heads(qkv)
 
 
-def _save_d0(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.is_causal, ctx.scale = inputs
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, *ctx.options = inputs
     ctx.save_for_backward(qkv, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _d0_derivative(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
+def _forward_derivative(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
     if do is None:
         return None, None, None
-    return _d1(*ctx.saved_tensors, do, ctx.is_causal, ctx.scale), None, None
+    return _backward(*ctx.saved_tensors, do, *ctx.options), None, None
 
 
-def _save_d1(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.is_causal, ctx.scale = inputs
-    kept = None if output.device.type == "cpu" else output  # no kernel of a CPU reads it
-    ctx.save_for_backward(*tensors, kept)
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, is_causal, scale = inputs
+    ctx.options = (is_causal, scale)
+    dqkv = None if output.device.type == "cpu" else output  # no kernel of a CPU reads it
+    ctx.save_for_backward(*tensors, dqkv)
     ctx.set_materialize_grads(False)
 
 
-def _d1_derivative(ctx: Any, ddqkv: Tensor | None) -> tuple[Any, ...]:
+def _backward_derivative(ctx: Any, ddqkv: Tensor | None) -> tuple[Any, ...]:
     if ddqkv is None:
         return (None,) * 6
-    gqkv, gdo = _d2(*ctx.saved_tensors, ddqkv, ctx.is_causal, ctx.scale)
+    gqkv, gdo = _double_backward(*ctx.saved_tensors, ddqkv, *ctx.options)
     return gqkv, None, None, gdo, None, None
 
 
-def _save_d2(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.is_causal, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
+def _double_backward_derivative(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
+    *given, do, dqkv, _ = ctx.saved_tensors
 
-
-def _d2_derivative(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    qkv, o, softmax, do, dqkv, _ = tensors
-    kind, given = (ctx.is_causal, ctx.scale), (qkv, o, softmax)
+    def first(dy: Tensor) -> tuple[Tensor]:
+        return (_backward(*given, dy, *ctx.options),)
 
     def second(dy: Any, dd: Any) -> tuple[Tensor, ...]:
-        kept = dqkv if dy[0] is do else None
-        return _d2(*given, *dy, kept, *dd, *kind)[:1]
+        saved = dqkv if dy[0] is do else None
+        return _double_backward(*given, *dy, saved, *dd, *ctx.options)[:1]
 
-    def curvature(a: Any, u: Any) -> Any:
+    def along_two(a: Any, u: Any) -> Any:
         def formula(qkv: Tensor) -> Tensor:
-            o = reference.attention(*split_qkv(qkv), None, ctx.is_causal, ctx.scale)
-            return o.transpose(1, 2)
+            return reference.attention(*split_qkv(qkv), None, *ctx.options).transpose(1, 2)
 
-        return plain_curvature(formula, (qkv,), a, u)
+        return formula_along_two(formula, given[:1], a, u)
 
-    stage = Stage(lambda dy: (_d1(*given, dy, *kind),), second, curvature)
-    return *differentiated("attention", ctx, tensors, _PLACES, stage, (u,), (v,)), None, None
+    return gradients("attention", ctx, _PLACES, Derivatives(first, second, along_two), (u,), (v,))
 
 
 _PLACES = Places(slice(0, 1), slice(3, 4), slice(5, 6))
 
-_d2 = Rung(
+_double_backward = Operator(
     attention_qkvpacked_double_backward_operator,
-    save=_save_d2,
-    derivative=_d2_derivative,
+    derivative=_double_backward_derivative,
     batch=batch_by_loop,
 )
-_d1 = Rung(
+_backward = Operator(
     attention_qkvpacked_backward_operator,
-    save=_save_d1,
-    derivative=_d1_derivative,
+    derivative=_backward_derivative,
     batch=batch_by_loop,
+    save=_save_backward,
 )
-_d0 = Rung(
-    attention_qkvpacked_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop
+_forward = Operator(
+    attention_qkvpacked_operator,
+    derivative=_forward_derivative,
+    batch=batch_by_loop,
+    save=_save_forward,
 )

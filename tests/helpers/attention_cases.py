@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoubleBackward
 from tests.helpers.oracles import assert_within_budget
 
 ops = importlib.import_module("diversevit_fast.ops.attention")
@@ -115,9 +116,13 @@ def rungs(kernels, case, tensors):
     o, softmax = kernels.attention_forward(q, k, v, mask, causal, 0.4)
     do, ddq, ddk, ddv = like(o), like(q), like(k), like(v)
     ddmask = like(mask) if additive else None
-    first = kernels.attention_backward(q, k, v, mask, o, softmax, do, causal, 0.4, additive)
+    first = kernels.attention_backward(
+        AttentionBackward(q, k, v, mask, o, softmax, do, causal, 0.4, additive)
+    )
     second = kernels.attention_double_backward(
-        q, k, v, mask, o, softmax, do, first[0], ddq, ddk, ddv, ddmask, causal, 0.4, additive
+        AttentionDoubleBackward(
+            q, k, v, mask, o, softmax, do, first[0], ddq, ddk, ddv, ddmask, causal, 0.4, additive
+        )
     )
     return [x for x in (o, *softmax.unbind(2), *first, *second) if x is not None]
 
@@ -208,7 +213,9 @@ class Sabotaged:
         return o, softmax
 
     def attention_backward(self, q, k, v, mask, o, softmax, do, *rest):
-        dq, dk, dv, dmask = self.kernels.attention_backward(q, k, v, mask, o, softmax, do, *rest)
+        dq, dk, dv, dmask = self.kernels.attention_backward(
+            AttentionBackward(q, k, v, mask, o, softmax, do, *rest)
+        )
         return dq, dk * 0.4 if self.mistake == "dk scaled twice" else dk, dv, dmask
 
     def attention_double_backward(self, q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, *rest):
@@ -220,5 +227,5 @@ class Sabotaged:
             softmax = softmax.clone()
             softmax[:, :, 0, -1] = torch.inf
         return self.kernels.attention_double_backward(
-            q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, *rest
+            AttentionDoubleBackward(q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, *rest)
         )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import GeluBackward, GeluDoubleBackward
 from diversevit_kernels.cpu.gelu import blocked as cpu
 from diversevit_kernels.cpu.gelu import native as gelu_native
 from tests.helpers.oracles import assert_within_budget
@@ -88,8 +89,12 @@ def test_every_way_of_asking_twice(way, tail, form):
 
 def rungs(kernels, x, dy, ddx, form):
     """Every result of the three rungs, in order."""
-    second = kernels.gelu_double_backward(x, dy, ddx, form)
-    return [kernels.gelu_forward(x, form), kernels.gelu_backward(x, dy, form), *second]
+    second = kernels.gelu_double_backward(GeluDoubleBackward(x, dy, ddx, form))
+    return [
+        kernels.gelu_forward(x, form),
+        kernels.gelu_backward(GeluBackward(x, dy, form)),
+        *second,
+    ]
 
 
 def check_rungs(x, dy, ddx, form, kernels=cpu):
@@ -131,11 +136,12 @@ def test_within_budget_on_lesser_processors(dtype, form, lesser_processor):
 def test_finite_at_the_ends(form):
     x = torch.tensor([0.0, 12, -12, 41, -41, 3e30, -3e30, float("inf"), -float("inf")])
     a = torch.full((9,), 2.0)
-    gx, gdy = cpu.gelu_double_backward(x, torch.ones(9), a, form)
+    gx, gdy = cpu.gelu_double_backward(GeluDoubleBackward(x, torch.ones(9), a, form))
     torch.testing.assert_close(gx[3:], torch.zeros(6))
     torch.testing.assert_close(gdy[:-2], torch.tensor([1.0, 2, 0, 2, 0, 2, 0]))
     assert torch.equal(
-        cpu.gelu_backward(torch.tensor([torch.nan]), a[:1], form).isnan(), torch.tensor([True])
+        cpu.gelu_backward(GeluBackward(torch.tensor([torch.nan]), a[:1], form)).isnan(),
+        torch.tensor([True]),
     )
 
 
@@ -189,7 +195,7 @@ class Sabotaged:
         self.mistake = mistake
 
     def gelu_backward(self, x, dy, form):
-        dx = cpu.gelu_backward(x, dy, form)
+        dx = cpu.gelu_backward(GeluBackward(x, dy, form))
         if self.mistake == "unwritten row":
             dx[-1] = torch.nan
         if self.mistake == "dx without x phi":
@@ -197,13 +203,15 @@ class Sabotaged:
         return dx
 
     def gelu_double_backward(self, x, dy, ddx, form):
-        gx, gdy = cpu.gelu_double_backward(x, dy, ddx, form)
+        gx, gdy = cpu.gelu_double_backward(GeluDoubleBackward(x, dy, ddx, form))
         if self.mistake == "last chunk dropped":
             gx[-1] = 0
         if self.mistake == "cotangents swapped":
-            gdy = cpu.gelu_backward(x, dy, form)
+            gdy = cpu.gelu_backward(GeluBackward(x, dy, form))
         if self.mistake == "the other form":
-            gx, _ = cpu.gelu_double_backward(x, dy, ddx, {"none": "tanh", "tanh": "none"}[form])
+            gx, _ = cpu.gelu_double_backward(
+                GeluDoubleBackward(x, dy, ddx, {"none": "tanh", "tanh": "none"}[form])
+            )
         if self.mistake == "a term of y'' dropped":
             k, c = reference.TANH_SCALE, reference.TANH_CUBIC
             t = (k * (x + c * x**3)).tanh()
@@ -248,7 +256,7 @@ class TestLaws:
 
     def test_second_derivative_at_zero_is_twice_the_density(self, form):
         x, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-        gx, gdy = cpu.gelu_double_backward(x, one, one, form)
+        gx, gdy = cpu.gelu_double_backward(GeluDoubleBackward(x, one, one, form))
         assert gx.item() == pytest.approx(2 * (2 * torch.pi) ** -0.5, rel=1e-12)
         assert gdy.item() == 0.5
 
@@ -256,7 +264,9 @@ class TestLaws:
     def test_far_out_it_is_a_straight_line(self, dtype, form):
         """No overflow on the way: 0 and 1 exactly, where powers of x are infinite."""
         x = torch.tensor([-1e38, -1e20, -1e8, -50.0, 50.0, 1e8, 1e20, 1e38], dtype=dtype)
-        gx, _ = cpu.gelu_double_backward(x, torch.ones_like(x), torch.ones_like(x), form)
+        gx, _ = cpu.gelu_double_backward(
+            GeluDoubleBackward(x, torch.ones_like(x), torch.ones_like(x), form)
+        )
         assert torch.equal(gx, torch.zeros_like(x))
 
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import HeadPenaltyBackward, HeadPenaltyDoubleBackward
 from diversevit_kernels.cpu.head_penalty import cosine
 from diversevit_kernels.cpu.head_penalty import plain as cpu
 from tests.helpers.oracles import assert_within_budget
@@ -181,8 +182,8 @@ def rungs(kernels, case, grads, kind):
     penalty, cosines, norms = kernels.head_penalty_forward(grads, *kind)
     dp, dc, a = cotangents(grads, cosines)
     given = (grads, cosines, norms, dp, dc)
-    first = kernels.head_penalty_backward(*given, *kind)
-    second = kernels.head_penalty_double_backward(*given, a, *kind)
+    first = kernels.head_penalty_backward(HeadPenaltyBackward(*given, *kind))
+    second = kernels.head_penalty_double_backward(HeadPenaltyDoubleBackward(*given, a, *kind))
     return [penalty, cosines, norms, first, *second]
 
 
@@ -260,8 +261,10 @@ def test_rungs_of_the_reference_are_the_derivatives_of_the_definition(case, kind
     with torch.no_grad():
         norms = reference.head_penalty_forward(grads, *values)[2]
         given = (grads, cosines, norms, dp, dc)
-        ours = reference.head_penalty_double_backward(*given, a, *values)
-        torch.testing.assert_close(reference.head_penalty_backward(*given, *values), dg)
+        ours = reference.head_penalty_double_backward(HeadPenaltyDoubleBackward(*given, a, *values))
+        torch.testing.assert_close(
+            reference.head_penalty_backward(HeadPenaltyBackward(*given, *values)), dg
+        )
     torch.testing.assert_close(ours[:2], second[:2])
     torch.testing.assert_close(2 * ours[2], second[2] + second[2].mT)  # C is symmetric
 

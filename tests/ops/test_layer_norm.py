@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import LayerNormBackward, LayerNormDoubleBackward
 from diversevit_kernels.cpu.layer_norm import blocked as cpu
 from diversevit_kernels.cpu.layer_norm import native as layer_norm_native
 from tests.helpers.oracles import assert_within_budget
@@ -168,8 +169,10 @@ def rungs(kernels, case, x, w, b, given):
     """Every result of the three rungs, in order; ``x`` is dense, its layout is applied here."""
     x, (dy, *dd), asked = LAYOUTS[case.layout](x), given, (w is not None, b is not None)
     y, mean, rstd = kernels.layer_norm_forward(x, w, b, case.axes, case.eps)
-    first = kernels.layer_norm_backward(x, w, mean, rstd, dy, case.axes, *asked)
-    second = kernels.layer_norm_double_backward(x, w, mean, rstd, dy, *dd, case.axes, asked[0])
+    first = kernels.layer_norm_backward(LayerNormBackward(x, w, mean, rstd, dy, case.axes, *asked))
+    second = kernels.layer_norm_double_backward(
+        LayerNormDoubleBackward(x, w, mean, rstd, dy, *dd, case.axes, asked[0])
+    )
     statistics = torch.stack([mean, 1 / rstd])  # one scale for both: a mean alone may be 0
     return [y, statistics, *first, *second]
 
@@ -317,13 +320,18 @@ class Sabotaged:
         self.mistake = mistake
 
     def layer_norm_backward(self, x, w, mean, rstd, dy, *rest):
-        dx, dw, db = cpu.layer_norm_backward(x, w, mean, rstd, dy, *rest)
+        dx, dw, db = cpu.layer_norm_backward(LayerNormBackward(x, w, mean, rstd, dy, *rest))
         if self.mistake == "unwritten row":
             dx.flatten(0, -2)[-1] = torch.nan
         if self.mistake == "last row left out of dw":
             dw = cpu.layer_norm_backward(
-                *(t[:-1] if t is not None and t.ndim > 1 else t for t in (x, w, mean, rstd, dy)),
-                *rest,
+                LayerNormBackward(
+                    *(
+                        t[:-1] if t is not None and t.ndim > 1 else t
+                        for t in (x, w, mean, rstd, dy)
+                    ),
+                    *rest,
+                )
             )[1]
         return dx, dw, db
 
@@ -439,7 +447,7 @@ def test_double_backward_makes_two_large_tensors(native, monkeypatch, request):
     dy, *dd = cotangents(case, x, w, b)
     _, mean, rstd = cpu.layer_norm_forward(x, w, b, 1, 1e-5)
     with _NewStorages(x, w, mean, rstd, dy, *dd) as new:
-        cpu.layer_norm_double_backward(x, w, mean, rstd, dy, *dd, 1, True)
+        cpu.layer_norm_double_backward(LayerNormDoubleBackward(x, w, mean, rstd, dy, *dd, 1, True))
     sizes = sorted(s.nbytes() for s in new.kept)
     assert sizes[-2:] == [4 * x.numel()] * 2
     assert sizes[-3] <= 4 * 256 * torch.get_num_threads()

@@ -9,6 +9,7 @@ from torch import nn
 
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoubleBackward
 from tests.helpers.regimes import (
     MASKED,
     Problem,
@@ -114,13 +115,15 @@ class _Slope(torch.autograd.Function):
     def forward(ctx, q, k, v, do):
         ctx.save_for_backward(q, k, v, do)
         scale = q.shape[-1] ** -0.5
-        return reference.attention_backward(q, k, v, None, do, do, do, False, scale, False)[:3]
+        return reference.attention_backward(
+            AttentionBackward(q, k, v, None, do, do, do, False, scale, False)
+        )[:3]
 
     @staticmethod
     def backward(ctx, *dd):
         q, k, v, do = ctx.saved_tensors
         given = (q, k, v, None, do, do, do, None, *dd, None, False, q.shape[-1] ** -0.5, False)
-        return reference.attention_double_backward(*given)[:4]
+        return reference.attention_double_backward(AttentionDoubleBackward(*given))[:4]
 
 
 def _by_formula(q, k, v):

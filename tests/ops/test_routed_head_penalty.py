@@ -15,6 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import (
+    RoutedHeadPenaltyBackward,
+    RoutedHeadPenaltyDoubleBackward,
+)
 from diversevit_kernels.cpu.head_penalty import cosine
 from diversevit_kernels.cpu.head_penalty import routed as cpu
 from diversevit_kernels.cpu.head_penalty import routed_native as routed_head_penalty_native
@@ -178,9 +182,11 @@ def rungs(kernels, case, inputs, kind, present=(True, True)):
     penalty, cosines, norms = kernels.routed_head_penalty_forward(*inputs, *kind)
     dp, dc, *dd = cotangents(*inputs, cosines)
     given = (*inputs, cosines, norms, dp, dc)
-    first = kernels.routed_head_penalty_backward(*given, *kind)
+    first = kernels.routed_head_penalty_backward(RoutedHeadPenaltyBackward(*given, *kind))
     dd = [x if there else None for x, there in zip(dd, present, strict=True)]
-    second = kernels.routed_head_penalty_double_backward(*given, *dd, *kind)
+    second = kernels.routed_head_penalty_double_backward(
+        RoutedHeadPenaltyDoubleBackward(*given, *dd, *kind)
+    )
     return [penalty, cosines, norms, *first, *second]
 
 
@@ -292,8 +298,13 @@ def test_rungs_of_the_reference_are_the_derivatives_of_the_definition(case, kind
     with torch.no_grad():
         norms = reference.routed_head_penalty_forward(*inputs, *values)[2]
         saved = (*inputs, cosines, norms, *given)
-        torch.testing.assert_close(reference.routed_head_penalty_backward(*saved, *values), first)
-        *ours, gdc = reference.routed_head_penalty_double_backward(*saved, *dd, *values)
+        torch.testing.assert_close(
+            reference.routed_head_penalty_backward(RoutedHeadPenaltyBackward(*saved, *values)),
+            first,
+        )
+        *ours, gdc = reference.routed_head_penalty_double_backward(
+            RoutedHeadPenaltyDoubleBackward(*saved, *dd, *values)
+        )
     torch.testing.assert_close(tuple(ours), second[:3])
     torch.testing.assert_close(2 * gdc, second[3] + second[3].mT)  # C is symmetric
 

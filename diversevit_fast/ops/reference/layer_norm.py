@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from diversevit_kernels.common.contracts import LayerNormBackward, LayerNormDoubleBackward
+
 
 def layer_norm(
     x: Tensor,
@@ -30,17 +32,9 @@ def layer_norm_forward(
     return y.to(x.dtype), mean.reshape(lead), rstd.reshape(lead)
 
 
-def layer_norm_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    axes: int,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def layer_norm_backward(inputs: LayerNormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(14)  Pull the cotangent ``dy`` of the output back to x, weight and bias."""
+    x, weight, mean, rstd, dy, axes, weight_grad, bias_grad = inputs
     xh, r, dy_wide = _normalized(x, mean, rstd, dy, axes)
     dx = _layer_norm_jacobian(dy_wide if weight is None else dy_wide * weight, xh, r, axes)
     dw = (dy_wide * xh).sum_to_size(x.shape[x.ndim - axes :]) if weight_grad else None
@@ -51,18 +45,10 @@ def layer_norm_backward(
 
 
 def layer_norm_double_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    ddx: Tensor | None,
-    ddw: Tensor | None,
-    ddb: Tensor | None,
-    axes: int,
-    weight_grad: bool,
+    inputs: LayerNormDoubleBackward,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(15)-(19)  Pull the cotangents of (14) back to x, weight and dy; None if none can reach."""
+    x, weight, mean, rstd, dy, ddx, ddw, ddb, axes, weight_grad = inputs
     over = tuple(range(-axes, 0))
     xh, r, dy = _normalized(x, mean, rstd, dy, axes)
     a, wc, bc = (torch.zeros_like(x, dtype=r.dtype) if t is None else t for t in (ddx, ddw, ddb))

@@ -60,13 +60,13 @@ class AttentionKernels(Protocol):
         ...
 
     def attention_backward(
-        self, operands: AttentionBackward, into: QKV | None = None
+        self, inputs: AttentionBackward, into: QKV | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv, dmask."""
         ...
 
     def attention_double_backward(
-        self, operands: AttentionDoubleBackward, into: QKV | None = None
+        self, inputs: AttentionDoubleBackward, into: QKV | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """gq, gk, gv, gdo, gmask."""
         ...
@@ -112,13 +112,13 @@ class LayerNormKernels(Protocol):
         ...
 
     def layer_norm_backward(
-        self, operands: LayerNormBackward
+        self, inputs: LayerNormBackward
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """dx, dw, db."""
         ...
 
     def layer_norm_double_backward(
-        self, operands: LayerNormDoubleBackward
+        self, inputs: LayerNormDoubleBackward
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """gx (None without ddx and ddw), gw (None without ddx), gdy."""
         ...
@@ -146,11 +146,11 @@ class GeluKernels(Protocol):
         """y."""
         ...
 
-    def gelu_backward(self, operands: GeluBackward) -> Tensor:
+    def gelu_backward(self, inputs: GeluBackward) -> Tensor:
         """dx."""
         ...
 
-    def gelu_double_backward(self, operands: GeluDoubleBackward) -> tuple[Tensor, Tensor]:
+    def gelu_double_backward(self, inputs: GeluDoubleBackward) -> tuple[Tensor, Tensor]:
         """gx, gdy."""
         ...
 
@@ -189,12 +189,12 @@ class HeadPenaltyKernels(Protocol):
         """The penalty, cosines, norms."""
         ...
 
-    def head_penalty_backward(self, operands: HeadPenaltyBackward) -> Tensor:
+    def head_penalty_backward(self, inputs: HeadPenaltyBackward) -> Tensor:
         """dgrads."""
         ...
 
     def head_penalty_double_backward(
-        self, operands: HeadPenaltyDoubleBackward
+        self, inputs: HeadPenaltyDoubleBackward
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """ggrads; gdpenalty and gdcosines, None without the cotangent they belong to."""
         ...
@@ -238,13 +238,13 @@ class RoutedHeadPenaltyKernels(Protocol):
         ...
 
     def routed_head_penalty_backward(
-        self, operands: RoutedHeadPenaltyBackward
+        self, inputs: RoutedHeadPenaltyBackward
     ) -> tuple[Tensor, Tensor]:
         """dgrad_qkv, dweight."""
         ...
 
     def routed_head_penalty_double_backward(
-        self, operands: RoutedHeadPenaltyDoubleBackward
+        self, inputs: RoutedHeadPenaltyDoubleBackward
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """ggrad_qkv, gweight; gdpenalty and gdcosines, None without the cotangent they belong to."""
         ...

@@ -58,8 +58,12 @@ def test_an_additive_mask_without_gradient(calls, mask):
     q, k, v, m, _ = operands(Case(B=2, Nq=40, Nk=23, mask=mask), torch.float32)
     m = m[(None,) * (4 - m.ndim)]
     o, softmax = attention.attention_forward(q, k, v, m, False, 0.4)
-    found = attention.attention_backward(q, k, v, m, o, softmax, o, False, 0.4, False)
-    expect = attention.attention_backward(q, k, v, m, o, softmax, o, False, 0.4, True)
+    found = attention.attention_backward(
+        AttentionBackward(q, k, v, m, o, softmax, o, False, 0.4, False)
+    )
+    expect = attention.attention_backward(
+        AttentionBackward(q, k, v, m, o, softmax, o, False, 0.4, True)
+    )
     assert calls == ["forward", "backward"]
     torch.testing.assert_close(found[:3], expect[:3])
 
@@ -71,7 +75,9 @@ def test_any_scale(mask, scale, dtype):
     q, k, v, m, is_causal = operands(Case(Nq=40, Nk=40, mask=mask), dtype)
     m = None if m is None else m[(None,) * (4 - m.ndim)]
     o, softmax = attention.attention_forward(q, k, v, m, is_causal, scale)
-    grads = attention.attention_backward(q, k, v, m, o, softmax, o, is_causal, scale, False)[:3]
+    grads = attention.attention_backward(
+        AttentionBackward(q, k, v, m, o, softmax, o, is_causal, scale, False)
+    )[:3]
     seen = torch.ones(40, 40, dtype=torch.bool).tril() if is_causal else m
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     seen = seen.double() if seen is not None and seen.is_floating_point() else seen
@@ -95,7 +101,9 @@ def test_absent_cotangents_are_zeros(given):
 
     def second(dd):
         tensors = (q, k, v, None, o, softmax, torch.cos(o), None, *dd, None)
-        return attention.attention_double_backward(*tensors, False, 0.4, False)[:4]
+        return attention.attention_double_backward(
+            AttentionDoubleBackward(*tensors, False, 0.4, False)
+        )[:4]
 
     some = second([x if one else None for x, one in zip(every, given, strict=True)])
     zeros = second([x if one else x * 0 for x, one in zip(every, given, strict=True)])
@@ -134,6 +142,7 @@ CALL = """
 import warnings, torch
 from diversevit_kernels.cpu import attention
 from diversevit_kernels.cpu.runtime import cpp_library
+from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoubleBackward
 q, k, v = torch.linspace(-1, 1, 3 * 2 * 5 * 8).view(3, 1, 2, 5, 8)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoubleBackward
 from tests.helpers.attention_cases import (
     CASES,
     DTYPES,
@@ -124,10 +125,12 @@ def second_order(kernels, case, tensors, absent):
     o, softmax = kernels.attention_forward(q, k, v, mask, causal, 0.4)
     do = like(o)
     dd = {"ddq": like(q), "ddk": like(k), "ddv": like(v)}
-    dq = kernels.attention_backward(q, k, v, mask, o, softmax, do, causal, 0.4, False)[0]
+    dq = kernels.attention_backward(
+        AttentionBackward(q, k, v, mask, o, softmax, do, causal, 0.4, False)
+    )[0]
     given = (None if name in absent else x for name, x in dd.items())
     return kernels.attention_double_backward(
-        q, k, v, mask, o, softmax, do, dq, *given, None, causal, 0.4, False
+        AttentionDoubleBackward(q, k, v, mask, o, softmax, do, dq, *given, None, causal, 0.4, False)
     )[:4]
 
 
@@ -159,7 +162,7 @@ def test_dq_that_was_not_kept_is_made_again(name, absent, device):
 
         attention_forward = triton.attention_forward
         attention_backward = staticmethod(
-            lambda *args: (None, *triton.attention_backward(*args)[1:])
+            lambda *args: (None, *triton.attention_backward(AttentionBackward(*args))[1:])
         )
         attention_double_backward = triton.attention_double_backward
 

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import GeluBackward, GeluDoubleBackward
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.oracles import assert_within_budget
 from tests.helpers.second_order import TAILS, WAYS
@@ -38,8 +39,8 @@ def triple(shape, dtype, kinds=("dense",) * 3, seed=0, scale=1.5, device="cpu"):
 
 def rungs(stage, x, dy, ddx, form):
     """Every result of the three rungs, in order."""
-    second = stage.gelu_double_backward(x, dy, ddx, form)
-    return [stage.gelu_forward(x, form), stage.gelu_backward(x, dy, form), *second]
+    second = stage.gelu_double_backward(GeluDoubleBackward(x, dy, ddx, form))
+    return [stage.gelu_forward(x, form), stage.gelu_backward(GeluBackward(x, dy, form)), *second]
 
 
 TERMS = {torch.float32: 16, torch.float64: 1 << 16}
@@ -164,7 +165,7 @@ def test_runs_give_the_same_bits(form, device):
 def test_no_layout_is_copied(kinds, device):
     inputs = triple((2, 3, 4), torch.float32, kinds, device=device)
     with launching.recording(run=False) as launches:
-        kernels.gelu_double_backward(*inputs, "none")
+        kernels.gelu_double_backward(GeluDoubleBackward(*inputs, "none"))
     (only,) = launches
     read = [(a.ptr.data_ptr(), a.ptr.stride()) for a in only.args[:3]]
     assert read == [(t.data_ptr(), t.stride()) for t in inputs]
@@ -204,7 +205,7 @@ class Sabotaged:
         return y.relu() if self.mistake == "negative part of y dropped" else y
 
     def gelu_backward(self, x, dy, form):
-        dx = kernels.gelu_backward(x, dy, form)
+        dx = kernels.gelu_backward(GeluBackward(x, dy, form))
         if self.mistake == "unwritten row":
             dx[-1] = torch.nan
         if self.mistake == "dx without x phi":
@@ -212,14 +213,14 @@ class Sabotaged:
         return dx
 
     def gelu_double_backward(self, x, dy, ddx, form):
-        gx, gdy = kernels.gelu_double_backward(x, dy, ddx, form)
+        gx, gdy = kernels.gelu_double_backward(GeluDoubleBackward(x, dy, ddx, form))
         if self.mistake == "last element dropped":
             gx[-1, -1] = 0
         if self.mistake == "cotangents swapped":
-            gdy = kernels.gelu_backward(x, dy, form)
+            gdy = kernels.gelu_backward(GeluBackward(x, dy, form))
         if self.mistake == "the other form":
             other = {"none": "tanh", "tanh": "none"}[form]
-            gx, _ = kernels.gelu_double_backward(x, dy, ddx, other)
+            gx, _ = kernels.gelu_double_backward(GeluDoubleBackward(x, dy, ddx, other))
         if self.mistake == "a term of y'' dropped":
             gx = gx + ddx * dy * x**2 * (-(x**2) / 2).exp() / (2 * torch.pi) ** 0.5
         return gx, gdy
@@ -255,5 +256,5 @@ def test_what_no_kernel_takes_is_refused_in_one_line(device):
     x = torch.zeros(2, 4, device=device)
     for tensors in ((x.to(torch.float8_e4m3fn), x), (x, x.to(torch.float8_e4m3fn))):
         with pytest.raises(NotImplementedError, match="float8") as refusal:
-            kernels.gelu_backward(*tensors, "none")
+            kernels.gelu_backward(GeluBackward(*tensors, "none"))
         assert "\n" not in str(refusal.value)

@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import HeadPenaltyBackward, HeadPenaltyDoubleBackward
 from tests.helpers.oracles import assert_within_budget
 from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
@@ -150,10 +151,12 @@ def test_an_absent_cotangent_counts_as_zero(absent, kind, device):
     dp, dc, a = (x.to(device) for x in definition.cotangents(grads.cpu(), cosines.cpu()))
     given = (grads, cosines, norms, None if absent == "dpenalty" else dp)
     given += (None if absent == "dcosines" else dc,)
-    first = kernels.head_penalty_backward(*given, *values)
-    torch.testing.assert_close(first, reference.head_penalty_backward(*given, *values))
-    second = kernels.head_penalty_double_backward(*given, a, *values)
-    expect = reference.head_penalty_double_backward(*given, a, *values)
+    first = kernels.head_penalty_backward(HeadPenaltyBackward(*given, *values))
+    torch.testing.assert_close(
+        first, reference.head_penalty_backward(HeadPenaltyBackward(*given, *values))
+    )
+    second = kernels.head_penalty_double_backward(HeadPenaltyDoubleBackward(*given, a, *values))
+    expect = reference.head_penalty_double_backward(HeadPenaltyDoubleBackward(*given, a, *values))
     assert [x is None for x in second] == [x is None for x in expect]
     for ours, exact in zip(second, expect, strict=True):
         torch.testing.assert_close(ours, exact)
@@ -165,8 +168,10 @@ def test_a_cotangent_of_the_cosines_may_have_any_strides(kind, device):
     values, grads = tuple(definition.options(case, kind).values()), gradients(case).to(device)
     _, cosines, norms = reference.head_penalty_forward(grads, *values)
     given = (grads, cosines, norms, None, cosines.new_ones(()).expand(cosines.shape))
-    ours = kernels.head_penalty_backward(*given, *values)
-    torch.testing.assert_close(ours, reference.head_penalty_backward(*given, *values))
+    ours = kernels.head_penalty_backward(HeadPenaltyBackward(*given, *values))
+    torch.testing.assert_close(
+        ours, reference.head_penalty_backward(HeadPenaltyBackward(*given, *values))
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import LayerNormBackward, LayerNormDoubleBackward
 from tests.helpers import layouts
 from tests.helpers.oracles import assert_within_budget
 from tests.helpers.second_order import TAILS, WAYS
@@ -112,9 +113,13 @@ def rungs(stage, case, t):
     """Every result of the three rungs, in order."""
     asked = t.weight is not None, t.bias is not None
     y, mean, rstd = stage.layer_norm_forward(t.x, t.weight, t.bias, case.axes, case.eps)
-    first = stage.layer_norm_backward(t.x, t.weight, mean, rstd, t.dy, case.axes, *asked)
+    first = stage.layer_norm_backward(
+        LayerNormBackward(t.x, t.weight, mean, rstd, t.dy, case.axes, *asked)
+    )
     second = stage.layer_norm_double_backward(
-        *(t.x, t.weight, mean, rstd, t.dy, t.ddx, t.ddw, t.ddb, case.axes, asked[0])
+        LayerNormDoubleBackward(
+            *(t.x, t.weight, mean, rstd, t.dy, t.ddx, t.ddw, t.ddb, case.axes, asked[0])
+        )
     )
     statistics = torch.stack([mean, 1 / rstd])  # one scale for both: a mean alone may be 0
     return [y, statistics, *first, *second]
@@ -217,9 +222,13 @@ def test_parameter_gradients_nobody_asked_for(asked, device):
     """They are None, nothing is launched for them, and the rest is what it was."""
     case, t = Case(), operands(Case(), torch.float32, device=device)
     _, mean, rstd = kernels.layer_norm_forward(t.x, t.weight, t.bias, 1, case.eps)
-    whole = kernels.layer_norm_backward(t.x, t.weight, mean, rstd, t.dy, 1, True, True)
+    whole = kernels.layer_norm_backward(
+        LayerNormBackward(t.x, t.weight, mean, rstd, t.dy, 1, True, True)
+    )
     with launching.recording(run=True) as launches:
-        part = kernels.layer_norm_backward(t.x, t.weight, mean, rstd, t.dy, 1, *asked)
+        part = kernels.layer_norm_backward(
+            LayerNormBackward(t.x, t.weight, mean, rstd, t.dy, 1, *asked)
+        )
     assert [one.name for one in launches] == ["layer_norm_backward"] + ["layer_norm_sums"] * any(
         asked
     )
@@ -227,7 +236,9 @@ def test_parameter_gradients_nobody_asked_for(asked, device):
         assert torch.equal(one, two) if wanted else one is None
     with launching.recording(run=True) as launches:
         second = kernels.layer_norm_double_backward(
-            *(t.x, t.weight, mean, rstd, t.dy, t.ddx, t.ddw, t.ddb, 1, False)
+            LayerNormDoubleBackward(
+                *(t.x, t.weight, mean, rstd, t.dy, t.ddx, t.ddw, t.ddb, 1, False)
+            )
         )
     assert second[1] is None
     assert len(launches) == 1
@@ -278,8 +289,12 @@ def test_one_feature_has_no_gradient(dtype, device):
 
 def _after(t, eps):
     _, mean, rstd = kernels.layer_norm_forward(*t[:3], 1, eps)
-    first = kernels.layer_norm_backward(t.x, t.weight, mean, rstd, t.dy, 1, True, True)
-    return *first, *kernels.layer_norm_double_backward(t.x, t.weight, mean, rstd, *t[3:], 1, True)
+    first = kernels.layer_norm_backward(
+        LayerNormBackward(t.x, t.weight, mean, rstd, t.dy, 1, True, True)
+    )
+    return *first, *kernels.layer_norm_double_backward(
+        LayerNormDoubleBackward(t.x, t.weight, mean, rstd, *t[3:], 1, True)
+    )
 
 
 @pytest.mark.parametrize("value", [0.1, 3e4])
@@ -389,7 +404,7 @@ class Sabotaged:
         return y, mean, rstd
 
     def layer_norm_backward(self, x, w, mean, rstd, dy, *rest):
-        dx, dw, db = kernels.layer_norm_backward(x, w, mean, rstd, dy, *rest)
+        dx, dw, db = kernels.layer_norm_backward(LayerNormBackward(x, w, mean, rstd, dy, *rest))
         if self.mistake == "unwritten row":
             dx[-1] = torch.nan
         if self.mistake == "last row left out of dw":
@@ -406,7 +421,9 @@ class Sabotaged:
 
         if self.mistake == "cotangent of dw dropped":
             ddw = None
-        gx, gw, gdy = kernels.layer_norm_double_backward(x, w, mean, rstd, dy, a, ddw, ddb, *rest)
+        gx, gw, gdy = kernels.layer_norm_double_backward(
+            LayerNormDoubleBackward(x, w, mean, rstd, dy, a, ddw, ddb, *rest)
+        )
         s = r * (a - mean_of(a) - xh * mean_of(a * xh))
         if self.mistake == "q":
             gx = gx + r * mean_of(w * dy * s) * xh

@@ -10,6 +10,10 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import (
+    RoutedHeadPenaltyBackward,
+    RoutedHeadPenaltyDoubleBackward,
+)
 from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
 from tests.kernels.triton.test_head_penalty import DTYPES, On, _NoGuards, compare
@@ -121,10 +125,16 @@ def test_an_absent_cotangent_counts_as_zero(absent, kind, device):
     dp, dc, *dd = (x.to(device) for x in definition.cotangents(r.cpu(), w.cpu(), cosines.cpu()))
     given = (r, w, cosines, norms, None if absent == "dpenalty" else dp)
     given += (None if absent == "dcosines" else dc,)
-    first = kernels.routed_head_penalty_backward(*given, *values)
-    torch.testing.assert_close(first, reference.routed_head_penalty_backward(*given, *values))
-    second = kernels.routed_head_penalty_double_backward(*given, *dd, *values)
-    expect = reference.routed_head_penalty_double_backward(*given, *dd, *values)
+    first = kernels.routed_head_penalty_backward(RoutedHeadPenaltyBackward(*given, *values))
+    torch.testing.assert_close(
+        first, reference.routed_head_penalty_backward(RoutedHeadPenaltyBackward(*given, *values))
+    )
+    second = kernels.routed_head_penalty_double_backward(
+        RoutedHeadPenaltyDoubleBackward(*given, *dd, *values)
+    )
+    expect = reference.routed_head_penalty_double_backward(
+        RoutedHeadPenaltyDoubleBackward(*given, *dd, *values)
+    )
     assert [x is None for x in second] == [x is None for x in expect]
     for ours, exact in zip(second, expect, strict=True):
         torch.testing.assert_close(ours, exact)
@@ -211,10 +221,12 @@ def test_autocast_lets_the_dtypes_differ(kind, device):
     _, exact, lengths = reference.routed_head_penalty_forward(r.double(), w.double(), *values)
     torch.testing.assert_close(cosines.double(), exact, rtol=1e-5, atol=1e-5)
     given = cosines, norms, torch.ones_like(norms[(0,) * norms.ndim]), None
-    dr, dw = kernels.routed_head_penalty_backward(r, w, *given, *values)
+    dr, dw = kernels.routed_head_penalty_backward(RoutedHeadPenaltyBackward(r, w, *given, *values))
     assert (dr.dtype, dw.dtype) == (torch.bfloat16, torch.float32)
     wide = exact, lengths, given[2].double(), None
-    _, exact_dw = reference.routed_head_penalty_backward(r.double(), w.double(), *wide, *values)
+    _, exact_dw = reference.routed_head_penalty_backward(
+        RoutedHeadPenaltyBackward(r.double(), w.double(), *wide, *values)
+    )
     torch.testing.assert_close(dw.double(), exact_dw, rtol=1e-4, atol=1e-6)
 
 

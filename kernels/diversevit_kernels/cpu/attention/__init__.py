@@ -3,13 +3,13 @@
 from .blocked import (
     attention_backward,
     attention_double_backward,
+    attention_empty_qkv,
     attention_forward,
-    attention_packed,
 )
 
 __all__ = [
     "attention_backward",
     "attention_double_backward",
+    "attention_empty_qkv",
     "attention_forward",
-    "attention_packed",
 ]

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...common.contracts import QKV, AttentionBackward, AttentionDoubleBackward
 from ...common.dtypes import accumulation_dtype
 from ..runtime.allocator import new_empty, new_empty_heads
 from ..runtime.scratch import Scratch
@@ -144,7 +145,7 @@ def _add_to_mask(total: Tensor, ds: Tensor, t: _Tile) -> None:
     target += _by_head(ds, t).sum_to_size(target.shape)
 
 
-def attention_packed(qkv: Tensor) -> Tensor:
+def attention_empty_qkv(qkv: Tensor) -> Tensor:
     """Uninitialised, dense, like ``qkv`` [B, N, 3, H, d]: what ``into`` may be views of."""
     return new_empty(qkv, *qkv.shape)
 
@@ -171,22 +172,13 @@ def attention_forward(
 
 
 def attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    softmax: Tensor,
-    do: Tensor,
-    is_causal: bool,
-    scale: float,
-    mask_grad: bool,
-    into: tuple[Tensor, ...] | None = None,
+    inputs: AttentionBackward, into: QKV | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``.
 
     ``into``: where to write the first three.
     """
+    q, k, v, mask, _, softmax, do, is_causal, scale, mask_grad = inputs
     dq, dk, dv = into or (new_empty_heads(x, x.shape[-1]) for x in (q, k, v))
     if native.runs(q, mask_gradient=mask_grad):
         grads = {"gq": dq, "gk": dk, "gv": dv}
@@ -218,28 +210,14 @@ def attention_backward(
 
 
 def attention_double_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    softmax: Tensor,
-    do: Tensor,
-    dq: Tensor | None,
-    ddq: Tensor | None,
-    ddk: Tensor | None,
-    ddv: Tensor | None,
-    ddmask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    mask_grad: bool,
-    into: tuple[Tensor, ...] | None = None,
+    inputs: AttentionDoubleBackward, into: QKV | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(6)-(9): ``gq``, ``gk``, ``gv``, ``gdo``, and ``gmask`` if ``mask_grad``.
 
     An absent cotangent costs nothing: its products and their buffers are left out. ``dq`` is not read.
     ``into``: where to write the first three.
     """
+    q, k, v, mask, _, softmax, do, _, ddq, ddk, ddv, ddmask, is_causal, scale, mask_grad = inputs
     gq, gk, gv = into or (new_empty_heads(x, x.shape[-1]) for x in (q, k, v))
     gdo = new_empty_heads(do, do.shape[-1])
     if native.runs(q, mask_gradient=mask_grad or ddmask is not None):

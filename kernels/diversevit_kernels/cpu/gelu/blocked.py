@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from ...common.contracts import GeluBackward, GeluDoubleBackward
 from ...common.dtypes import accumulation_dtype
 from ..runtime.allocator import new_empty
 from ..runtime.scratch import Scratch
@@ -41,8 +42,9 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     return torch.ops.aten.gelu.out(x, approximate=approximate, out=new_empty(x, *x.shape))
 
 
-def gelu_backward(x: Tensor, dy: Tensor, approximate: str) -> Tensor:
+def gelu_backward(inputs: GeluBackward) -> Tensor:
     """(26): ``dx`` like x, contiguous."""
+    x, dy, approximate = inputs
     if native.runs(x):
         (dx,) = native.call("backward", approximate, "dx", x=x, dy=dy)
         return dx
@@ -51,10 +53,9 @@ def gelu_backward(x: Tensor, dy: Tensor, approximate: str) -> Tensor:
     )
 
 
-def gelu_double_backward(
-    x: Tensor, dy: Tensor, ddx: Tensor, approximate: str
-) -> tuple[Tensor, Tensor]:
+def gelu_double_backward(inputs: GeluDoubleBackward) -> tuple[Tensor, Tensor]:
     """(26): ``gx`` and ``gdy`` like x, contiguous."""
+    x, dy, ddx, approximate = inputs
     if native.runs(x):
         gx, gdy = native.call("double_backward", approximate, "gx", "gdy", x=x, dy=dy, ddx=ddx)
         return gx, gdy

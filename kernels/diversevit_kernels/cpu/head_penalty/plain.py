@@ -13,6 +13,7 @@ Traffic  forward reads grads once; backward reads it once and writes dgrads; dou
 import torch
 from torch import Tensor
 
+from ...common.contracts import HeadPenaltyBackward, HeadPenaltyDoubleBackward
 from ...common.dtypes import accumulation_dtype
 from ...common.grouping import Grouping, Statistics, Tile
 from ..runtime.allocator import new_empty_heads
@@ -55,17 +56,9 @@ def head_penalty_forward(
     return penalty_forward(load.grouping, load.like, width, lambda t: load.heads("x", grads, t))
 
 
-def head_penalty_backward(
-    grads: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
-) -> Tensor:
+def head_penalty_backward(inputs: HeadPenaltyBackward) -> Tensor:
     """(33)-(35): ``dgrads``."""
+    grads, cosines, norms, dpenalty, dcosines, granularity, reduction, eps = inputs
     load = _Loader(grads, granularity, reduction, eps)
     given = Statistics(cosines, norms, dpenalty, dcosines)
     dgrads = new_empty_heads(grads, grads.shape[-1])
@@ -76,17 +69,10 @@ def head_penalty_backward(
 
 
 def head_penalty_double_backward(
-    grads: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    ddgrads: Tensor,
-    granularity: str,
-    reduction: str,
-    eps: float,
+    inputs: HeadPenaltyDoubleBackward,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(36)-(39): ``ggrads``, and ``gdpenalty``, ``gdcosines`` where there is such a cotangent."""
+    grads, cosines, norms, dpenalty, dcosines, ddgrads, granularity, reduction, eps = inputs
     load = _Loader(grads, granularity, reduction, eps)
     given = Statistics(cosines, norms, dpenalty, dcosines)
     ggrads = new_empty_heads(grads, grads.shape[-1])

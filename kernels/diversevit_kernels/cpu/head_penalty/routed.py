@@ -18,6 +18,7 @@ Native   Where there is a compiler and both operands have one dtype, forward and
 import torch
 from torch import Tensor
 
+from ...common.contracts import RoutedHeadPenaltyBackward, RoutedHeadPenaltyDoubleBackward
 from ...common.dtypes import accumulation_dtype
 from ...common.grouping import Grouping, Statistics, Tile
 from ..runtime.scratch import Scratch
@@ -93,18 +94,9 @@ def routed_head_penalty_forward(
     return penalty_forward(router.grouping, router.like, router.width, heads)
 
 
-def routed_head_penalty_backward(
-    grad_qkv: Tensor,
-    weight: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def routed_head_penalty_backward(inputs: RoutedHeadPenaltyBackward) -> tuple[Tensor, Tensor]:
     """(42): ``dgrad_qkv`` and ``dweight``."""
+    grad_qkv, weight, cosines, norms, dpenalty, dcosines, granularity, reduction, eps = inputs
     given = Statistics(cosines, norms, dpenalty, dcosines)
     if native.runs(grad_qkv, weight):
         g = _grouping(grad_qkv, granularity, reduction, eps)
@@ -123,22 +115,25 @@ def routed_head_penalty_backward(
 
 
 def routed_head_penalty_double_backward(
-    grad_qkv: Tensor,
-    weight: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    ddgrad_qkv: Tensor | None,
-    ddweight: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
+    inputs: RoutedHeadPenaltyDoubleBackward,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(43)-(45): ``ggrad_qkv``, ``gweight``, and ``gdpenalty``, ``gdcosines`` where cotangents exist.
 
     One of ``ddgrad_qkv`` and ``ddweight`` may be absent: its products are left out.
     """
+    (
+        grad_qkv,
+        weight,
+        cosines,
+        norms,
+        dpenalty,
+        dcosines,
+        ddgrad_qkv,
+        ddweight,
+        granularity,
+        reduction,
+        eps,
+    ) = inputs
     router = _Router(grad_qkv, weight, granularity, reduction, eps)
     given = Statistics(cosines, norms, dpenalty, dcosines)
     w = router.weight("w", weight)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...common.contracts import LayerNormBackward, LayerNormDoubleBackward
 from ...common.dtypes import accumulation_dtype
 from ..runtime.allocator import new_empty
 from ..runtime.scratch import Scratch
@@ -57,17 +58,9 @@ def _flat_parameters(dtype: torch.dtype, *parameters: Tensor | None) -> tuple[Te
     return tuple(None if p is None else p.flatten().to(dtype) for p in parameters)
 
 
-def layer_norm_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    axes: int,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def layer_norm_backward(inputs: LayerNormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(14): ``dx`` like x, ``dw`` if ``weight_grad``, ``db`` if ``bias_grad``."""
+    x, weight, mean, rstd, dy, axes, weight_grad, bias_grad = inputs
     if native.runs(x):
         return native.backward(x, weight, mean, rstd, dy, axes, weight_grad, bias_grad)
     xs, dys = _flat(x, axes), _flat(dy, axes)
@@ -124,22 +117,14 @@ class _Chunk(NamedTuple):
 
 
 def layer_norm_double_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    ddx: Tensor | None,
-    ddw: Tensor | None,
-    ddb: Tensor | None,
-    axes: int,
-    weight_grad: bool,
+    inputs: LayerNormDoubleBackward,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(15)-(19): ``gx`` like x, ``gw`` if ``weight_grad``, ``gdy`` like dy.
 
     An absent cotangent costs nothing. ``gx`` is None unless ``ddx`` or ``ddw`` is given,
     ``gw`` unless ``ddx`` is.
     """
+    x, weight, mean, rstd, dy, ddx, ddw, ddb, axes, weight_grad = inputs
     if ddx is None and ddw is None:
         gdy = dy.new_zeros(dy.shape)
         return None, None, gdy if ddb is None else gdy.add_(ddb)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common.contracts import QKV, AttentionBackward
 from ..runtime.configurations import fits
 from ..runtime.launch import cdiv, launch
 from ..runtime.tiles import add_dot, scale_split, zeros_split
@@ -172,22 +173,13 @@ def _few_kernel(
 
 
 def attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    softmax: Tensor,
-    do: Tensor,
-    is_causal: bool,
-    scale: float,
-    mask_grad: bool,
-    into: tuple[Tensor, ...] | None = None,
+    inputs: AttentionBackward, into: QKV | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``.
 
     ``softmax`` is (1a). ``into``: where to write the first three.
     """
+    q, k, v, mask, o, softmax, do, is_causal, scale, mask_grad = inputs
     (B, H, Nq, _), Nk = q.shape, k.shape[2]
     reads, static = problem(q, k, v, mask, is_causal, softmax, o=o, do=do)
     width = max(static.WIDTH, static.VALUE_WIDTH)

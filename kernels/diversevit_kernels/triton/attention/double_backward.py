@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common.contracts import QKV, AttentionBackward, AttentionDoubleBackward
 from ..runtime.configurations import fills, fits, has_configuration
 from ..runtime.launch import cdiv, launch
 from .backward import attention_backward
@@ -140,22 +141,7 @@ def _plan(q: Tensor, k: Tensor, mask: Tensor | None, width: int) -> tuple[str, b
 
 
 def attention_double_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    softmax: Tensor,
-    do: Tensor,
-    dq: Tensor | None,
-    ddq: Tensor | None,
-    ddk: Tensor | None,
-    ddv: Tensor | None,
-    ddmask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    mask_grad: bool,
-    into: tuple[Tensor, ...] | None = None,
+    inputs: AttentionDoubleBackward, into: QKV | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(6)-(9): ``gq``, ``gk``, ``gv``, ``gdo``, and ``gmask`` if ``mask_grad``.
 
@@ -163,14 +149,15 @@ def attention_double_backward(
     cotangent costs nothing: its products are not compiled.
     ``into``: where to write the first three.
     """
+    q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, ddmask, is_causal, scale, mask_grad = inputs
     (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
     more = {"o": o, "do": do, "dq": dq, "ddq": ddq, "ddk": ddk, "ddv": ddv, "ddmask": ddmask}
     reads, static = problem(q, k, v, mask, is_causal, softmax, **more)
     width = max(static.WIDTH, static.VALUE_WIDTH)
     name, whole = _plan(q, k, mask, width)
     if dq is None and static.HAS_X and name in (HEAD, ROWS):
-        given = (q, k, v, mask, o, softmax, do, is_causal, scale, False)
-        more["dq"] = attention_backward(*given)[0]
+        given = AttentionBackward(q, k, v, mask, o, softmax, do, is_causal, scale, False)
+        more["dq"] = attention_backward(given)[0]
         reads, static = problem(q, k, v, mask, is_causal, softmax, **more)
     gq, gk, gv = into or map(empty_heads, (q, k, v))
     gdo = empty_heads(do)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common.contracts import GeluBackward, GeluDoubleBackward
 from ..runtime.configurations import accumulator
 from ..runtime.launch import allocate, cdiv, check_operand, launch, reach
 from ..runtime.strided import merged_axes, offsets
@@ -150,15 +151,15 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     return _elementwise("gelu_forward", _forward_kernel, approximate, 1, x)[0]
 
 
-def gelu_backward(x: Tensor, dy: Tensor, approximate: str) -> Tensor:
+def gelu_backward(inputs: GeluBackward) -> Tensor:
     """(26): ``dx`` like x, contiguous."""
+    x, dy, approximate = inputs
     return _elementwise("gelu_backward", _backward_kernel, approximate, 1, x, dy)[0]
 
 
-def gelu_double_backward(
-    x: Tensor, dy: Tensor, ddx: Tensor, approximate: str
-) -> tuple[Tensor, Tensor]:
+def gelu_double_backward(inputs: GeluDoubleBackward) -> tuple[Tensor, Tensor]:
     """(26): ``gx`` and ``gdy`` like x, contiguous."""
+    x, dy, ddx, approximate = inputs
     name, kernel = "gelu_double_backward", _double_backward_kernel
     gx, gdy = _elementwise(name, kernel, approximate, 2, x, dy, ddx)
     return gx, gdy

@@ -14,6 +14,7 @@ Traffic  forward reads G once; backward reads G once and writes dG; double backw
 
 from torch import Tensor
 
+from ...common.contracts import HeadPenaltyBackward, HeadPenaltyDoubleBackward
 from ...common.dtypes import accumulation_dtype
 from ...common.grouping import Grouping, Statistics
 from ..attention.tiles import empty_heads
@@ -38,17 +39,9 @@ def head_penalty_forward(
     return penalties.sum(), out.cosines, out.norms
 
 
-def head_penalty_backward(
-    grads: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
-) -> Tensor:
+def head_penalty_backward(inputs: HeadPenaltyBackward) -> Tensor:
     """(33)-(35): ``dgrads``."""
+    grads, cosines, norms, dpenalty, dcosines, granularity, reduction, eps = inputs
     g = _grouping(grads, granularity, reduction, eps)
     dgrads = empty_heads(grads)
     static = head_products.static_of(g, grads, dgrads)
@@ -58,17 +51,10 @@ def head_penalty_backward(
 
 
 def head_penalty_double_backward(
-    grads: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    ddgrads: Tensor,
-    granularity: str,
-    reduction: str,
-    eps: float,
+    inputs: HeadPenaltyDoubleBackward,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(36)-(39): ``ggrads``, and ``gdpenalty``, ``gdcosines`` where there is such a cotangent."""
+    grads, cosines, norms, dpenalty, dcosines, ddgrads, granularity, reduction, eps = inputs
     g = _grouping(grads, granularity, reduction, eps)
     ggrads = empty_heads(grads)
     static = head_products.static_of(g, grads, ddgrads, ggrads)

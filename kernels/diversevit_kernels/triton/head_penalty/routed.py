@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ...common.contracts import RoutedHeadPenaltyBackward, RoutedHeadPenaltyDoubleBackward
 from ...common.dtypes import accumulation_dtype
 from ...common.grouping import Grouping, Tile
 from ..runtime.launch import allocate
@@ -126,18 +127,9 @@ def routed_head_penalty_forward(
     return penalties.sum(), out.cosines, out.norms
 
 
-def routed_head_penalty_backward(
-    grad_qkv: Tensor,
-    weight: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def routed_head_penalty_backward(inputs: RoutedHeadPenaltyBackward) -> tuple[Tensor, Tensor]:
     """(42): ``dgrad_qkv`` and ``dweight``."""
+    grad_qkv, weight, cosines, norms, dpenalty, dcosines, granularity, reduction, eps = inputs
     router = _Router(grad_qkv, weight, granularity, reduction, eps, buffers=2)
     g, here = router.grouping, given(cosines, norms, dpenalty, dcosines)
     dr = allocate(tuple(grad_qkv.shape), grad_qkv.dtype, grad_qkv)
@@ -151,22 +143,25 @@ def routed_head_penalty_backward(
 
 
 def routed_head_penalty_double_backward(
-    grad_qkv: Tensor,
-    weight: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    ddgrad_qkv: Tensor | None,
-    ddweight: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
+    inputs: RoutedHeadPenaltyDoubleBackward,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(43)-(45): ``ggrad_qkv``, ``gweight``, and ``gdpenalty``, ``gdcosines`` where cotangents exist.
 
     One of ``ddgrad_qkv`` and ``ddweight`` may be absent: its products are left out.
     """
+    (
+        grad_qkv,
+        weight,
+        cosines,
+        norms,
+        dpenalty,
+        dcosines,
+        ddgrad_qkv,
+        ddweight,
+        granularity,
+        reduction,
+        eps,
+    ) = inputs
     others = ddgrad_qkv, ddweight
     router = _Router(grad_qkv, weight, granularity, reduction, eps, *others, buffers=4)
     g, static = router.grouping, router.static

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common.contracts import LayerNormBackward, LayerNormDoubleBackward
 from ...common.dtypes import accumulation_dtype
 from ..runtime.configurations import accumulator
 from ..runtime.launch import allocate, cdiv, launch, power_of_two
@@ -200,17 +201,9 @@ def layer_norm_forward(
     return y, mean, rstd
 
 
-def layer_norm_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    axes: int,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def layer_norm_backward(inputs: LayerNormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(14): ``dx`` like x, ``dw`` if ``weight_grad``, ``db`` if ``bias_grad``."""
+    x, weight, mean, rstd, dy, axes, weight_grad, bias_grad = inputs
     rows, width = sizes_of(x, axes)
     like = x if weight is None else weight
     normalized = tuple(x.shape[x.ndim - axes :])
@@ -246,22 +239,14 @@ def layer_norm_backward(
 
 
 def layer_norm_double_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    ddx: Tensor | None,
-    ddw: Tensor | None,
-    ddb: Tensor | None,
-    axes: int,
-    weight_grad: bool,
+    inputs: LayerNormDoubleBackward,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(15)-(19): ``gx`` like x, ``gw`` if ``weight_grad``, ``gdy`` like dy.
 
     An absent cotangent costs nothing. ``gx`` is None unless ``ddx`` or ``ddw`` is given,
     ``gw`` unless ``ddx`` is.
     """
+    x, weight, mean, rstd, dy, ddx, ddw, ddb, axes, weight_grad = inputs
     rows, width = sizes_of(x, axes)
     gdy = allocate(tuple(x.shape), x.dtype, x)
     if ddx is None and ddw is None:
