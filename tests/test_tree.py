@@ -25,7 +25,7 @@ ALLOWED = {
     "penalty": {"attachment", "ops"},
     "nn": {"ops", "penalty"},
     "heads": {"attachment", "ops", "weight_files"},
-    "models": {"heads", "nn", "ops", "weight_files"},
+    "models": {"attachment", "heads", "nn", "weight_files"},
     "data": set(),
     "experiment": {"attachment", "data", "heads", "models", "ops", "penalty"},
 }
@@ -95,7 +95,6 @@ def test_kernels_of_an_operator_stand_on_the_runtime(module):
 
 
 BORROWS = {
-    "diversevit_kernels.cpu.head_penalty": ("diversevit_kernels.cpu.attention",),
     "diversevit_kernels.cpu.warmup": ("diversevit_kernels.cpu.attention",),
     "diversevit_kernels.triton.head_penalty": (
         "diversevit_kernels.triton.attention",
