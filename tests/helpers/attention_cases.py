@@ -212,20 +212,16 @@ class Sabotaged:
             o[:, :, -1] = torch.nan
         return o, softmax
 
-    def attention_backward(self, q, k, v, mask, o, softmax, do, *rest):
-        dq, dk, dv, dmask = self.kernels.attention_backward(
-            AttentionBackward(q, k, v, mask, o, softmax, do, *rest)
-        )
+    def attention_backward(self, inputs):
+        dq, dk, dv, dmask = self.kernels.attention_backward(inputs)
         return dq, dk * 0.4 if self.mistake == "dk scaled twice" else dk, dv, dmask
 
-    def attention_double_backward(self, q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, *rest):
+    def attention_double_backward(self, inputs):
         if self.mistake == "dropped cotangent of dv":
-            ddv = None
+            inputs = inputs._replace(ddv=None)
         if self.mistake == "dropped cotangent of dk":
-            ddk = None
+            inputs = inputs._replace(ddk=None)
         if self.mistake == "a row taken for empty":
-            softmax = softmax.clone()
-            softmax[:, :, 0, -1] = torch.inf
-        return self.kernels.attention_double_backward(
-            AttentionDoubleBackward(q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, *rest)
-        )
+            inputs = inputs._replace(softmax=inputs.softmax.clone())
+            inputs.softmax[:, :, 0, -1] = torch.inf
+        return self.kernels.attention_double_backward(inputs)

@@ -194,16 +194,18 @@ class Sabotaged:
     def __init__(self, mistake):
         self.mistake = mistake
 
-    def gelu_backward(self, x, dy, form):
-        dx = cpu.gelu_backward(GeluBackward(x, dy, form))
+    def gelu_backward(self, inputs):
+        x, dy, form = inputs
+        dx = cpu.gelu_backward(inputs)
         if self.mistake == "unwritten row":
             dx[-1] = torch.nan
         if self.mistake == "dx without x phi":
             dx = dy * (reference.gelu(x, form) / x)
         return dx
 
-    def gelu_double_backward(self, x, dy, ddx, form):
-        gx, gdy = cpu.gelu_double_backward(GeluDoubleBackward(x, dy, ddx, form))
+    def gelu_double_backward(self, inputs):
+        x, dy, ddx, form = inputs
+        gx, gdy = cpu.gelu_double_backward(inputs)
         if self.mistake == "last chunk dropped":
             gx[-1] = 0
         if self.mistake == "cotangents swapped":

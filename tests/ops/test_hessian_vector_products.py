@@ -16,6 +16,8 @@ import diversevit_fast as dvf
 from diversevit_fast import UnsupportedError
 from diversevit_fast.ops import reference
 from diversevit_fast.ops.attention_qkvpacked import split_qkv
+from diversevit_kernels.common.contracts import AttentionDoubleBackward
+from diversevit_kernels.cpu import attention as cpu
 from tests.helpers.attention_cases import CASES, as_function, differentiable, operands
 from tests.helpers.eager import softmax_attention
 from tests.helpers.vits import VITS, diverse_vit, images_for, labels_for, timm_vit
@@ -514,25 +516,24 @@ def test_inside_a_compiled_loss():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_a_gpu_keeps_belongs_to_its_cotangent(packed, monkeypatch):
-    """d1's dq goes with the ``do`` that it was made of, and with no other."""
+    """The backward's dq goes with the ``do`` that it was made of, and with no other."""
     module = importlib.import_module(
         "diversevit_fast.ops." + ("attention_qkvpacked" if packed else "attention")
     )
-    seen, launch = [], module.launch
+    seen, double_backward = [], cpu.attention_double_backward
 
-    def spy(stage: str, rung: str, *args: Any, **options: Any) -> Any:
-        if rung == "double_backward":
-            seen.append(args[7])
-        return launch(stage, rung, *args, **options)
+    def spy(inputs: AttentionDoubleBackward, **options: Any) -> Any:
+        seen.append(inputs.dq)
+        return double_backward(inputs, **options)
 
-    monkeypatch.setattr(module, "launch", spy)
+    monkeypatch.setattr(cpu, "attention_double_backward", spy)
     q, k, v = _leaves(operands(CASES["plain"])[:3])
     x = (torch.stack([q, k, v]).permute(1, 3, 0, 2, 4),) if packed else (q, k, v, None)
-    o, *kept = module._d0(*x, False, 0.5)
+    o, *kept = module._forward(*x, False, 0.5)
     do, dq = torch.ones_like(o), torch.zeros_like(x[0])
     directions = (torch.ones_like(x[0]).requires_grad_(), *((None,) * (0 if packed else 3)))
     flags = (False, 0.5) if packed else (False, 0.5, False)
-    results = module._d2(*x, o.detach(), *kept, do, dq, *directions, *flags)
+    results = module._double_backward(*x, o.detach(), *kept, do, dq, *directions, *flags)
     given = seen.pop()
     grad(results[0].sum(), directions[0], retain_graph=True)  # (50), with do
     again = seen.pop()

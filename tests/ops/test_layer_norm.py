@@ -319,24 +319,18 @@ class Sabotaged:
     def __init__(self, mistake):
         self.mistake = mistake
 
-    def layer_norm_backward(self, x, w, mean, rstd, dy, *rest):
-        dx, dw, db = cpu.layer_norm_backward(LayerNormBackward(x, w, mean, rstd, dy, *rest))
+    def layer_norm_backward(self, inputs):
+        dx, dw, db = cpu.layer_norm_backward(inputs)
         if self.mistake == "unwritten row":
             dx.flatten(0, -2)[-1] = torch.nan
         if self.mistake == "last row left out of dw":
-            dw = cpu.layer_norm_backward(
-                LayerNormBackward(
-                    *(
-                        t[:-1] if t is not None and t.ndim > 1 else t
-                        for t in (x, w, mean, rstd, dy)
-                    ),
-                    *rest,
-                )
-            )[1]
+            shorter = (t[:-1] if t is not None and t.ndim > 1 else t for t in inputs[:5])
+            dw = cpu.layer_norm_backward(LayerNormBackward(*shorter, *inputs[5:]))[1]
         return dx, dw, db
 
-    def layer_norm_double_backward(self, x, w, mean, rstd, dy, a, ddw, ddb, axes, weight_grad):
+    def layer_norm_double_backward(self, inputs):
         """The formulas again, one term at a time left out."""
+        x, w, mean, rstd, dy, a, ddw, ddb, _, _ = inputs
         xh, r = (x - mean[..., None]) * rstd[..., None], rstd[..., None]
 
         def mean_of(z, unless):

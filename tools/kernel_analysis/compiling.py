@@ -27,7 +27,7 @@ from triton.runtime.jit import create_function_from_signature
 from diversevit_kernels.triton.runtime import configurations, launch
 from tools.kernel_analysis.chips import CHIPS
 from tools.kernel_analysis.machine_code import Code, read_amdgcn, read_cubin
-from tools.kernel_analysis.operators import folder
+from tools.kernel_analysis.operators import folder, with_flat_arguments
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,13 @@ class Binary:
 
 
 def host_function(stage: str, rung: str) -> Callable[..., Any]:
-    """``<stage>_<rung>`` of the Triton backend.
+    """``<stage>_<rung>`` of the Triton backend, called with flat arguments.
 
     Raises:
         ModuleNotFoundError, AttributeError: there is none.
     """
     module = importlib.import_module(f"diversevit_kernels.triton.{folder(stage)}")
-    return getattr(module, f"{stage}_{rung}")
+    return with_flat_arguments(getattr(module, f"{stage}_{rung}"))
 
 
 def record(architecture: str, workloads: list[Workload]) -> tuple[list[Compilation], list[str]]:

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoubleBackward
 from diversevit_kernels.cpu.attention import blocked as attention
 from diversevit_kernels.cpu.attention import native as attention_native
 from diversevit_kernels.cpu.runtime import compiler, cpp_library
@@ -142,7 +143,6 @@ CALL = """
 import warnings, torch
 from diversevit_kernels.cpu import attention
 from diversevit_kernels.cpu.runtime import cpp_library
-from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoubleBackward
 q, k, v = torch.linspace(-1, 1, 3 * 2 * 5 * 8).view(3, 1, 2, 5, 8)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

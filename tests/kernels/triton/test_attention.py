@@ -162,7 +162,7 @@ def test_dq_that_was_not_kept_is_made_again(name, absent, device):
 
         attention_forward = triton.attention_forward
         attention_backward = staticmethod(
-            lambda *args: (None, *triton.attention_backward(AttentionBackward(*args))[1:])
+            lambda inputs: (None, *triton.attention_backward(inputs)[1:])
         )
         attention_double_backward = triton.attention_double_backward
 

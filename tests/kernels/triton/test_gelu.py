@@ -204,16 +204,18 @@ class Sabotaged:
         y = kernels.gelu_forward(x, form)
         return y.relu() if self.mistake == "negative part of y dropped" else y
 
-    def gelu_backward(self, x, dy, form):
-        dx = kernels.gelu_backward(GeluBackward(x, dy, form))
+    def gelu_backward(self, inputs):
+        x, dy, form = inputs
+        dx = kernels.gelu_backward(inputs)
         if self.mistake == "unwritten row":
             dx[-1] = torch.nan
         if self.mistake == "dx without x phi":
             dx = dy * (reference.gelu(x, form) / x)
         return dx
 
-    def gelu_double_backward(self, x, dy, ddx, form):
-        gx, gdy = kernels.gelu_double_backward(GeluDoubleBackward(x, dy, ddx, form))
+    def gelu_double_backward(self, inputs):
+        x, dy, ddx, form = inputs
+        gx, gdy = kernels.gelu_double_backward(inputs)
         if self.mistake == "last element dropped":
             gx[-1, -1] = 0
         if self.mistake == "cotangents swapped":

@@ -59,9 +59,11 @@ class On:
 
     def __getattr__(self, name):
         def call(*args):
-            there = [self.guards.place(x, self.device) if _is_tensor(x) else x for x in args]
+            inputs = args if len(args) > 1 else args[0]  # of a backward, one named tuple
+            there = [self.guards.place(x, self.device) if _is_tensor(x) else x for x in inputs]
             before = [x.clone() for x in there if _is_tensor(x)]
-            results = getattr(self.stage, name)(*there)
+            given = there if len(args) > 1 else [type(inputs)(*there)]
+            results = getattr(self.stage, name)(*given)
             after = [x for x in there if _is_tensor(x)]
             torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
             if _is_tensor(results):
@@ -331,25 +333,23 @@ class Sabotaged(On):
         penalty, cosines, norms = On.__getattr__(self, "head_penalty_forward")(grads, *kind)
         return penalty, cosines, norms + (self.mistake == "norms moved") * 1e-3
 
-    def head_penalty_backward(self, grads, *given):
-        given = list(given)
+    def head_penalty_backward(self, inputs):
         if self.mistake == "clamped norms differentiated":
-            given[-1] = 1e-12
+            inputs = inputs._replace(eps=1e-12)
         if self.mistake == "dcosines taken once":
-            given[3] = given[3] / 2
-        first = On.__getattr__(self, "head_penalty_backward")(grads, *given)
+            inputs = inputs._replace(dcosines=inputs.dcosines / 2)
+        first = On.__getattr__(self, "head_penalty_backward")(inputs)
         if self.mistake == "unwritten token":
             first[-1, :, -1] = torch.nan
         return first
 
-    def head_penalty_double_backward(self, *given):
-        given = list(given)
+    def head_penalty_double_backward(self, inputs):
         if self.mistake == "A transposed":
-            given[5] = given[5].flip(1)
-        second = list(On.__getattr__(self, "head_penalty_double_backward")(*given))
+            inputs = inputs._replace(ddgrads=inputs.ddgrads.flip(1))
+        second = list(On.__getattr__(self, "head_penalty_double_backward")(inputs))
         if self.mistake == "M_dot dropped":
-            kind = given[6:]
-            second[0] = On.__getattr__(self, "head_penalty_backward")(given[5], *given[1:5], *kind)
+            along = HeadPenaltyBackward(inputs.ddgrads, *inputs[1:5], *inputs[6:])
+            second[0] = On.__getattr__(self, "head_penalty_backward")(along)
         if self.mistake == "gdpenalty halved":
             second[1] = second[1] / 2
         return tuple(second)

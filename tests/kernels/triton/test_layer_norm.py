@@ -403,8 +403,9 @@ class Sabotaged:
             rstd = (rstd**-2 - eps) ** -0.5
         return y, mean, rstd
 
-    def layer_norm_backward(self, x, w, mean, rstd, dy, *rest):
-        dx, dw, db = kernels.layer_norm_backward(LayerNormBackward(x, w, mean, rstd, dy, *rest))
+    def layer_norm_backward(self, inputs):
+        x, _, mean, rstd, dy, *_ = inputs
+        dx, dw, db = kernels.layer_norm_backward(inputs)
         if self.mistake == "unwritten row":
             dx[-1] = torch.nan
         if self.mistake == "last row left out of dw":
@@ -413,7 +414,8 @@ class Sabotaged:
             db = dx.sum(0)
         return dx, dw, db
 
-    def layer_norm_double_backward(self, x, w, mean, rstd, dy, a, ddw, ddb, *rest):
+    def layer_norm_double_backward(self, inputs):
+        x, w, mean, rstd, dy, a, ddw, ddb, *_ = inputs
         xh, r = (x - mean[:, None]) * rstd[:, None], rstd[:, None]
 
         def mean_of(z):
@@ -421,9 +423,7 @@ class Sabotaged:
 
         if self.mistake == "cotangent of dw dropped":
             ddw = None
-        gx, gw, gdy = kernels.layer_norm_double_backward(
-            LayerNormDoubleBackward(x, w, mean, rstd, dy, a, ddw, ddb, *rest)
-        )
+        gx, gw, gdy = kernels.layer_norm_double_backward(inputs._replace(ddw=ddw))
         s = r * (a - mean_of(a) - xh * mean_of(a * xh))
         if self.mistake == "q":
             gx = gx + r * mean_of(w * dy * s) * xh

@@ -309,23 +309,23 @@ class Sabotaged(On):
             r[:, :, 2] = 0
         return On.__getattr__(self, "routed_head_penalty_forward")(r, w, *kind)
 
-    def routed_head_penalty_backward(self, r, w, *given):
-        dr, dw = On.__getattr__(self, "routed_head_penalty_backward")(r, w, *given)
+    def routed_head_penalty_backward(self, inputs):
+        dr, dw = On.__getattr__(self, "routed_head_penalty_backward")(inputs)
         if self.mistake == "unwritten token":
             dr[-1, -1] = torch.nan
         if self.mistake == "last token missing from dW":
-            short = r.clone()
+            short = inputs.grad_qkv.clone()
             short[:, -1] = 0
-            _, dw = On.__getattr__(self, "routed_head_penalty_backward")(short, w, *given)
+            inputs = inputs._replace(grad_qkv=short)
+            _, dw = On.__getattr__(self, "routed_head_penalty_backward")(inputs)
         return dr, dw
 
-    def routed_head_penalty_double_backward(self, *given):
-        given = list(given)
+    def routed_head_penalty_double_backward(self, inputs):
         if self.mistake == "ddgrad_qkv ignored":
-            given[6] = None
+            inputs = inputs._replace(ddgrad_qkv=None)
         if self.mistake == "ddweight ignored":
-            given[7] = None
-        return On.__getattr__(self, "routed_head_penalty_double_backward")(*given)
+            inputs = inputs._replace(ddweight=None)
+        return On.__getattr__(self, "routed_head_penalty_double_backward")(inputs)
 
 
 MISTAKES = ["values dropped", "unwritten token", "last token missing from dW"]
