@@ -194,22 +194,22 @@ def attention_operator(
     return run(q, k, v, _narrow(mask, q), is_causal, scale)
 
 
-@operator("attention_backward", AttentionBackward)
-def attention_backward_operator(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@operator("attention_backward")
+def attention_backward_operator(inputs: AttentionBackward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(3)-(5): ``dq, dk, dv`` and ``dmask`` (no elements unless ``mask_grad``)."""
-    x = _narrowed(AttentionBackward._make(inputs))
-    dq, dk, dv, dmask = kernels(AttentionKernels, x.q).attention_backward(x)
-    return dq, dk, dv, x.q.new_empty(0) if dmask is None else dmask
+    inputs = _narrowed(inputs)
+    dq, dk, dv, dmask = kernels(AttentionKernels, inputs.q).attention_backward(inputs)
+    return dq, dk, dv, inputs.q.new_empty(0) if dmask is None else dmask
 
 
-@operator("attention_double_backward", AttentionDoubleBackward)
+@operator("attention_double_backward")
 def attention_double_backward_operator(
-    *inputs: Any,
+    inputs: AttentionDoubleBackward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(6)-(9): ``gq, gk, gv, gdo`` and ``gmask`` (no elements unless ``mask_grad``)."""
-    x = _narrowed(AttentionDoubleBackward._make(inputs))
-    gq, gk, gv, gdo, gmask = kernels(AttentionKernels, x.q).attention_double_backward(x)
-    return gq, gk, gv, gdo, x.q.new_empty(0) if gmask is None else gmask
+    inputs = _narrowed(inputs)
+    gq, gk, gv, gdo, gmask = kernels(AttentionKernels, inputs.q).attention_double_backward(inputs)
+    return gq, gk, gv, gdo, inputs.q.new_empty(0) if gmask is None else gmask
 
 
 def _narrow(mask: Tensor | None, q: Tensor) -> Tensor | None:

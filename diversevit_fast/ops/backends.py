@@ -115,7 +115,7 @@ def kernels(protocol: type[Kernels], x: Tensor) -> Kernels:
     Raises:
         UnsupportedError: the backend cannot run here, or not on this device.
     """
-    return _kernels(protocol, _chosen, x.device.type)
+    return _kernels(protocol, _chosen, x.device)
 
 
 def compile_ahead(dtype: torch.dtype) -> list[str]:
@@ -133,7 +133,8 @@ def empty_cpu_cache() -> None:
 
 
 @cache
-def _kernels(protocol: type, chosen: str, device: str) -> Any:
+def _kernels(protocol: type, chosen: str, on: torch.device) -> Any:
+    device = on.type
     name = chosen if chosen != "auto" else ("cpu" if device == "cpu" else "triton")
     backend = _BACKENDS[name]
     if reason := backend.missing():

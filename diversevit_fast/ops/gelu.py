@@ -55,18 +55,16 @@ def gelu_operator(x: Tensor, approximate: str) -> Tensor:
     return kernels(GeluKernels, x).gelu_forward(x, approximate).contiguous()
 
 
-@operator("gelu_backward", GeluBackward)
-def gelu_backward_operator(*inputs: Any) -> Tensor:
+@operator("gelu_backward")
+def gelu_backward_operator(inputs: GeluBackward) -> Tensor:
     """(26): ``dx`` like x."""
-    x = GeluBackward._make(inputs)
-    return kernels(GeluKernels, x.x).gelu_backward(x).contiguous()
+    return kernels(GeluKernels, inputs.x).gelu_backward(inputs).contiguous()
 
 
-@operator("gelu_double_backward", GeluDoubleBackward)
-def gelu_double_backward_operator(*inputs: Any) -> tuple[Tensor, Tensor]:
+@operator("gelu_double_backward")
+def gelu_double_backward_operator(inputs: GeluDoubleBackward) -> tuple[Tensor, Tensor]:
     """(26): ``gx`` and ``gdy`` like x."""
-    x = GeluDoubleBackward._make(inputs)
-    gx, gdy = kernels(GeluKernels, x.x).gelu_double_backward(x)
+    gx, gdy = kernels(GeluKernels, inputs.x).gelu_double_backward(inputs)
     return gx.contiguous(), gdy.contiguous()
 
 

@@ -116,18 +116,21 @@ def head_penalty_operator(
     return run(grads, granularity, reduction, eps)
 
 
-@operator("head_penalty_backward", HeadPenaltyBackward)
-def head_penalty_backward_operator(*inputs: Any) -> Tensor:
+@operator("head_penalty_backward")
+def head_penalty_backward_operator(inputs: HeadPenaltyBackward) -> Tensor:
     """(33)-(35): ``dgrads``."""
-    x = HeadPenaltyBackward._make(inputs)
-    return kernels(HeadPenaltyKernels, x.grads).head_penalty_backward(x)
+    return kernels(HeadPenaltyKernels, inputs.grads).head_penalty_backward(inputs)
 
 
-@operator("head_penalty_double_backward", HeadPenaltyDoubleBackward)
-def head_penalty_double_backward_operator(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+@operator("head_penalty_double_backward")
+def head_penalty_double_backward_operator(
+    inputs: HeadPenaltyDoubleBackward,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(36)-(39): ``ggrads``, ``gdpenalty``, ``gdcosines`` (no elements without the cotangent)."""
-    x = HeadPenaltyDoubleBackward._make(inputs)
-    return present(kernels(HeadPenaltyKernels, x.grads).head_penalty_double_backward(x), x.cosines)
+    return present(
+        kernels(HeadPenaltyKernels, inputs.grads).head_penalty_double_backward(inputs),
+        inputs.cosines,
+    )
 
 
 def present(results: tuple[Tensor | None, ...], like: Tensor) -> Any:

@@ -137,26 +137,26 @@ def layer_norm_operator(
     return y.contiguous(), mean, rstd
 
 
-@operator("layer_norm_backward", LayerNormBackward)
-def layer_norm_backward_operator(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+@operator("layer_norm_backward")
+def layer_norm_backward_operator(inputs: LayerNormBackward) -> tuple[Tensor, Tensor, Tensor]:
     """(14): ``dx``; ``dw`` and ``db`` (no elements unless asked for)."""
-    x = LayerNormBackward._make(inputs)
-    dx, *grads = kernels(LayerNormKernels, x.x).layer_norm_backward(x)
-    dw, db = (x.x.new_empty(0) if g is None else g for g in grads)
+    dx, *grads = kernels(LayerNormKernels, inputs.x).layer_norm_backward(inputs)
+    dw, db = (inputs.inputs.new_empty(0) if g is None else g for g in grads)
     return dx.contiguous(), dw, db
 
 
-@operator("layer_norm_double_backward", LayerNormDoubleBackward)
-def layer_norm_double_backward_operator(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+@operator("layer_norm_double_backward")
+def layer_norm_double_backward_operator(
+    inputs: LayerNormDoubleBackward,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(15)-(19): ``gx``, ``gw``, ``gdy``.
 
     No elements where no cotangent can reach: ``gx`` without ``ddx`` and ``ddw``, ``gw`` without
     ``ddx`` or unless ``weight_grad``.
     """
-    x = LayerNormDoubleBackward._make(inputs)
-    gx, gw, gdy = kernels(LayerNormKernels, x.x).layer_norm_double_backward(x)
-    gx = x.x.new_empty(0) if gx is None else gx.contiguous()
-    return gx, x.x.new_empty(0) if gw is None else gw, gdy.contiguous()
+    gx, gw, gdy = kernels(LayerNormKernels, inputs.x).layer_norm_double_backward(inputs)
+    gx = inputs.inputs.new_empty(0) if gx is None else gx.contiguous()
+    return gx, inputs.inputs.new_empty(0) if gw is None else gw, gdy.contiguous()
 
 
 @layer_norm_operator.register_fake

@@ -114,21 +114,21 @@ def routed_head_penalty_operator(
     return run(grad_qkv, weight, granularity, reduction, eps)
 
 
-@operator("routed_head_penalty_backward", RoutedHeadPenaltyBackward)
-def routed_head_penalty_backward_operator(*inputs: Any) -> tuple[Tensor, Tensor]:
+@operator("routed_head_penalty_backward")
+def routed_head_penalty_backward_operator(
+    inputs: RoutedHeadPenaltyBackward,
+) -> tuple[Tensor, Tensor]:
     """(42): ``dgrad_qkv`` and ``dweight``."""
-    x = RoutedHeadPenaltyBackward._make(inputs)
-    return kernels(RoutedHeadPenaltyKernels, x.grad_qkv).routed_head_penalty_backward(x)
+    return kernels(RoutedHeadPenaltyKernels, inputs.grad_qkv).routed_head_penalty_backward(inputs)
 
 
-@operator("routed_head_penalty_double_backward", RoutedHeadPenaltyDoubleBackward)
+@operator("routed_head_penalty_double_backward")
 def routed_head_penalty_double_backward_operator(
-    *inputs: Any,
+    inputs: RoutedHeadPenaltyDoubleBackward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(43)-(45): ``ggrad_qkv``, ``gweight``, and ``gdpenalty``, ``gdcosines`` or no elements."""
-    x = RoutedHeadPenaltyDoubleBackward._make(inputs)
-    run = kernels(RoutedHeadPenaltyKernels, x.grad_qkv).routed_head_penalty_double_backward
-    return present(run(x), x.cosines)
+    run = kernels(RoutedHeadPenaltyKernels, inputs.grad_qkv).routed_head_penalty_double_backward
+    return present(run(inputs), inputs.cosines)
 
 
 @routed_head_penalty_operator.register_fake

@@ -19,7 +19,7 @@ from tools.kernel_analysis import cases as workloads  # noqa: E402
 from tools.kernel_analysis import compile_report, compiling, machine_code  # noqa: E402
 from tools.kernel_analysis.chips import CHIPS, resident  # noqa: E402
 from tools.kernel_analysis.compiling import Workload  # noqa: E402
-from tools.kernel_analysis.operators import folder  # noqa: E402, with_flat_arguments
+from tools.kernel_analysis.operators import folder, with_flat_arguments  # noqa: E402, with_flat_arguments
 
 
 @triton.jit
