@@ -157,15 +157,15 @@ def attention_backward_few_queries_kernel(
         i, j = rows[:, None], cols[None, :]
         k = load_qk(args.k, b, h, cols, args.Nk, const)
         v = load_v(args.v, b, h, cols, args.Nk, const)
-        dp = value_product(do, v, const)
         if ALL_KEYS_IN_TILE:
             p = probabilities_of_all_keys(q, k, top, args, b, h, i, j, scale, const)
+            dp = value_product(do, v, const)
             own_delta = tl.sum(p * dp, 1)
             store_statistic(stats.delta, args, b, h, rows, own_delta)
             ds = p * (dp - own_delta[:, None])
         else:
             p = probabilities(q, k, top, share, args, b, h, i, j, scale, const)
-            ds = p * (dp - delta[:, None])
+            ds = p * (value_product(do, v, const) - delta[:, None])
         sums = add_dot(sums, ds, k.tile, const.PRECISION)
         dk_tile = add_dot(zeros_qk(BLOCK_N, const), tl.trans(ds), q.tile, const.PRECISION)
         dv_tile = add_dot(zeros_v(BLOCK_N, const), tl.trans(p), do.tile, const.PRECISION)
