@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import Job, Provider, eager_of
-from tests.helpers.oracles import assert_within_budget
+from diversevit_fast.testing import assert_within_budget
 
 
 class Spec(NamedTuple):
