@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: gates bite, rounds interleave, reports hold the recorded numbers."""
+"""The benchmarks measure what they say: checks bite, rounds interleave, reports hold the recorded numbers."""
 
 import json
 import os
@@ -10,42 +10,50 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import report, steps
 from benchmarks.cases import all_cases, operator_cases, step_cases
-from benchmarks.registry import PROVIDERS, Provider
-from benchmarks.runner import Board, Case, ReplayClock, gated, interleaved, peak_bytes, workload_of
+from benchmarks.registry import BWD, DOUBLE_BWD, FWD, IMPLEMENTATIONS, Implementation
+from benchmarks.runner import (
+    Case,
+    ReplayClock,
+    Runner,
+    checked,
+    interleaved,
+    peak_bytes,
+    workload_of,
+)
 
 ROOT = Path(__file__).parents[2]
-TINY = [case for case in all_cases(tiny=True) if not case.provider.compiled]
+TINY = [case for case in all_cases(tiny=True) if not case.implementation.compiled]
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
-def test_every_row_runs_and_passes_its_gate(case):
-    if case.spec.stage == "all-layers step":
+def test_every_row_runs_and_passes_its_check(case):
+    if case.spec.workload == "all-layers step":
         pytest.importorskip("timm")
     workload = workload_of(case.spec)
-    if reason := case.provider.missing(workload.like):
+    if reason := case.implementation.missing(workload.like):
         pytest.skip(reason)
-    gated(workload, case.provider)
+    checked(workload, case.implementation)
 
 
 @pytest.mark.slow
-def test_the_compiled_row_runs_and_passes_its_gate():
+def test_the_compiled_row_runs_and_passes_its_check():
     (case,) = [
         c
         for c in operator_cases("attention", dtypes=[torch.float32], tiny=True)
-        if c.provider.compiled
+        if c.implementation.compiled
     ]
     workload = workload_of(case.spec)
-    if reason := case.provider.missing(workload.like):
+    if reason := case.implementation.missing(workload.like):
         pytest.skip(reason)
-    gated(workload, case.provider)
+    checked(workload, case.implementation)
 
 
-def row_of(stage: str, order: str) -> Case:
-    rows = operator_cases(stage, dtypes=[torch.float32], tiny=True)
-    return next(c for c in rows if c.spec.order == order and c.provider.name == "ours")
+def row_of(operator: str, order: str) -> Case:
+    rows = operator_cases(operator, dtypes=[torch.float32], tiny=True)
+    return next(c for c in rows if c.spec.order == order and c.implementation.name == "ours")
 
 
 WRONG = {
@@ -56,59 +64,57 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("stage", ["attention", "layer_norm", "gelu"])
-@pytest.mark.parametrize("order", ["d0+d1", "d0+d1+d2"])
+@pytest.mark.parametrize("operator", ["attention", "layer_norm", "gelu"])
+@pytest.mark.parametrize("order", [BWD, DOUBLE_BWD])
 @pytest.mark.parametrize("how", WRONG)
-def test_the_gate_bites(stage, order, how):
-    case = row_of(stage, order)
-    wrong = replace(case.provider, function=WRONG[how](case.provider.function))
+def test_the_check_bites(operator, order, how):
+    case = row_of(operator, order)
+    wrong = replace(case.implementation, function=WRONG[how](case.implementation.function))
     workload = workload_of(case.spec)
-    gated(workload, case.provider)
+    checked(workload, case.implementation)
     with pytest.raises(AssertionError):
-        gated(workload, wrong)
+        checked(workload, wrong)
 
 
 @pytest.mark.parametrize("missing", range(4), ids=["gq", "gk", "gv", "gdo"])
-def test_the_gate_wants_every_result(missing):
-    case = row_of("attention", "d0+d1+d2")
+def test_the_check_wants_every_result(missing):
+    case = row_of("attention", DOUBLE_BWD)
     workload = workload_of(case.spec)
-    results = list(workload.job(case.provider)())
-    workload.check(tuple(results))
+    results = list(workload.job(case.implementation)())
+    workload.check(case.implementation, tuple(results))
     with pytest.raises(ValueError, match="zip"):
-        workload.check(tuple(results[:3]))
+        workload.check(case.implementation, tuple(results[:3]))
     results[missing] = torch.zeros_like(results[missing])
     with pytest.raises(AssertionError, match="exceeds budget"):
-        workload.check(tuple(results))
+        workload.check(case.implementation, tuple(results))
 
 
-def test_the_gate_of_steps_bites(monkeypatch):
-    from benchmarks import steps as step_workload
-
+def test_the_check_of_steps_bites(monkeypatch):
     (ours, *_) = step_cases("paper step", tiny=True)
     workload = workload_of(ours.spec)
-    gated(workload, ours.provider)
-    losses = step_workload.STEPS["paper step"]
+    checked(workload, ours.implementation)
+    losses = steps.STEPS["paper step"]
     assert losses["ours"][1] is losses["published loop"][0]
     monkeypatch.setitem(losses, "ours", (losses["erm"][0], losses["ours"][1]))
     with pytest.raises(AssertionError, match="ours"):
-        gated(workload, ours.provider)
+        checked(workload, ours.implementation)
 
 
-def test_a_wrong_provider_has_no_number_and_the_others_do():
-    case = row_of("gelu", "d0")
-    wrong = Case(case.spec, Provider("wrong", torch.relu))
-    board = Board({case.spec.group: [case, wrong]}, rounds=3)
+def test_a_wrong_implementation_has_no_number_and_the_others_do():
+    case = row_of("gelu", FWD)
+    wrong = Case(case.spec, Implementation("wrong", torch.relu))
+    runner = Runner({case.spec.group: [case, wrong]}, rounds=3)
     with pytest.raises(AssertionError):
-        board.outcome(wrong)
-    found = board.outcome(case)
+        runner.outcome(wrong)
+    found = runner.outcome(case)
     assert len(found.seconds) == 3
     assert all(taken > 0 for taken in found.seconds)
 
 
-def test_first_order_providers_have_no_second_order_row():
+def test_first_order_implementations_have_no_second_order_row():
     for case in TINY:
-        assert not (case.provider.first_order_only and case.spec.order == "d0+d1+d2")
-    assert any(p.first_order_only for p in PROVIDERS["attention"])
+        assert not (case.implementation.first_order_only and case.spec.order == DOUBLE_BWD)
+    assert any(p.first_order_only for p in IMPLEMENTATIONS["attention"])
 
 
 def test_rounds_interleave_after_a_warm_up():
@@ -236,7 +242,7 @@ def test_the_suite_writes_what_the_report_reads(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = report.read(path)
-    assert {row.provider for row in rows} == {"ours", "eager"}
+    assert {row.implementation for row in rows} == {"ours", "eager"}
     assert all(len(row.times) == 2 and row.median > 0 for row in rows)
     assert all(row.info["commit"] and row.info["shape"] and row.info["dtype"] for row in rows)
     assert report.markdown(rows).count("| ours |") == 1
