@@ -4,7 +4,8 @@
     python -m benchmarks.report benchmarks/results/<device>.json [--readme]
 
 Prints Markdown: a table per stage, times over ours, and the conditions; writes the same, and one picture per stage,
-next to the JSON file. ``--readme`` puts a summary of one line per group between README.md's markers of that device.
+next to the JSON file. ``--readme`` puts a summary of one line per group between the markers of that device in
+``docs/benchmarks.md``, and the eight rows of ``front_page`` between those of ``README.md``.
 """
 
 import argparse
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from . import front_page
 
 ROOT = Path(__file__).parents[1]
 CONDITIONS = ("device", "cores", "threads", "torch", "triton", "cuda", "python", "commit")
@@ -50,7 +53,7 @@ class Row:
 
 
 def markers(device: str) -> tuple[str, str]:
-    """The lines around the README's summary of ``benchmarks/results/<device>.json``."""
+    """The lines around the summary of ``benchmarks/results/<device>.json``."""
     return f"<!-- {device}:begin -->", f"<!-- {device}:end -->"
 
 
@@ -119,8 +122,8 @@ def summary(rows: Sequence[Row], full: str) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     note = (
-        "Times of others, and eager's peak memory, are over ours: above 1, ours is faster, or smaller. "
-        f"Every row, with spreads: `{full}`."
+        "Columns show time relative to this library (2.0: this library is twice as fast); the last column "
+        f"shows eager's peak memory relative to ours. Every row, with spreads: `{full}`."
     )
     return "\n".join([*lines, "", f"{note} {conditions(rows)}"]) + "\n"
 
@@ -175,7 +178,7 @@ def conditions(rows: Sequence[Row]) -> str:
     spread = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     return (
         f"Median of {spread} interleaved rounds in one process; {', '.join(told)}. Peak memory is above "
-        "what was there before, from a run of its own. Every row passed its gate against float64 eager first."
+        "what was there before, from a run of its own. Every row passed its check against float64 eager first."
     )
 
 
@@ -216,7 +219,7 @@ def plot(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def between_markers(text: str, tables: str, device: str, where: str = "README.md") -> str:
+def between_markers(text: str, tables: str, device: str, where: str) -> str:
     """``text`` with everything between the markers of ``device`` replaced.
 
     Raises:
@@ -229,13 +232,27 @@ def between_markers(text: str, tables: str, device: str, where: str = "README.md
     return f"{head}{begin}\n{tables}{end}{rest.partition(end)[2]}"
 
 
+def _rewrite(path: Path, tables: str, name: str) -> None:
+    """Put ``tables`` between the markers of ``name`` in the page at ``path``."""
+    text = path.read_text(encoding="utf-8")
+    path.write_text(between_markers(text, tables, name, path.name), encoding="utf-8")
+
+
+def recorded() -> dict[str, list[Row]]:
+    """The rows of every device that the front page shows."""
+    return {
+        device: read(ROOT / f"benchmarks/results/{device}.json") for device in front_page.DEVICES
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("results", type=Path, help="what --benchmark-json wrote")
-    parser.add_argument("--readme", action="store_true", help="rewrite the summary in the README")
-    parser.add_argument("--readme-path", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--readme", action="store_true", help="rewrite the tables of the pages")
+    parser.add_argument("--readme-path", type=Path, default=ROOT / "docs/benchmarks.md")
+    parser.add_argument("--front-path", type=Path, default=ROOT / "README.md")
     parser.add_argument("--plots", type=Path, help="folder of the pictures; default: the results'")
     options = parser.parse_args(arguments)
     try:
@@ -244,10 +261,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         page = options.results.with_suffix(".md")
         page.write_text(tables, encoding="utf-8")
         if options.readme:
-            text = options.readme_path.read_text(encoding="utf-8")
-            short = summary(rows, f"benchmarks/results/{page.name}")
-            new = between_markers(text, short, page.stem, options.readme_path.name)
-            options.readme_path.write_text(new, encoding="utf-8")
+            _rewrite(
+                options.readme_path, summary(rows, f"benchmarks/results/{page.name}"), page.stem
+            )
+            if page.stem in front_page.DEVICES:
+                _rewrite(options.front_path, front_page.table(recorded()), "front")
     except ReportError as error:
         print(error, file=sys.stderr)
         return 1

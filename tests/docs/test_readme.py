@@ -1,87 +1,128 @@
-"""The README is true: its code runs, its commands exist, its numbers are recorded ones."""
+"""The numbers and pictures of the documentation are the recorded ones."""
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from tools.docs import pipeline
+from benchmarks import front_page, report
+from tests.helpers.pages import PAGES, ROOT
+from tools.docs import pipeline, support
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-@pytest.mark.parametrize("code", BLOCKS, ids=[f"block-{i}" for i in range(len(BLOCKS))])
-def test_code_blocks_run(code):
-    prelude = "import warnings; warnings.simplefilter('ignore')\n"
-    run = subprocess.run(
-        [sys.executable, "-c", prelude + code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
+BENCHMARKS = PAGES["docs/benchmarks.md"]
 
 
-def test_there_are_code_blocks():
-    assert len(BLOCKS) >= 2
+def between(text: str, name: str) -> str:
+    """What stands between the markers of ``name``, which are there once."""
+    begin, end = report.markers(name)
+    assert text.count(begin) == text.count(end) == 1
+    return text.partition(begin)[2].partition(end)[0]
 
 
-def test_commands_exist():
-    from typer.testing import CliRunner
-
-    from diversevit_fast.experiment.cli import app
-
-    named = set(re.findall(r"diversevit ((?:data )?[a-z-]+)", README)) - {"data"}
-    assert {"run", "doctor"} <= named
-    for command in named:
-        result = CliRunner().invoke(app, [*command.split(), "--help"])
-        assert result.exit_code == 0, command
+def recorded(name: str) -> dict:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text("utf-8"))
 
 
 def test_step_table_is_the_recorded_result():
-    """The table of the README holds the ratios of benchmarks/results, not others."""
-    rows = json.loads((ROOT / "benchmarks/results/paper_step.json").read_text())["rows"]
-    for name, row in rows.items():
-        assert f"| {name} | {row['median_ms']:.0f} ms | {row['ratio']:.2f} |" in README, name
+    """The table holds the ratios of benchmarks/results, not others."""
+    for name, row in recorded("paper_step")["rows"].items():
+        assert f"| {name} | {row['median_ms']:.0f} ms | {row['ratio']:.2f} |" in BENCHMARKS, name
 
 
 def test_memory_table_is_the_recorded_result():
-    peaks = json.loads((ROOT / "benchmarks/results/memory.json").read_text())["peak"]
-    for workload, rows in peaks.items():
+    for workload, rows in recorded("memory")["peak"].items():
         base = next(iter(rows.values()))
         for name, n in rows.items():
             label = f"{workload.removeprefix('all-layers ')}: {name}"
-            assert f"| {label} | {n / 2**20:.0f} MiB | {n / base:.2f} |" in README, label
+            assert f"| {label} | {n / 2**20:.0f} MiB | {n / base:.2f} |" in BENCHMARKS, label
 
 
 def test_selection_is_the_recorded_result():
-    found = json.loads((ROOT / "benchmarks/results/selection.json").read_text("utf-8"))
+    found = recorded("selection")
     assert (found["choices"], found["batch"]) == (63, 8)
-    assert f"takes {found['rows']['select_heads']['ratio']} of the time" in README
+    text = " ".join(PAGES["docs/heads.md"].split())
+    assert f"takes {found['rows']['select_heads']['ratio']} of the time" in text
 
 
 def test_amortised_table_is_the_recorded_result():
     from benchmarks.scripts.amortised import table
 
-    recorded = json.loads((ROOT / "benchmarks/results/amortised.json").read_text("utf-8"))
-    assert f"\n\n{table(recorded)}\n\n" in README
+    assert f"\n\n{table(recorded('amortised'))}\n\n" in BENCHMARKS
 
 
 @pytest.mark.parametrize("device", ["cpu", "h200"])
 def test_benchmark_summary_is_the_recorded_result(device):
-    from benchmarks import report
-
     rows = report.read(ROOT / f"benchmarks/results/{device}.json")
-    begin, end = report.markers(device)
-    told = README.partition(begin)[2].partition(end)[0]
+    told = between(BENCHMARKS, device)
     assert told == "\n" + report.summary(rows, f"benchmarks/results/{device}.md")
 
 
+def test_front_page_is_the_recorded_result():
+    assert between(PAGES["README.md"], "front") == "\n" + front_page.table(report.recorded())
+
+
+def test_front_page_shows_what_is_slower():
+    """Eight rows of the same operators on every device; a speed below 1 is there, and marked."""
+    rows = report.recorded()
+    lines = front_page.table(rows).splitlines()[2:10]
+    assert len(lines) == len(front_page.LINES) == 8
+    for line, text in zip(front_page.LINES, lines, strict=True):
+        for device in front_page.DEVICES:
+            shown = [row for row in rows[device] if line.shows(row)]
+            if not shown:
+                assert (device, line.graph) == ("cpu", True)
+                continue
+            speed = front_page.speed(line, rows[device])
+            assert (f"**{speed:.2f}**" if speed < 0.995 else f"| {speed:.2f} |") in text
+    assert any("**" in line for line in lines)
+
+
+def test_figures_of_the_gpu_page_are_the_recorded_ones():
+    """What the prose says of the H200: memory, speed, and the step in a CUDA graph."""
+    text = " ".join(PAGES["docs/gpu.md"].split())
+    rows = report.read(ROOT / "benchmarks/results/h200.json")
+    graph = {
+        row.provider: 1e3 * row.median
+        for row in rows
+        if row.group.endswith("CUDA graph") and "ViT-S" in row.group
+    }
+    assert (
+        f"takes {graph['ours']:.1f} ms, against {graph['eager']:.0f} in eager's own CUDA graph and "
+        f"{graph['erm']:.0f} for ERM" in text
+    )
+    speeds = {}
+    for row in rows:
+        if row.provider == "eager" and row.order == "d0+d1+d2":
+            speeds.setdefault(row.stage, []).append(row.ratio)
+    routed, norm = speeds["routed_head_penalty"], speeds["layer_norm"]
+    assert f"The routed penalty takes 1/{min(routed):.1f} to 1/{max(routed):.1f}" in text
+    assert f"LayerNorm 1/{min(norm):.1f} to 1/{max(norm):.1f}" in text
+    plain = speeds["head_penalty"]
+    assert f"the head penalty 1/{min(plain):.0f} to 1/{max(plain):.0f}" in text
+
+
+def test_the_number_of_models_is_the_tested_one():
+    models = json.loads(support.RESULTS.read_text("utf-8"))["models"]
+    assert f"{len(models)} models of timm" in " ".join(PAGES["README.md"].split())
+
+
 def test_picture_is_drawn_by_its_script():
-    assert (ROOT / "docs/pipeline.svg").read_text(encoding="utf-8") == pipeline.draw()
+    assert pipeline.PICTURE.read_text(encoding="utf-8") == pipeline.draw()
+
+
+def test_the_picture_names_files_that_do_it():
+    """Each step's file exists and holds what the step is about; the last one is the user's."""
+    boxes = [box for boxes in pipeline.LANES.values() for box in boxes]
+    *ours, last = boxes
+    assert last.file == "your training loop"
+    for box in ours:
+        assert (ROOT / "diversevit_fast" / box.file).is_file(), box.file
+    assert len(ElementTree.fromstring(pipeline.draw())) > 3 * len(boxes)
+
+
+def test_equations_are_those_of_the_code():
+    """The formula of the front page divides by B, N and H squared, as the reference does by default."""
+    formula = re.search(r"```math\n(.*?)```", PAGES["README.md"], re.DOTALL)
+    assert formula is not None
+    assert r"\frac{1}{B N H^2}" in formula[1]

@@ -1,6 +1,5 @@
-"""``dvf.supported``, and the README's tables of what is."""
+"""Tests of ``dvf.supported``, and of the documentation's tables of what is supported."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,32 +10,25 @@ import diversevit_fast as dvf
 from diversevit_fast.errors import UsageError
 from tests.helpers.vits import timm_vit
 from tests.helpers.zoo import ZOO
+from tools.docs import support
 
 DOCS = Path(__file__).parents[2] / "docs"
-
-
-def support_script():
-    spec = importlib.util.spec_from_file_location(
-        "support_script", DOCS.parent / "tools/docs/support.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def recorded():
     return json.loads((DOCS / "support.json").read_text("utf-8"))
 
 
-def test_the_readme_shows_what_was_recorded():
-    script = support_script()
-    readme = script.README.read_text("utf-8")
-    assert script.between(readme, script.markdown(recorded())) == readme
+@pytest.mark.parametrize("name", support.PAGES)
+def test_the_pages_show_what_was_recorded(name):
+    page = support.PAGES[name].read_text("utf-8")
+    assert page.count(f"<!-- {name}:begin -->") == page.count(f"<!-- {name}:end -->") == 1
+    assert support.between(page, name, support.markdown(recorded())[name]) == page
 
 
 def test_what_was_recorded_is_what_the_tests_ask_for():
     """Every model and use of the zoo, refused where it must be; every system; nothing failed."""
-    uses = support_script().USES
+    uses = support.USES
     expect = {
         name: {use: "refused" if use in entry.refused else "right" for use in uses}
         for name, entry in ZOO.items()
@@ -52,21 +44,18 @@ def test_what_was_recorded_is_what_the_tests_ask_for():
 
 
 def test_a_failed_test_is_shown():
-    said = [
-        ({"model": "a", "use": use, "outcome": "right"}, use == "mask")
-        for use in support_script().USES
-    ]
+    said = [({"model": "a", "use": use, "outcome": "right"}, use == "mask") for use in support.USES]
     said += [({"system": "b\tright"}, True), ({"system": "b\tright"}, False)]
-    text = support_script().markdown(support_script().tables(said))
-    assert "| a | yes | yes | FAILED | yes |" in text
-    assert "| b | failed |" in text
+    text = support.markdown(support.tables(said))
+    assert "| a | yes | yes | FAILED | yes |" in text["models"]
+    assert "| b | failed |" in text["systems"]
 
 
 def test_supported():
     model = timm_vit()
     layers = dvf.supported(model)
     assert [layer.name for layer in layers] == [f"blocks.{i}.attn" for i in range(3)]
-    assert all(layer.allows(use) for layer in layers for use in support_script().USES)
+    assert all(layer.allows(use) for layer in layers for use in support.USES)
     assert str(layers[0]).startswith("0 blocks.0.attn (Attention, 3 heads): wrt='input': yes")
     model.blocks[1].attn.gate = nn.Identity()
     assert not dvf.supported(model)[1].allows("prune")

@@ -1,62 +1,143 @@
-"""Draws ``docs/pipeline.svg``, the picture in the README: ``python tools/docs/pipeline.py``."""
+"""Draw ``docs/pipeline.svg``, what happens in a training step: ``python -m tools.docs.pipeline``."""
 
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 from xml.sax.saxutils import escape
 
-STAGES = [
-    ("attention", "o_h = P_h v_h", "ops/attention.py"),
-    ("capture", "qkv, o_h of a layer", "capture.py"),
-    ("head gradients", "one backward: r_h = ∂p*/∂qkv_h", "head_gradients.py"),
-    ("Gram", "u_h = r_h W_h, cosines", "ops/routed_head_penalty.py"),
-    ("penalty", "mean of squared cosines", "diversity.py"),
-    ("second order", "d0 → d1 → d2, O(N) memory", "ops/ladder.py"),
-]
-WIDTH, HEIGHT, GAP, MARGIN = 236, 92, 36, 12
-COLUMNS = 3
+PICTURE = Path(__file__).parents[2] / "docs/pipeline.svg"
+
+
+class Box(NamedTuple):
+    """One step: its name, two lines that say what happens, and the file that does it."""
+
+    name: str
+    lines: tuple[str, str]
+    file: str
+
+
+LANES = {
+    "with diversity:  logits = model(images)": (
+        Box(
+            "attach",
+            ("each chosen attention module", "gets a wrapping class"),
+            "attachment/attachment.py",
+        ),
+        Box(
+            "capture",
+            ("the layer's qkv is kept in the", "context, with its graph"),
+            "penalty/head_diversity.py",
+        ),
+        Box(
+            "operators",
+            ("attention, LayerNorm, GELU from", "here up: twice differentiable"),
+            "ops/attention.py",
+        ),
+        Box(
+            "leave",
+            ("the classes are restored,", "the graph stays"),
+            "attachment/attachment.py",
+        ),
+    ),
+    "penalty = diversity.penalty(logits)": (
+        Box(
+            "prediction", ("p* = the largest logit", "of each sample"), "penalty/head_gradients.py"
+        ),
+        Box(
+            "head gradients",
+            ("one backward pass, all heads:", "r_h = ∂p*/∂qkv_h"),
+            "penalty/head_gradients.py",
+        ),
+        Box(
+            "Gram matrices",
+            ("u_h = r_h W_h; per token,", "C = cosines of u_h and u_h'"),
+            "ops/routed_head_penalty.py",
+        ),
+        Box(
+            "penalty",
+            ("R = mean of C², counting", "pairs of different heads"),
+            "ops/routed_head_penalty.py",
+        ),
+    ),
+    "loss = cross_entropy + 100 * penalty;  loss.backward()": (
+        Box(
+            "backward of R",
+            ("through Gram matrices,", "to the head gradients"),
+            "ops/routed_head_penalty.py",
+        ),
+        Box(
+            "double backward",
+            ("of attention, LayerNorm, GELU", "from the layer up, O(N) memory"),
+            "ops/autograd.py",
+        ),
+        Box("backward", ("of the whole model,", "as without the penalty"), "ops/autograd.py"),
+        Box("gradients", ("of every parameter,", "for any optimizer"), "your training loop"),
+    ),
+}
+WIDTH, HEIGHT, GAP, MARGIN, HEADING = 232, 104, 30, 14, 34
+INK, LINE, FILL = "#14283c", "#47617a", "#eef3f8"
 
 
 def draw() -> str:
-    """The SVG: boxes in two rows, arrows in reading order."""
-    rows = -(-len(STAGES) // COLUMNS)
-    total = (
-        2 * MARGIN + COLUMNS * WIDTH + (COLUMNS - 1) * GAP,
-        2 * MARGIN + rows * HEIGHT + (rows - 1) * GAP,
-    )
-    corners = [
-        (MARGIN + (i % COLUMNS) * (WIDTH + GAP), MARGIN + (i // COLUMNS) * (HEIGHT + GAP))
-        for i in range(len(STAGES))
-    ]
+    """The SVG: a lane for each line of the user's code, its steps as boxes from left to right."""
+    columns = max(map(len, LANES.values()))
+    width = 2 * MARGIN + columns * WIDTH + (columns - 1) * GAP
+    lane_height = HEADING + HEIGHT + GAP // 2
+    height = 2 * MARGIN + len(LANES) * lane_height - GAP // 2
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total[0]} {total[1]}" '
-        f'width="{total[0]}" height="{total[1]}" font-family="Helvetica, Arial, sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" font-family="Helvetica, Arial, sans-serif">',
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
-        'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="#47617a"/></marker></defs>',
-        f'<rect width="{total[0]}" height="{total[1]}" fill="#ffffff"/>',
+        f'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="{LINE}"/></marker></defs>',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
     ]
-    for (x, y), (name, formula, file) in zip(corners, STAGES, strict=True):
-        middle = x + WIDTH / 2
-        parts += [
-            f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="8" fill="#eef3f8" '
-            'stroke="#47617a"/>',
-            f'<text x="{middle}" y="{y + 30}" text-anchor="middle" font-size="18" '
-            f'font-weight="bold" fill="#14283c">{escape(name)}</text>',
-            f'<text x="{middle}" y="{y + 54}" text-anchor="middle" font-size="14" '
-            f'fill="#14283c">{escape(formula)}</text>',
-            f'<text x="{middle}" y="{y + 77}" text-anchor="middle" font-size="12" '
-            f'font-family="monospace" fill="#47617a">{escape(file)}</text>',
-        ]
-    for i, ((x, y), (x2, y2)) in enumerate(pairwise(corners)):
-        if (i + 1) % COLUMNS:
-            path = f"M{x + WIDTH} {y + HEIGHT / 2}H{x2 - 2}"
-        else:
-            half = y + HEIGHT + GAP / 2
-            path = f"M{x + WIDTH / 2} {y + HEIGHT}V{half}H{x2 + WIDTH / 2}V{y2 - 2}"
-        parts.append(
-            f'<path d="{path}" fill="none" stroke="#47617a" stroke-width="2" marker-end="url(#tip)"/>'
-        )
+    for i, (code, boxes) in enumerate(LANES.items()):
+        parts += _lane(code, boxes, MARGIN + i * lane_height)
     return "\n".join([*parts, "</svg>", ""])
 
 
+def _lane(code: str, boxes: tuple[Box, ...], top: int) -> list[str]:
+    """The code as a heading, the boxes below it, and the arrows between them."""
+    parts = [_text(MARGIN, top + 20, 15, code, "monospace", anchor="start")]
+    corners = [MARGIN + i * (WIDTH + GAP) for i in range(len(boxes))]
+    for x, box in zip(corners, boxes, strict=True):
+        parts += _box(box, x, top + HEADING)
+    middle = top + HEADING + HEIGHT // 2
+    parts += [
+        f'<path d="M{x + WIDTH} {middle}H{following - 2}" stroke="{LINE}" stroke-width="2" '
+        'marker-end="url(#tip)"/>'
+        for x, following in pairwise(corners)
+    ]
+    return parts
+
+
+def _box(box: Box, x: int, y: int) -> list[str]:
+    middle = x + WIDTH // 2
+    frame = f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="8" fill="{FILL}" stroke="{LINE}"/>'
+    return [
+        frame,
+        _text(middle, y + 27, 17, box.name, weight="bold"),
+        _text(middle, y + 49, 13, box.lines[0]),
+        _text(middle, y + 68, 13, box.lines[1]),
+        _text(middle, y + 91, 12, box.file, "monospace", color=LINE),
+    ]
+
+
+def _text(
+    x: int,
+    y: int,
+    size: int,
+    text: str,
+    family: str = "inherit",
+    weight: str = "normal",
+    anchor: str = "middle",
+    color: str = INK,
+) -> str:
+    return (
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}" '
+        f'font-family="{family}" fill="{color}">{escape(text)}</text>'
+    )
+
+
 if __name__ == "__main__":
-    (Path(__file__).parents[2] / "docs/pipeline.svg").write_text(draw(), encoding="utf-8")
+    PICTURE.write_text(draw(), encoding="utf-8")

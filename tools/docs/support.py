@@ -1,8 +1,8 @@
-"""The README's two tables of what is supported, made of what the tests said.
+"""Write the tables of what is supported, in ``docs/models.md`` and ``docs/systems.md``, from outcomes of tests.
 
-``python tools/docs/support.py`` runs the tests that attach to every library and combine every training system, keeps
-what each said in ``docs/support.json``, and writes the tables between the README's markers. A row whose
-test failed is shown as failed.
+``python -m tools.docs.support`` runs the tests that attach to every library and combine every training system, keeps
+their outcomes in ``docs/support.json``, and writes the tables between the pages' markers. A row whose test failed is
+shown as failed.
 """
 
 import json
@@ -14,15 +14,15 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs/support.json"
-README = ROOT / "README.md"
+PAGES = {"models": ROOT / "docs/models.md", "systems": ROOT / "docs/systems.md"}
+"""The page of each table, which holds ``<!-- models:begin -->`` and so on."""
 TESTS = ("tests/attachment/test_zoo.py", "tests/attachment/test_systems.py")
 USES = ("wrt='input'", "wrt='output'", "mask", "prune")
-BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
 Tables = dict[str, dict]
 
 
 def run() -> Tables:
-    """What every test said: models {name: {use: outcome}}, systems {row: outcome}."""
+    """Run the tests and return their outcomes: models {name: {use: outcome}}, systems {row: outcome}."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", *TESTS]
@@ -40,7 +40,7 @@ def failed(case: ElementTree.Element) -> bool:
 
 
 def tables(said: list[tuple[dict[str, str], bool]]) -> Tables:
-    """The tests' properties and failures, by row; a row is as bad as the worst of its tests."""
+    """Sort the tests' properties and failures by row; a row is as bad as the worst of its tests."""
     found: Tables = {"models": {}, "systems": {}}
     for properties, bad in said:
         if "model" in properties:
@@ -53,25 +53,28 @@ def tables(said: list[tuple[dict[str, str], bool]]) -> Tables:
     return found
 
 
-def markdown(found: Tables) -> str:
-    """Both tables; "yes" is right to rounding, "no" is refused in one line."""
+def markdown(found: Tables) -> dict[str, str]:
+    """Both tables, by the names of ``PAGES``; "yes" is right to rounding, "no" is refused in one line."""
     words = {"right": "yes", "refused": "no", "failed": "FAILED"}
-    lines = [f"| model | {' | '.join(f'`{use}`' for use in USES)} |", "|---|---|---|---|---|"]
+    models = [f"| model | {' | '.join(f'`{use}`' for use in USES)} |", "|---|---|---|---|---|"]
     for name in sorted(found["models"], key=str.casefold):
         row = found["models"][name]
-        lines.append(f"| {name} | {' | '.join(words[row[use]] for use in USES)} |")
-    lines += ["", "| combined with | |", "|---|---|"]
-    lines += [f"| {name} | {outcome} |" for name, outcome in found["systems"].items()]
-    return "\n".join(lines)
+        models.append(f"| {name} | {' | '.join(words[row[use]] for use in USES)} |")
+    systems = ["| combined with | |", "|---|---|"]
+    systems += [f"| {name} | {outcome} |" for name, outcome in found["systems"].items()]
+    return {"models": "\n".join(models), "systems": "\n".join(systems)}
 
 
-def between(readme: str, text: str) -> str:
-    """``readme`` with ``text`` between the markers."""
-    before, _, rest = readme.partition(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
+def between(page: str, name: str, table: str) -> str:
+    """``page`` with ``table`` between the markers of ``name``."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
 
 
 if __name__ == "__main__":
     results = run()
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    README.write_text(between(README.read_text("utf-8"), markdown(results)), encoding="utf-8")
+    for name, table in markdown(results).items():
+        text = between(PAGES[name].read_text("utf-8"), name, table)
+        PAGES[name].write_text(text, encoding="utf-8")
