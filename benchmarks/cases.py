@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.registry import IMPLEMENTATIONS, ORDERS
+from benchmarks.orders import ORDERS
+from benchmarks.registry import IMPLEMENTATIONS
 from benchmarks.runner import Case
 from benchmarks.steps import STEPS, StepSpec, step_implementations
 from benchmarks.workloads import OperatorSpec

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diversevit_fast as dvf
+from benchmarks.orders import DOUBLE_BWD
 from diversevit_fast.ops import reference
 
-FWD, BWD, DOUBLE_BWD = ORDERS = ("fwd", "fwd+bwd", "fwd+bwd+double bwd")
 Job = Callable[[], tuple[Tensor, ...]]
 
 

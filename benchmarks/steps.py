@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import diversevit_fast as dvf
 from benchmarks.baselines import Stock, TwiceDifferentiableStock, published_penalty
-from benchmarks.registry import DOUBLE_BWD, Implementation, Job
+from benchmarks.orders import DOUBLE_BWD
+from benchmarks.registry import Implementation, Job
 from diversevit_fast.models import DiverseViT
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.registry import BWD, FWD, Implementation, Job, eager_of
+from benchmarks.orders import BWD, FWD
+from benchmarks.registry import Implementation, Job, eager_of
 from diversevit_fast.testing import assert_within_budget
 
 

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.registry import DOUBLE_BWD, named
+from benchmarks.orders import DOUBLE_BWD
+from benchmarks.registry import named
 from benchmarks.runner import peak_bytes
 from benchmarks.steps import StepSpec, StepWorkload, step_implementations
 from benchmarks.timing import conditions, write

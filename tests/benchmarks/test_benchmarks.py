@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report, steps
+from benchmarks import records, report, steps
 from benchmarks.cases import all_cases, operator_cases, step_cases
-from benchmarks.registry import BWD, DOUBLE_BWD, FWD, IMPLEMENTATIONS, Implementation
+from benchmarks.orders import BWD, DOUBLE_BWD, FWD
+from benchmarks.registry import IMPLEMENTATIONS, Implementation
 from benchmarks.runner import (
     Case,
     ReplayClock,
@@ -144,14 +145,14 @@ def test_peak_memory_is_what_a_job_takes():
 
 
 def recorded(**changes) -> dict:
-    """A pytest-benchmark file of two providers and three rounds."""
+    """A pytest-benchmark file of two implementations and three rounds."""
 
-    def row(provider: str, data: list[float], first_order_only: bool = False) -> dict:
+    def row(name: str, data: list[float], first_order_only: bool = False) -> dict:
         info = {
-            **{"stage": "gelu", "provider": provider, "order": "d0", "device": "chip"},
+            **{"workload": "gelu", "implementation": name, "order": FWD, "device": "chip"},
             **{"first_order_only": first_order_only, "peak_bytes": 3 << 20, "torch": "2"},
         }
-        return {"group": "gelu 2x3 float32 d0", "stats": {"data": data}, "extra_info": info}
+        return {"group": "gelu 2x3 float32 fwd", "stats": {"data": data}, "extra_info": info}
 
     rows = [row("ours", [0.001, 0.002, 0.004]), row("eager", [0.003, 0.004, 0.012], True)]
     rows[1]["extra_info"].update(changes)
@@ -165,25 +166,25 @@ def stored(tmp_path: Path, content: object) -> Path:
 
 
 def test_the_table_holds_the_recorded_numbers(tmp_path):
-    text = report.markdown(report.read(stored(tmp_path, recorded())))
-    assert "| 2x3 float32 d0 | ours | 2 ms | 1.4 - 3.2 | 1.00 | 3.0 MiB |" in text
+    text = report.markdown(records.read(stored(tmp_path, recorded())))
+    assert "| 2x3 float32 fwd | ours | 2 ms | 1.4 - 3.2 | 1.00 | 3.0 MiB |" in text
     # the ratio is the median over rounds, 3, and not the ratio of medians, 2
     assert (
-        "| 2x3 float32 d0 | eager (first order only) | 4 ms | 3.4 - 8.8 | 3.00 | 3.0 MiB |" in text
+        "| 2x3 float32 fwd | eager (first order only) | 4 ms | 3.4 - 8.8 | 3.00 | 3.0 MiB |" in text
     )
     assert "3 interleaved rounds" in text
     assert "device chip" in text
 
 
 def test_compile_time_is_told(tmp_path):
-    text = report.markdown(report.read(stored(tmp_path, recorded(compile_seconds=21.4))))
+    text = report.markdown(records.read(stored(tmp_path, recorded(compile_seconds=21.4))))
     assert "(compiled in 21 s)" in text
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ([], "no pytest-benchmark JSON"),
+        ([], "no results of benchmarks"),
         ({"benchmarks": []}, "holds no row"),
         (recorded(device="another"), "different conditions"),
     ],
@@ -195,6 +196,34 @@ def test_what_cannot_be_reported_is_one_line(tmp_path, capsys, content, said):
     assert said in err
     assert err.count("\n") == 1
     assert not out
+
+
+def test_a_report_leaves_a_compact_file(tmp_path, capsys):
+    """A row per line with what tables show, from which the same tables are made."""
+    raw = recorded(compile_seconds=21.4)
+    raw["benchmarks"][0]["stats"] |= {"mean": 0.1, "data": [0.00123456789, 0.002, 0.004]}
+    path = stored(tmp_path, raw)
+    before = records.read(path)
+    assert report.main([str(path)]) == 0
+    printed, text = capsys.readouterr().out, path.read_text()
+    assert len(text.splitlines()) == len(records.MACHINE) + 8
+    assert "[0.00123457, 0.002, 0.004]" in text
+    assert text.count("chip") == 1
+    assert "mean" not in text
+    for row, again in zip(before, records.read(path), strict=True):
+        assert again.info == {**dict.fromkeys(records.MACHINE), **row.info}
+        assert again.times == pytest.approx(row.times, rel=1e-5)
+        assert (again.group, again.label, again.order) == (row.group, row.label, row.order)
+    assert report.main([str(path)]) == 0
+    assert capsys.readouterr().out == printed
+    assert path.read_text() == text
+
+
+def test_what_cannot_be_reported_stays_as_it_is(tmp_path):
+    path = stored(tmp_path, recorded(device="another"))
+    before = path.read_text()
+    assert report.main([str(path)]) == 1
+    assert path.read_text() == before
 
 
 BEGIN, END = report.markers("chip")
@@ -234,14 +263,14 @@ def test_the_suite_writes_what_the_report_reads(tmp_path):
     """One operator, one round, through pytest-benchmark's own JSON."""
     path = tmp_path / "here.json"
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks/test_gelu.py", "-p", "no:xdist"]
-    command += ["-k", "float32 and d0 and not d1 and not compiled", "--rounds", "2"]
+    command += ["-k", "float32 and fwd and not bwd and not compiled", "--rounds", "2"]
     # pytest-benchmark refuses to measure in a worker of xdist, which it knows by these variables
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [*command, f"--benchmark-json={path}"], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = report.read(path)
+    rows = records.read(path)
     assert {row.implementation for row in rows} == {"ours", "eager"}
     assert all(len(row.times) == 2 and row.median > 0 for row in rows)
     assert all(row.info["commit"] and row.info["shape"] and row.info["dtype"] for row in rows)
