@@ -125,7 +125,8 @@ def _notes(results: Mapping[str, Sequence[Row]]) -> str:
         f"{penalty} times as long as the same step without a penalty in PyTorch's own operators. "
         "Without a double backward, attention (577 tokens, bfloat16) takes "
         f"{first} times as long as PyTorch's fused attention, which has none.\n\n"
-        f"{machines}. Each row's results passed the error budget before it was timed. Batch sizes differ between "
+        f"{machines}. Each row's results passed the [error budget](docs/design/error_budget.md) "
+        "before it was timed. Batch sizes differ between "
         "devices; all rows, shapes and spreads: [docs/benchmarks.md](docs/benchmarks.md)."
     )
 

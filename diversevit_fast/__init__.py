@@ -9,7 +9,7 @@ The pipeline, a file per stage: attention (``ops``) -> ``capture`` -> ``head_gra
 (``ops.head_penalty``, ``ops.routed_head_penalty``) -> ``diversity`` -> ``pruning`` and ``selection``.
 """
 
-from . import data, models, nn, testing
+from . import data, integrations, models, nn, testing
 from .attachment.capture import capture_heads
 from .attachment.compile_loss import compile_loss
 from .attachment.support import LayerSupport, supported
@@ -37,6 +37,7 @@ __all__ = [
     "data",
     "gelu",
     "head_penalty",
+    "integrations",
     "keep_heads",
     "layer_norm",
     "load_pruned",

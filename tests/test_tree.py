@@ -26,7 +26,7 @@ ALLOWED = {
     "penalty": {"attachment", "ops"},
     "nn": {"ops", "penalty"},
     "heads": {"attachment", "ops", "weight_files"},
-    "models": {"heads", "nn", "ops", "weight_files"},
+    "models": {"attachment", "heads", "nn", "weight_files"},
     "data": set(),
     "experiment": {"attachment", "data", "heads", "models", "ops", "penalty"},
 }

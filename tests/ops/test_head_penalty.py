@@ -194,8 +194,8 @@ def scales(case, grads, kind):
     granularity, reduction, eps = options(case, kind).values()
     penalty, c, n = reference.head_penalty_forward(grads, granularity, reduction, eps)
     dp, dc, a = (x.abs() for x in cotangents(grads, c))
-    pairs = reference._pair_weights(grads, granularity, reduction)
-    alpha = reference._by_group(a, granularity).norm(dim=-1) / n
+    pairs = reference.pair_weights(grads, granularity, reduction)
+    alpha = reference.by_group(a, granularity).norm(dim=-1) / n
     c_dot = alpha[..., None] + alpha[..., None, :]
     lam = dc + dc.mT + 4 * dp * pairs * c.abs()
     first = (lam.sum(-1) / n).amax()

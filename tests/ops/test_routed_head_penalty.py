@@ -194,13 +194,13 @@ def scales(case, inputs, kind, present):
     penalty, c, n = reference.routed_head_penalty_forward(*inputs, *options(case, kind))
     dp, dc, ar, aw = (x.abs() for x in cotangents(*inputs, c))
     ar, aw = ar * present[0], aw * present[1]
-    pairs = reference._pair_weights(reference._route(r, w), granularity, reduction)
+    pairs = reference.pair_weights(reference.route(r, w), granularity, reduction)
 
     def norm(u):
-        return reference._by_group(u, granularity).norm(dim=-1)
+        return reference.by_group(u, granularity).norm(dim=-1)
 
-    rounded = norm(reference._route(r, w)) / n  # at least 1: products cancel in u too
-    alpha = norm(reference._route(ar, w) + reference._route(r, aw)) / n
+    rounded = norm(reference.route(r, w)) / n  # at least 1: products cancel in u too
+    alpha = norm(reference.route(ar, w) + reference.route(r, aw)) / n
     slope = dc + dc.mT + 4 * dp * pairs
     c_dot = alpha[..., None] + alpha[..., None, :]
     du = ((slope.sum(-1) * rounded) / n).amax()
