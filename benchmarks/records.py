@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def read(path: Path) -> list[Row]:
     if not rows:
         raise ReportError(f"{path}: holds no row of `pytest benchmarks/`")
     ours = {row.group: row.times for row in rows if row.implementation == "ours"}
-    return [Row(**{**vars(row), "ratio": _ratio(row.times, ours.get(row.group))}) for row in rows]
+    return [replace(row, ratio=_ratio(row.times, ours.get(row.group))) for row in rows]
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
@@ -98,9 +98,9 @@ def _from_pytest(recorded: dict[str, Any]) -> list[Row]:
 def _row(
     one: dict[str, Any], seconds: Sequence[float], machine: dict[str, Any] | None = None
 ) -> Row:
-    names = (one[key] for key in ("workload", "group", "implementation", "order"))
+    names = {key: one[key] for key in ("workload", "group", "implementation", "order")}
     info = {key: one[key] for key in (*MACHINE, *DETAILS) if key in one}
-    return Row(*names, tuple(seconds), {**(machine or {}), **info})
+    return Row(**names, times=tuple(seconds), info={**(machine or {}), **info})
 
 
 def _ratio(times: Sequence[float], ours: Sequence[float] | None) -> float | None:

@@ -240,10 +240,10 @@ def slower(
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
-    lines = [f"{'ours / baseline':32}" + "".join(f"{what:>10}" for what in COUNTS)]
+    lines = [f"{'ours / baseline':36}" + "".join(f"{what:>10}" for what in COUNTS)]
     for name, row in found.items():
         cells = (f"{row[what]:>10.3f}" if what in row else " " * 10 for what in COUNTS)
-        lines.append(f"{name:32}" + "".join(cells))
+        lines.append(f"{name:36}" + "".join(cells))
     return "\n".join(lines)
 
 
