@@ -43,7 +43,7 @@ def allowed() -> bool:
 
 def name_of(name: str, *made_from: str) -> str:
     """The name of the file of a library that is made from these, on this processor."""
-    processor = (platform.machine(), str(sorted(torch.cpu.get_capabilities().items())), _flags())
+    processor = (platform.machine(), _capabilities(), _flags())
     digest = hashlib.sha256("\n".join((*made_from, *processor)).encode()).hexdigest()[:16]
     return f"{name}_{digest}.so"
 
@@ -110,6 +110,12 @@ def _scratch(folder: Path) -> Iterator[Path]:
         prefix=_BEGUN, dir=folder, ignore_cleanup_errors=True
     ) as aside:
         yield Path(aside)
+
+
+def _capabilities() -> str:
+    """What PyTorch says of the processor: a list, before 2.11 one word."""
+    listed = getattr(torch.cpu, "get_capabilities", None)
+    return str(sorted(listed().items())) if listed else torch.backends.cpu.get_cpu_capability()
 
 
 def _flags() -> str:
