@@ -9,7 +9,7 @@ The pipeline, a file per stage: attention (``ops``) -> ``capture`` -> ``head_gra
 (``ops.head_penalty``, ``ops.routed_head_penalty``) -> ``diversity`` -> ``pruning`` and ``selection``.
 """
 
-from . import data, models, nn
+from . import data, integrations, models, nn, testing
 from .attachment.capture import capture_heads
 from .attachment.compile_loss import compile_loss
 from .attachment.support import LayerSupport, supported
@@ -18,7 +18,7 @@ from .heads.pruned_files import PruningReport, load_pruned, pruning_report, save
 from .heads.pruning import keep_heads, prune_heads
 from .heads.selection import HeadChoice, select_heads
 from .ops import attention, gelu, head_penalty, layer_norm, routed_head_penalty
-from .ops.backends import use_backend
+from .ops.backends import empty_cpu_cache, use_backend
 from .ops.warmup import warmup
 from .penalty.head_diversity import HeadDiversity
 from .version import __version__
@@ -35,8 +35,10 @@ __all__ = [
     "capture_heads",
     "compile_loss",
     "data",
+    "empty_cpu_cache",
     "gelu",
     "head_penalty",
+    "integrations",
     "keep_heads",
     "layer_norm",
     "load_pruned",
@@ -48,6 +50,7 @@ __all__ = [
     "save_pruned",
     "select_heads",
     "supported",
+    "testing",
     "use_backend",
     "warmup",
 ]

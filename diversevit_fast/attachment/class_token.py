@@ -1,66 +1,112 @@
-"""The few-query path: with class-token pooling, the last block is computed for one token.
+"""The class-token shortcut: compute the last block for the class token alone, where nothing else is read.
 
-Nothing downstream of the last block then reads another token, so its attention needs one query row:
-forward, backward and double backward cost O(N d) there. Exact, and only taken where it is certain
-that the other tokens are not read: during the forward of a model whose classes are known, pooled by
-the class token, with no hook that could look at them.
+Its attention then has one query, so forward, backward and double backward cost O(N d). The result is
+exact. The shortcut is taken only in the forward of a whole model whose class is registered here, which
+pools by its class token, and only if no hook could look at the other tokens.
+
+A registered model runs its ``blocks`` one after the other, then ``norm``, and reads the first token;
+a block calls its attention module ``attn``.
 """
 
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from .attention_modules import is_hooked, plain_class
+from .attachment import Attachment, Forward
+from .attention_modules import AttentionLayer, is_hooked, plain_class
 from .unfused_attention import watched
 
+BlockForward = Callable[[Any, Tensor], Tensor]
+"""A block and its input ``[B, N, D]`` -> its output for the class token, ``[B, 1, D]``."""
 
-def one_token_block(model: nn.Module, attention: nn.Module) -> nn.Module | None:
-    """The last block of ``model``, if ``attention`` is its attention and only its class token is read."""
-    if not _pools_class_token(model):
+
+@dataclass(frozen=True)
+class _Registered:
+    block_class: type
+    forward: BlockForward
+    pools: Callable[[Any], bool]
+
+
+_models: dict[type, _Registered] = {}
+_libraries: dict[str, Callable[[], None]] = {}
+
+
+def register_class_token_model(
+    model_class: type,
+    block_class: type,
+    forward: BlockForward,
+    pools: Callable[[Any], bool] = lambda model: True,
+) -> None:
+    """Allow the shortcut in models of exactly ``model_class``.
+
+    Args:
+        model_class: has ``blocks`` and ``norm`` (see above).
+        block_class: of its last block, exactly.
+        forward: of such a block, for the class token.
+        pools: whether a given model reads nothing but the class token after its last block.
+    """
+    _models[model_class] = _Registered(block_class, forward, pools)
+
+
+def register_class_token_library(module_name: str, register: Callable[[], None]) -> None:
+    """Call ``register`` once the first model is met whose class the module ``module_name`` defines.
+
+    So a library's models can be registered without importing it.
+    """
+    _libraries[module_name] = register
+
+
+def _registered(model: nn.Module) -> _Registered | None:
+    model_class = plain_class(model)
+    register = _libraries.pop(model_class.__module__, None)
+    if register is not None:
+        register()
+    return _models.get(model_class)
+
+
+def class_token_block(model: nn.Module, attention: nn.Module) -> nn.Module | None:
+    """The last block of ``model`` if it holds ``attention`` and the shortcut is exact, else None."""
+    known = _registered(model)
+    if known is None or not known.pools(model):
         return None
     whole: Any = model
     block = list(whole.blocks.children())[-1]
-    watches = (whole.blocks, *block.modules(), whole.norm)
-    known = plain_class(block) in _forwards() and getattr(block, "attn", None) is attention
-    return block if known and not is_hooked(watches) and not watched(attention) else None
+    if plain_class(block) is not known.block_class or getattr(block, "attn", None) is not attention:
+        return None
+    readers = (whole.blocks, *block.modules(), whole.norm)
+    return None if is_hooked(readers) or watched(attention) else block
 
 
-def one_token_forward(block: nn.Module, x: Tensor) -> Tensor:
-    """``block`` on ``[B, N, D]``, for the class token alone: ``[B, 1, D]``."""
-    return _forwards()[plain_class(block)](block, x)
+class ClassTokenShortcut:
+    """Takes the shortcut in forwards inside an attachment, as long as each allows it.
 
+    Attributes:
+        active: a forward of the whole model is running that reads only the class token.
+    """
 
-def _pools_class_token(model: nn.Module) -> bool:
-    diverse_vit = sys.modules.get("diversevit_fast.models.diverse_vit")
-    if diverse_vit is not None and plain_class(model) is diverse_vit.DiverseViT:
-        return True
-    timm = sys.modules.get("timm.models.vision_transformer")
-    return (
-        timm is not None
-        and plain_class(model) is timm.VisionTransformer
-        and model.global_pool == "token"
-        and model.attn_pool is None
-        and not model.grad_checkpointing
-    )
+    def __init__(self) -> None:
+        self.active = False
 
+    def wrap(self, attachment: Attachment, layer: AttentionLayer) -> None:
+        """Wrap the attachment's model, and its last block if ``layer`` is its attention."""
+        model = attachment.model
 
-def _forwards() -> dict[type, Callable[[Any, Tensor], Tensor]]:
-    """Block classes, each with its forward restricted to the class token."""
-    forwards: dict[type, Callable[[Any, Tensor], Tensor]] = {}
-    if diverse_vit := sys.modules.get("diversevit_fast.models.diverse_vit"):
-        forwards[diverse_vit.Block] = _diverse_vit_block
-    if timm := sys.modules.get("timm.models.vision_transformer"):
-        forwards[timm.Block] = _timm_block
-    return forwards
+        def run_model(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+            allowed = class_token_block(module, layer.module) is not None
+            self.active = allowed and len(args) == 1 and not kwargs
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.active = False
 
+        attachment.wrap(model, run_model)
+        block, known = class_token_block(model, layer.module), _registered(model)
+        if block is None or known is None:
+            return
 
-def _diverse_vit_block(block: Any, x: Tensor) -> Tensor:
-    return block.after_attention(x[:, :1], block.attn(block.norm1(x))[:, :1])
+        def run_block(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+            return known.forward(module, *args) if self.active else forward(*args, **kwargs)
 
-
-def _timm_block(block: Any, x: Tensor) -> Tensor:
-    y = block.attn(block.norm1(x))[:, :1]
-    x = x[:, :1] + block.drop_path1(block.ls1(y))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        attachment.wrap(block, run_block)

@@ -99,7 +99,7 @@ def _operators() -> str:
 
     Of another version of this library it would hold code for tensors of other shapes.
     """
-    sources = sorted(Path(ops.__file__).parent.glob("*.py"))
+    sources = sorted(Path(ops.__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@ Module tree: ``patch_embed``, ``cls_token``, ``pos_embed``, ``blocks[i].{norm1, 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from os import PathLike
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as dnn
+from ..attachment.class_token import register_class_token_model
 from ..errors import usage_error
 from . import published, store
 from .sizes import check_config
@@ -239,6 +241,9 @@ class DiverseViT(nn.Module):
         if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
             hint = "cast the images or the model"
             raise usage_error("images", f"the model's dtype {weight.dtype}", images.dtype, hint)
+
+
+register_class_token_model(DiverseViT, Block, partial(Block.forward, class_token_only=True))
 
 
 def to_patches(images: Tensor, size: int) -> Tensor:

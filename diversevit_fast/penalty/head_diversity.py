@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ..attachment.attachment import Attachment, Forward
 from ..attachment.attention_modules import AttentionLayer, blocks_from, choose_layers
 from ..attachment.batch_checks import batch_of, check_batch
-from ..attachment.class_token import one_token_block, one_token_forward
+from ..attachment.class_token import ClassTokenShortcut
 from ..attachment.graph_checks import refuse_opaque
 from ..attachment.indices import Integers
 from ..attachment.parallel import check_ddp_forward, is_ddp, kept_unsharded, unwrapped
@@ -155,7 +155,7 @@ class HeadDiversity(Attachment):
         # of the running layer, with their inputs
         self._projected: list[tuple[Projected, Tensor]] = []
         self._batches: list[int] = []  # of the whole model's forwards
-        self._class_token_only = False
+        self._class_token = ClassTokenShortcut()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_scale": copy(self._scale), "_split": copy(self._split)}
@@ -244,7 +244,7 @@ class HeadDiversity(Attachment):
     ) -> Tensor:
         q, k, v = qkv
         tokens = q.shape[-2]
-        one_token = self._class_token_only and layer is self._last
+        one_token = self._class_token.active and layer is self.layers[-1]
         if one_token:
             q = q[..., :1, :]
         if self._second_order() and not isinstance(attend, Unfused):
@@ -318,28 +318,14 @@ class HeadDiversity(Attachment):
         Where only some samples have the penalty, the blocks run in two parts.
         """
         super()._wrap_all()
-        self._last = self.layers[-1]
-
-        def whole_model(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
-            self._batches.append(batch_of(args, kwargs))
-            block = one_token_block(module, self._last.module)
-            self._class_token_only = block is not None and len(args) == 1 and not kwargs
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self._class_token_only = False
-
-        def last_block(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
-            if self._class_token_only:
-                return one_token_forward(module, *args)
-            return forward(*args, **kwargs)
-
-        block = one_token_block(self.model, self._last.module)
-        self.wrap(self.model, whole_model)
-        if block is not None:
-            self.wrap(block, last_block)
+        self._class_token.wrap(self, self.layers[-1])
+        self.wrap(self.model, self._note_batch)
         for split in blocks_from(self.model, self.layers[0]) if self._split.fraction < 1 else ():
             self.wrap(split, self._split.wrapper_of(split))
+
+    def _note_batch(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+        self._batches.append(batch_of(args, kwargs))
+        return forward(*args, **kwargs)
 
 
 def _refuse_checkpointing() -> None:

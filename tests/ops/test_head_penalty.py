@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
+from diversevit_fast.testing import assert_within_budget
 from diversevit_kernels.cpu.head_penalty import cosine
 from diversevit_kernels.cpu.head_penalty import plain as cpu
-from tests.helpers.oracles import assert_within_budget
 from tests.helpers.second_order import TAILS, WAYS
 
 ops = importlib.import_module("diversevit_fast.ops.head_penalty")
@@ -194,8 +194,8 @@ def scales(case, grads, kind):
     granularity, reduction, eps = options(case, kind).values()
     penalty, c, n = reference.head_penalty_forward(grads, granularity, reduction, eps)
     dp, dc, a = (x.abs() for x in cotangents(grads, c))
-    pairs = reference._pair_weights(grads, granularity, reduction)
-    alpha = reference._by_group(a, granularity).norm(dim=-1) / n
+    pairs = reference.pair_weights(grads, granularity, reduction)
+    alpha = reference.by_group(a, granularity).norm(dim=-1) / n
     c_dot = alpha[..., None] + alpha[..., None, :]
     lam = dc + dc.mT + 4 * dp * pairs * c.abs()
     first = (lam.sum(-1) / n).amax()

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
+from diversevit_fast.testing import assert_within_budget
 from diversevit_kernels.cpu.head_penalty import cosine
 from diversevit_kernels.cpu.head_penalty import routed as cpu
 from diversevit_kernels.cpu.head_penalty import routed_native as routed_head_penalty_native
-from tests.helpers.oracles import assert_within_budget
 from tests.helpers.second_order import TAILS, WAYS
 
 ops = importlib.import_module("diversevit_fast.ops.routed_head_penalty")
@@ -194,13 +194,13 @@ def scales(case, inputs, kind, present):
     penalty, c, n = reference.routed_head_penalty_forward(*inputs, *options(case, kind))
     dp, dc, ar, aw = (x.abs() for x in cotangents(*inputs, c))
     ar, aw = ar * present[0], aw * present[1]
-    pairs = reference._pair_weights(reference._route(r, w), granularity, reduction)
+    pairs = reference.pair_weights(reference.route(r, w), granularity, reduction)
 
     def norm(u):
-        return reference._by_group(u, granularity).norm(dim=-1)
+        return reference.by_group(u, granularity).norm(dim=-1)
 
-    rounded = norm(reference._route(r, w)) / n  # at least 1: products cancel in u too
-    alpha = norm(reference._route(ar, w) + reference._route(r, aw)) / n
+    rounded = norm(reference.route(r, w)) / n  # at least 1: products cancel in u too
+    alpha = norm(reference.route(ar, w) + reference.route(r, aw)) / n
     slope = dc + dc.mT + 4 * dp * pairs
     c_dot = alpha[..., None] + alpha[..., None, :]
     du = ((slope.sum(-1) * rounded) / n).amax()

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.models import DiverseViT
-from diversevit_fast.penalty import head_diversity as diversity_module
 from tests.helpers.published import published_penalty
 from tests.helpers.vits import attentions, diverse_vit, images_for, labels_for, timm_vit
 
@@ -184,47 +183,6 @@ class TestNothingIsLeftBehind:
                 logits = model(images)
             values.append(diversity.penalty(logits).item())
         assert values[0] == values[1] == values[2]
-
-
-class TestFewQueries:
-    """The last block computed for the class token alone: exact, and only where it is safe."""
-
-    @staticmethod
-    def query_rows(monkeypatch, model):
-        """Rows of each attention call of a regularised forward, at and above the chosen layer."""
-        seen = []
-        original = diversity_module.attention
-        monkeypatch.setattr(
-            diversity_module,
-            "attention",
-            lambda q, *a, **k: seen.append(q.shape[-2]) or original(q, *a, **k),
-        )
-        regularised(model, images_for(model))
-        monkeypatch.undo()
-        return seen
-
-    def test_taken_where_only_the_class_token_is_read(self, monkeypatch):
-        for model in (diverse_vit(), timm_vit()):
-            assert self.query_rows(monkeypatch, model) == [1]
-
-    def test_not_taken_for_average_pooling_hooks_or_features(self, monkeypatch):
-        model = timm_vit(global_pool="avg")
-        assert self.query_rows(monkeypatch, model) == [5]
-        model = timm_vit()
-        model.blocks[-1].mlp.register_forward_hook(lambda *_: None)
-        assert self.query_rows(monkeypatch, model) == [5]
-
-    def test_dense_features_inside_the_context_are_complete(self):
-        model = timm_vit()
-        images = images_for(model)
-        expect = model.forward_features(images)
-        diversity = dvf.HeadDiversity(model)
-        with diversity:
-            features = model.forward_features(images)
-            logits = model.forward_head(features)
-        torch.testing.assert_close(features, expect)
-        _, penalty, _ = regularised(model, images)
-        torch.testing.assert_close(diversity.penalty(logits), penalty)
 
 
 def test_training_loop_lowers_the_penalty():

@@ -1,0 +1,123 @@
+"""Attention by its definition: equations (1)-(9) of ``kernels/README.md``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def attention_scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    """(1)  S = s Q K^T + M, minus infinity where a query may not look.   -> [B, H, Nq, Nk]."""
+    s = scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    if mask is not None:
+        s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
+    if is_causal:
+        seen = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
+        s = s.masked_fill(~seen, -torch.inf)
+    return s
+
+
+def softmax_statistics(s: Tensor) -> tuple[Tensor, Tensor]:
+    """(1a)  P = softmax(S), and [B, H, 2, Nq]: largest scores and shares; of an empty row P = 0, +inf and 1."""
+    top = s.detach().amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, torch.inf)
+    weight = (s - top).exp()
+    total = weight.sum(-1, keepdim=True)
+    total = total.masked_fill(total == 0, 1.0)
+    return weight / total, torch.cat((top.mT, 1 / total.mT), -2)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """(2)  O = P V.   [B, H, Nq, d] x [B, Hkv, Nk, d] x [B, Hkv, Nk, dv] -> [B, H, Nq, dv]."""
+    s = q.shape[-1] ** -0.5 if scale is None else scale
+    return attention_forward(q, k, v, mask, is_causal, s)[0]
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(1)-(2)  ``o`` [B, H, Nq, dv] and (1a) [B, H, 2, Nq], the latter at least float32."""
+    p, softmax = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))
+    o = p.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    return o, softmax.to(torch.promote_types(q.dtype, torch.float32))
+
+
+def attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    softmax: Tensor,
+    do: Tensor,
+    is_causal: bool,
+    scale: float,
+    mask_grad: bool,
+    into: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(3)-(5)  Pull the cotangent ``do`` of the output back to q, k, v (``into``) and an additive mask."""
+    group = q.shape[1] // k.shape[1]
+    p = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))[0].to(q.dtype)
+    dp = do @ v.repeat_interleave(group, 1).mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    dk, dv = (_sum_groups(x, group) for x in (scale * ds.mT @ q, p.mT @ do))
+    dmask = ds.sum_to_size(mask.shape).to(mask.dtype) if mask is not None and mask_grad else None
+    return *_written(into, scale * ds @ k.repeat_interleave(group, 1), dk, dv), dmask
+
+
+def attention_double_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    o: Tensor,
+    softmax: Tensor,
+    do: Tensor,
+    dq: Tensor | None,
+    ddq: Tensor | None,
+    ddk: Tensor | None,
+    ddv: Tensor | None,
+    ddmask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    mask_grad: bool,
+    into: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """(6)-(9)  Pull the cotangents of (5) back to q, k, v (``into``), do and an additive mask."""
+    group = q.shape[1] // k.shape[1]
+    p = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))[0].to(q.dtype)
+    a, b, c = (torch.zeros_like(x) if g is None else g for x, g in ((q, ddq), (k, ddk), (v, ddv)))
+    k, v, b, c = (x.repeat_interleave(group, 1) for x in (k, v, b, c))
+    dp = do @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    x = scale * (a @ k.mT + q @ b.mT) + (0.0 if ddmask is None else ddmask.to(q.dtype))
+    mean = (p * x).sum(-1, keepdim=True)
+    e = p * (x - mean)
+    r = ds * (x - mean) + p * (do @ c.mT)
+    r = r - p * r.sum(-1, keepdim=True)
+    gk, gv = _sum_groups(scale * (r.mT @ q + ds.mT @ a), group), _sum_groups(e.mT @ do, group)
+    gmask = r.sum_to_size(mask.shape).to(mask.dtype) if mask is not None and mask_grad else None
+    return *_written(into, scale * (r @ k + ds @ b), gk, gv), e @ v + p @ c, gmask
+
+
+def attention_packed(qkv: Tensor) -> Tensor:
+    """Uninitialised, dense, like ``qkv`` [B, N, 3, H, d]: what ``into`` may be views of."""
+    return qkv.new_empty(qkv.shape)
+
+
+def _written(into: tuple[Tensor, ...] | None, *results: Tensor) -> Any:
+    return results if into is None else tuple(map(Tensor.copy_, into, results))
+
+
+def _sum_groups(x: Tensor, group: int) -> Tensor:
+    """Sum query heads that share a key head.   [B, H, N, d] -> [B, H / group, N, d]."""
+    return x.unflatten(1, (-1, group)).sum(2)
