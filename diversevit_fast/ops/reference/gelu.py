@@ -6,7 +6,7 @@ from torch import Tensor
 from diversevit_kernels.common.contracts import GeluBackward, GeluDoubleBackward
 
 TANH_SCALE = (2 / torch.pi) ** 0.5
-"""k of (23)."""
+"""kappa of (23)."""
 TANH_CUBIC = 0.044715
 """c of (23)."""
 
@@ -48,7 +48,7 @@ def gelu_double_backward(inputs: GeluDoubleBackward) -> tuple[Tensor, Tensor]:
 
 
 def _tanh_argument(x: Tensor) -> Tensor:
-    """(23)  u = k (x + c x^3)."""
+    """(23)  theta = kappa (x + c x^3)."""
     return TANH_SCALE * (x + TANH_CUBIC * x**3)
 
 
