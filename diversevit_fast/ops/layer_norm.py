@@ -141,7 +141,7 @@ def layer_norm_operator(
 def layer_norm_backward_operator(inputs: LayerNormBackward) -> tuple[Tensor, Tensor, Tensor]:
     """(14): ``dx``; ``dw`` and ``db`` (no elements unless asked for)."""
     dx, *grads = kernels(LayerNormKernels, inputs.x).layer_norm_backward(inputs)
-    dw, db = (inputs.inputs.new_empty(0) if g is None else g for g in grads)
+    dw, db = (inputs.x.new_empty(0) if g is None else g for g in grads)
     return dx.contiguous(), dw, db
 
 
@@ -155,8 +155,8 @@ def layer_norm_double_backward_operator(
     ``ddx`` or unless ``weight_grad``.
     """
     gx, gw, gdy = kernels(LayerNormKernels, inputs.x).layer_norm_double_backward(inputs)
-    gx = inputs.inputs.new_empty(0) if gx is None else gx.contiguous()
-    return gx, inputs.inputs.new_empty(0) if gw is None else gw, gdy.contiguous()
+    gx = inputs.x.new_empty(0) if gx is None else gx.contiguous()
+    return gx, inputs.x.new_empty(0) if gw is None else gw, gdy.contiguous()
 
 
 @layer_norm_operator.register_fake

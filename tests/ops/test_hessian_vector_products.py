@@ -365,7 +365,7 @@ def test_a_backend_that_changes_between_forward_and_backward(operator):
 )
 def test_nothing_of_the_reference_is_in_a_hessian_vector_product(f, monkeypatch):
     """O(N) memory: (52) alone takes the plain formula."""
-    monkeypatch.setattr(reference, "attention_forward", None)
+    monkeypatch.setattr(reference, "attention", None)
     inputs = operands(CASES["plain"])[:3] if f is dvf.attention else (_numbers(1, 3, 3, 2, 2),)
     WAYS["hvp"](f, inputs)
     WAYS["derivative_of_jvp"](f, inputs)

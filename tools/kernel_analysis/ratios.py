@@ -161,12 +161,22 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
+class _Inside:
+    """A backend's functions, during which a mode is off unless entered again."""
+
+    def __init__(self, kernels: Any, counts: Counts):
+        self._kernels, self._counts = kernels, counts
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return self._counts.inside(getattr(self._kernels, name))
+
+
 @contextmanager
 def counting() -> Iterator[Counts]:
     """Everything that runs inside is counted, our operators' kernels and formulas included."""
-    counts, kernel_of = Counts(), backends._kernel
+    counts, kernels_of = Counts(), backends._kernels
     with (
-        mock.patch.object(backends, "_kernel", lambda *key: counts.inside(kernel_of(*key))),
+        mock.patch.object(backends, "_kernels", lambda *key: _Inside(kernels_of(*key), counts)),
         mock.patch.object(attention_native, "library", return_value=None),
         mock.patch.object(routed_head_penalty_native, "library", return_value=None),
         mock.patch.object(gelu_native, "library", return_value="counted"),
