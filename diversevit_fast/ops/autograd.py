@@ -5,7 +5,9 @@ one, and the derivative of the double backward is in ``third_order``. Each order
 
 1. ``torch.library`` custom operator: under torch.compile, tracing, profiling, dispatch modes and tensor subclasses.
 2. ``FunctorchFunction``: under ``torch.func`` transforms, where a custom operator has no derivative.
-3. ``EagerFunction``: otherwise. It calls the operator's own function without the dispatcher.
+3. ``EagerFunction``: otherwise. It calls the operator's own function without the dispatcher. For forward, backward and
+   double backward of tensors of a few elements this saves 138 of 351 us of host time for attention, 68 of 214 us for
+   layer_norm and 59 of 141 us for gelu (one core of a shared Xeon: ``python -m benchmarks.scripts.dispatch``).
 
 None of them has a forward-mode derivative: public functions use the plain formula inside a forward-mode level, and an
 order that meets a tangent all the same raises. On the backend "reference" no operator is recorded at all: autograd
