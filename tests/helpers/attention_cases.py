@@ -1,4 +1,4 @@
-"""Shapes, masks and layouts of attention, and how results of its three rungs are judged."""
+"""Shapes, masks and layouts of attention, and how results of its three orders are judged."""
 
 import importlib
 from typing import NamedTuple
@@ -102,8 +102,8 @@ def differentiable(q, k, v, mask):
     return (q, k, v) if mask is None or mask.dtype == torch.bool else (q, k, v, mask)
 
 
-def rungs(kernels, case, tensors):
-    """All results of the three rungs, mask gradients included, in order."""
+def all_orders(kernels, case, tensors):
+    """All results of the three orders, mask gradients included, in order."""
     q, k, v, mask, causal = tensors
     if mask is not None:
         mask = ops.mask_as_samples(mask, (case.B, case.H), q, k)
@@ -130,14 +130,14 @@ def rungs(kernels, case, tensors):
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check_rungs(kernels, case, dtype, seed=0, device="cpu", place=lambda x: x):
-    """All rungs of ``kernels`` within the error budget; ``place`` is applied to their inputs."""
+def check_orders(kernels, case, dtype, seed=0, device="cpu", place=lambda x: x):
+    """All orders of ``kernels`` within the error budget; ``place`` is applied to their inputs."""
     tensors = operands(case, dtype, seed, device)
     exact_inputs = [
         x.double() if x is not None and x.dtype != torch.bool else x for x in tensors[:4]
     ]
-    exact = rungs(reference, case, (*exact_inputs, tensors[4]))
-    eager = rungs(reference, case, tensors)
+    exact = all_orders(reference, case, (*exact_inputs, tensors[4]))
+    eager = all_orders(reference, case, tensors)
     placed = (
         *(x if x is None or x.dtype == torch.bool else place(x) for x in tensors[:4]),
         tensors[4],
@@ -146,7 +146,7 @@ def check_rungs(kernels, case, dtype, seed=0, device="cpu", place=lambda x: x):
     terms = max(case.Nq * case.H // case.Hkv, case.Nk) * (case.d + case.dv)
     if dtype == torch.float64:  # the judge has rounding of its own
         terms *= 64
-    for ours, plain, truth in zip(rungs(kernels, case, placed), eager, exact, strict=True):
+    for ours, plain, truth in zip(all_orders(kernels, case, placed), eager, exact, strict=True):
         finite = torch.isfinite(truth)  # the largest score is +inf where a row attends to nothing
         assert torch.equal(torch.isfinite(ours), finite)
         assert_within_budget(*(x.where(finite, 0) for x in (ours, plain, truth)), terms=terms)

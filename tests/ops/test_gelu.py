@@ -87,8 +87,8 @@ def test_every_way_of_asking_twice(way, tail, form):
     torch.testing.assert_close(list(actual), list(expect), rtol=1e-10, atol=1e-10)
 
 
-def rungs(kernels, x, dy, ddx, form):
-    """Every result of the three rungs, in order."""
+def all_orders(kernels, x, dy, ddx, form):
+    """Every result of the three orders, in order."""
     second = kernels.gelu_double_backward(GeluDoubleBackward(x, dy, ddx, form))
     return [
         kernels.gelu_forward(x, form),
@@ -97,12 +97,12 @@ def rungs(kernels, x, dy, ddx, form):
     ]
 
 
-def check_rungs(x, dy, ddx, form, kernels=cpu):
-    exact = rungs(reference, x.double(), dy.double(), ddx.double(), form)
-    plain = rungs(reference, x, dy, ddx, form)
+def check_orders(x, dy, ddx, form, kernels=cpu):
+    exact = all_orders(reference, x.double(), dy.double(), ddx.double(), form)
+    plain = all_orders(reference, x, dy, ddx, form)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
-        actual = rungs(kernels, x, dy, ddx, form)
+        actual = all_orders(kernels, x, dy, ddx, form)
     finally:
         torch.use_deterministic_algorithms(False)
     # sums of a few terms, in float32; a half result is rounded once, after them
@@ -118,19 +118,19 @@ def triple(shape, dtype, layout="dense", seed=0, scale=1.5):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rungs_within_budget(layout, dtype, form, chunk):
-    check_rungs(*triple((3, 5, 4), dtype, layout), form)
+def test_every_order_within_budget(layout, dtype, form, chunk):
+    check_orders(*triple((3, 5, 4), dtype, layout), form)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_vit_sizes_within_budget(dtype, form):
-    check_rungs(*triple((1, 197, 1536), dtype), form)
+    check_orders(*triple((1, 197, 1536), dtype), form)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_within_budget_on_lesser_processors(dtype, form, lesser_processor):
     assert lesser_processor("gelu")
-    check_rungs(*triple((1, 197, 153), dtype), form)
+    check_orders(*triple((1, 197, 153), dtype), form)
 
 
 def test_finite_at_the_ends(form):
@@ -160,21 +160,21 @@ def test_any_shape_within_budget(shape, dtype, layout, form, seed, scale, chunk)
         if chunk:
             patch.setattr(gelu_native, "runs", lambda x: False)
             patch.setattr(cpu, "CHUNK_ELEMENTS", chunk)
-        check_rungs(*triple(tuple(shape), dtype, layout, seed, scale), form)
+        check_orders(*triple(tuple(shape), dtype, layout, seed, scale), form)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_worse_than_eager_pytorch(dtype, form):
     low = triple((4, 33, 64), dtype)
 
-    def ladder(gelu, x, dy, ddx):
+    def to_second_order(gelu, x, dy, ddx):
         x, dy = x.requires_grad_(), dy.requires_grad_()
         y = gelu(x, approximate=form)
         (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
         return [t.detach() for t in (y, dx, *torch.autograd.grad(dx, (x, dy), ddx))]
 
-    exact = ladder(F.gelu, *(t.double() for t in low))
-    results = (ladder(f, *(t.detach() for t in low)) for f in (dvf.gelu, F.gelu))
+    exact = to_second_order(F.gelu, *(t.double() for t in low))
+    results = (to_second_order(f, *(t.detach() for t in low)) for f in (dvf.gelu, F.gelu))
     for ours, eager, truth in zip(*results, exact, strict=True):
         assert_within_budget(ours, eager, truth, terms=16 if dtype == torch.float32 else 1)
 
@@ -182,7 +182,7 @@ def test_no_worse_than_eager_pytorch(dtype, form):
 def test_runs_give_the_same_bits(form, monkeypatch):
     monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 100)
     inputs = triple((3, 65, 16), torch.float32)
-    one, two = (rungs(cpu, *inputs, form) for _ in range(2))
+    one, two = (all_orders(cpu, *inputs, form) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -236,9 +236,9 @@ MISTAKES = [
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_oracle_bites(mistake, form):
     inputs = triple((5, 16), torch.float32)
-    check_rungs(*inputs, form, kernels=Sabotaged("none"))
+    check_orders(*inputs, form, kernels=Sabotaged("none"))
     with pytest.raises(AssertionError):
-        check_rungs(*inputs, form, kernels=Sabotaged(mistake))
+        check_orders(*inputs, form, kernels=Sabotaged(mistake))
 
 
 class TestLaws:

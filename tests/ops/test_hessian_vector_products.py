@@ -483,7 +483,7 @@ def test_the_modules():
 
 
 def test_a_derivative_in_a_mask_of_one_that_was_not():
-    """The first in the queries alone: what d1 was not asked for, d2 may be."""
+    """The first in the queries alone: what the backward was not asked for, the double backward may be."""
     q, k, v, mask, _ = operands(CASES["additive-full"])
 
     def mixed(attend: Function) -> Tensor:

@@ -165,8 +165,8 @@ def cotangents(case, x, w, b, seed=1):
     )
 
 
-def rungs(kernels, case, x, w, b, given):
-    """Every result of the three rungs, in order; ``x`` is dense, its layout is applied here."""
+def all_orders(kernels, case, x, w, b, given):
+    """Every result of the three orders, in order; ``x`` is dense, its layout is applied here."""
     x, (dy, *dd), asked = LAYOUTS[case.layout](x), given, (w is not None, b is not None)
     y, mean, rstd = kernels.layer_norm_forward(x, w, b, case.axes, case.eps)
     first = kernels.layer_norm_backward(LayerNormBackward(x, w, mean, rstd, dy, case.axes, *asked))
@@ -183,14 +183,14 @@ def longest_sum(case, dtype):
     return torch.Size(case.shape).numel() // width + width if dtype == torch.float32 else 1
 
 
-def check_rungs(case, dtype, kernels=cpu, seed=0):
+def check_orders(case, dtype, kernels=cpu, seed=0):
     tensors = operands(case, dtype, seed)
     given = cotangents(case, *tensors)
     wide = [[t if t is None else t.double() for t in group] for group in (tensors, given)]
-    exact = rungs(reference, case, *wide[0], wide[1])
-    plain = rungs(reference, case, *tensors, given)
+    exact = all_orders(reference, case, *wide[0], wide[1])
+    plain = all_orders(reference, case, *tensors, given)
     with poisoned_memory():
-        actual = rungs(kernels, case, *tensors, given)
+        actual = all_orders(kernels, case, *tensors, given)
     for ours, eager, truth in zip(actual, plain, exact, strict=True):
         assert (ours is None) == (eager is None) == (truth is None)
         if truth is not None:
@@ -200,15 +200,15 @@ def check_rungs(case, dtype, kernels=cpu, seed=0):
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - CANCELLING))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rungs_within_budget(name, dtype, chunk):
-    check_rungs(CASES[name], dtype)
+def test_every_order_within_budget(name, dtype, chunk):
+    check_orders(CASES[name], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_within_budget_on_lesser_processors(dtype, lesser_processor):
     assert lesser_processor("layer_norm")
     for shape in ((3, 47, 129), (2, 24, 16)):
-        check_rungs(Case(shape=shape), dtype)
+        check_orders(Case(shape=shape), dtype)
 
 
 def test_same_bits_on_any_threads():
@@ -217,7 +217,7 @@ def test_same_bits_on_any_threads():
     try:
         for threads in (1, 2, 64):
             torch.set_num_threads(threads)
-            found.append(rungs(cpu, case, *tensors, cotangents(case, *tensors)))
+            found.append(all_orders(cpu, case, *tensors, cotangents(case, *tensors)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -239,13 +239,13 @@ def test_one_feature_has_no_gradient(dtype):
 @pytest.mark.parametrize("name", COTANGENTS)
 def test_any_subset_of_cotangents(name, parameters, chunk):
     """Also where no parameter is there to have one: ``ddw`` alone is then no cotangent at all."""
-    check_rungs(COTANGENTS[name]._replace(parameters=parameters), torch.float32)
+    check_orders(COTANGENTS[name]._replace(parameters=parameters), torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(2, 197, 384), (1, 577, 129)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_vit_sizes_within_budget(shape, dtype):
-    check_rungs(Case(shape=shape), dtype)
+    check_orders(Case(shape=shape), dtype)
 
 
 @st.composite
@@ -275,7 +275,7 @@ def test_any_shape_within_budget(case, dtype, seed, chunk):
         if chunk:
             patch.setattr(layer_norm_native, "runs", lambda x: False)
             patch.setattr(cpu, "CHUNK_ELEMENTS", chunk)
-        check_rungs(case, dtype, seed=seed)
+        check_orders(case, dtype, seed=seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -285,7 +285,7 @@ def test_no_worse_than_eager_pytorch(dtype):
     low = operands(case, dtype)
     wide = [t.double() for t in low]
 
-    def ladder(norm, tensors):
+    def to_second_order(norm, tensors):
         f = as_function(case, norm)
         inputs = [t.detach().requires_grad_() for t in tensors]
         dy, a = (t.to(tensors[0].dtype) for t in cotangents(case, *low)[:2])
@@ -293,9 +293,9 @@ def test_no_worse_than_eager_pytorch(dtype):
         first = torch.autograd.grad(y, inputs, dy, create_graph=True)
         return [y, *first, *torch.autograd.grad(first[0], inputs[:2], a)]
 
-    exact = ladder(F.layer_norm, wide)
+    exact = to_second_order(F.layer_norm, wide)
     for ours, eager, truth in zip(
-        ladder(dvf.layer_norm, low), ladder(F.layer_norm, low), exact, strict=True
+        to_second_order(dvf.layer_norm, low), to_second_order(F.layer_norm, low), exact, strict=True
     ):
         assert ours.dtype == eager.dtype
         assert_within_budget(
@@ -307,7 +307,7 @@ def test_runs_give_the_same_bits(monkeypatch):
     monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 100)
     case = Case(shape=(3, 65, 16))
     tensors = operands(case, torch.float32)
-    one, two = (rungs(cpu, case, *tensors, cotangents(case, *tensors)) for _ in range(2))
+    one, two = (all_orders(cpu, case, *tensors, cotangents(case, *tensors)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -354,18 +354,18 @@ TERMS = ["mean(a)", "mean(a xh)", "c2", "a2", "mean(h)", "mean(h xh)", "q"]
 @pytest.mark.parametrize("mistake", MISTAKES + TERMS)
 def test_the_oracle_bites(mistake):
     case = Case(shape=(2, 17, 24))
-    check_rungs(case, torch.float32, kernels=Sabotaged("none"))
+    check_orders(case, torch.float32, kernels=Sabotaged("none"))
     with pytest.raises(AssertionError):
-        check_rungs(case, torch.float32, kernels=Sabotaged(mistake))
+        check_orders(case, torch.float32, kernels=Sabotaged(mistake))
 
 
 def test_the_oracle_sees_a_chunk_the_loop_forgot(monkeypatch, chunks_only):
     case, chunks = Case(shape=(2, 17, 24)), cpu._chunks
     monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 100)
-    check_rungs(case, torch.float32)
+    check_orders(case, torch.float32)
     monkeypatch.setattr(cpu, "_chunks", lambda *sizes: list(chunks(*sizes))[:-1])
     with pytest.raises(AssertionError, match="non-finite"):
-        check_rungs(case, torch.float32)
+        check_orders(case, torch.float32)
 
 
 class TestLaws:

@@ -16,7 +16,7 @@ from diversevit_kernels.cpu.attention import blocked as attention
 from diversevit_kernels.cpu.attention import formulas as attention_rows
 from diversevit_kernels.cpu.attention import native as attention_native
 from diversevit_kernels.cpu.runtime import cache_folder, inductor, library_cache
-from tests.helpers.attention_cases import CASES, check_rungs
+from tests.helpers.attention_cases import CASES, check_orders
 from tests.helpers.processes import in_a_process
 
 
@@ -53,7 +53,7 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_attention(always, monkeypatch, name, tile_bytes, dtype) -> None:
     monkeypatch.setattr(attention, "TILE_BYTES", tile_bytes)
-    check_rungs(attention, CASES[name], dtype)
+    check_orders(attention, CASES[name], dtype)
     assert set(always) >= {"attention_forward", "attention_backward", "attention_double_backward"}
 
 

@@ -9,7 +9,7 @@ from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoub
 from diversevit_kernels.cpu.attention import blocked as attention
 from diversevit_kernels.cpu.attention import native as attention_native
 from diversevit_kernels.cpu.runtime import compiler, cpp_library
-from tests.helpers.attention_cases import CASES, Case, check_rungs, operands, rungs
+from tests.helpers.attention_cases import CASES, Case, all_orders, check_orders, operands
 from tests.helpers.processes import in_a_process
 
 BLOCKS = {
@@ -42,7 +42,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("name", [*CASES, *BLOCKS])
 def test_within_budget(calls, name, dtype):
     case = {**CASES, **BLOCKS}[name]
-    check_rungs(attention, case, dtype)
+    check_orders(attention, case, dtype)
     masked = case.mask in ("additive", "broadcast", "shared")  # their gradient is the tiles' work
     assert calls == ["forward"] if masked else ["forward", "backward", "double_backward"]
 
@@ -51,7 +51,7 @@ def test_within_budget(calls, name, dtype):
 def test_within_budget_on_lesser_processors(dtype, lesser_processor):
     assert lesser_processor("attention")
     for case in (*BLOCKS.values(), CASES["empty-row"], CASES["grouped-causal"]):
-        check_rungs(attention, case, dtype)
+        check_orders(attention, case, dtype)
 
 
 @pytest.mark.parametrize("mask", ["additive", "broadcast", "shared"])
@@ -117,7 +117,7 @@ def test_same_bits_on_any_threads():
     try:
         for threads in (1, 2, 64):
             torch.set_num_threads(threads)
-            found.append(rungs(attention, BLOCKS["several blocks"], tensors))
+            found.append(all_orders(attention, BLOCKS["several blocks"], tensors))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

@@ -15,13 +15,13 @@ from tests.helpers.attention_cases import (
     MISTAKES,
     Case,
     Sabotaged,
+    all_orders,
     any_case,
     as_function,
     check_contracts,
-    check_rungs,
+    check_orders,
     differentiable,
     operands,
-    rungs,
 )
 from tests.helpers.second_order import TAILS, WAYS
 
@@ -54,19 +54,19 @@ def case(request):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_rungs_within_budget(case, dtype, device, guarded):
-    check_rungs(triton, case, dtype, device=device, place=guarded.place)
+    check_orders(triton, case, dtype, device=device, place=guarded.place)
 
 
 @pytest.mark.parametrize("N", [197, 257])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_vit_sizes_within_budget(N, dtype, device):
     case = Case(H=1, Hkv=1, Nq=N, Nk=N, d=64, dv=64, layout="projection")
-    check_rungs(triton, case, dtype, device=device)
+    check_orders(triton, case, dtype, device=device)
 
 
 @pytest.mark.parametrize("d", [16, 32, 64, 80, 88, 96, 104, 112, 128, 256])
 def test_head_widths(d, device):
-    check_rungs(triton, Case(H=1, Hkv=1, Nq=20, Nk=40, d=d, dv=d), torch.bfloat16, device=device)
+    check_orders(triton, Case(H=1, Hkv=1, Nq=20, Nk=40, d=d, dv=d), torch.bfloat16, device=device)
 
 
 @settings(
@@ -78,7 +78,7 @@ def test_head_widths(d, device):
 @given(case=any_case(), dtype=st.sampled_from((*DTYPES, torch.float64)), seed=st.integers(0, 2**31))
 def test_any_shape_within_budget(case, dtype, seed, device, guarded):
     case = case._replace(Nq=max(2, case.Nq)) if case.mask == "empty-row" else case
-    check_rungs(triton, case, dtype, seed=seed, device=device, place=guarded.place)
+    check_orders(triton, case, dtype, seed=seed, device=device, place=guarded.place)
 
 
 EVERY_ENTRY = ("one-query", "one-token", "more-queries")
@@ -192,7 +192,7 @@ def test_the_double_backward_after_another_backend(first, device):
 @pytest.mark.parametrize("name", ["many-tiles", "head-per-program", "broadcast-tiles"])
 def test_runs_give_the_same_bits(name, device):
     tensors = operands(MORE[name], torch.float32, device=device)
-    for one, two in zip(*(rungs(triton, MORE[name], tensors) for _ in range(2)), strict=True):
+    for one, two in zip(*(all_orders(triton, MORE[name], tensors) for _ in range(2)), strict=True):
         assert torch.equal(one, two)
 
 
@@ -200,7 +200,7 @@ def test_runs_give_the_same_bits(name, device):
 def test_the_oracle_bites(mistake, device):
     case = Case(Nq=17, Nk=33, d=8, dv=8)
     with pytest.raises(AssertionError):
-        check_rungs(Sabotaged(triton, mistake), case, torch.float32, device=device)
+        check_orders(Sabotaged(triton, mistake), case, torch.float32, device=device)
 
 
 def test_the_guards_bite(device, guarded):
@@ -228,8 +228,8 @@ def test_offsets_beyond_two_to_the_31(far, device):
 
     for place in (0, 1, 2):
         moved = [spread(x) if i == place else x for i, x in enumerate(plain[:3])]
-        ours = rungs(triton, case, (*moved, None, False))
-        for one, two in zip(ours, rungs(triton, case, plain), strict=True):
+        ours = all_orders(triton, case, (*moved, None, False))
+        for one, two in zip(ours, all_orders(triton, case, plain), strict=True):
             assert torch.equal(one, two)
 
 
@@ -250,4 +250,4 @@ def test_what_no_kernel_takes_is_refused_in_one_line(change, says, device):
 
 def test_empty_batch(device):
     tensors = operands(Case(B=0, Nq=5, Nk=7), torch.float32, device=device)
-    assert all(x.shape[0] == 0 for x in rungs(triton, Case(B=0, Nq=5, Nk=7), tensors))
+    assert all(x.shape[0] == 0 for x in all_orders(triton, Case(B=0, Nq=5, Nk=7), tensors))
