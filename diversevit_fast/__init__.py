@@ -9,7 +9,7 @@ The pipeline, a file per stage: attention (``ops``) -> ``capture`` -> ``head_gra
 (``ops.head_penalty``, ``ops.routed_head_penalty``) -> ``diversity`` -> ``pruning`` and ``selection``.
 """
 
-from . import data, integrations, models, nn
+from . import data, integrations, models, nn, testing
 from .attachment.capture import capture_heads
 from .attachment.compile_loss import compile_loss
 from .attachment.support import LayerSupport, supported
@@ -50,6 +50,7 @@ __all__ = [
     "save_pruned",
     "select_heads",
     "supported",
+    "testing",
     "use_backend",
     "warmup",
 ]

@@ -1,12 +1,16 @@
 """The numbers and pictures of the documentation are the recorded ones."""
 
+import itertools
 import json
 import re
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
-from benchmarks import front_page, report
+import diversevit_fast as dvf
+from benchmarks import front_page, records, report
+from benchmarks.orders import DOUBLE_BWD
 from tests.helpers.pages import PAGES, ROOT
 from tools.docs import pipeline, support
 
@@ -53,7 +57,7 @@ def test_amortised_table_is_the_recorded_result():
 
 @pytest.mark.parametrize("device", ["cpu", "h200"])
 def test_benchmark_summary_is_the_recorded_result(device):
-    rows = report.read(ROOT / f"benchmarks/results/{device}.json")
+    rows = records.read(ROOT / f"benchmarks/results/{device}.json")
     told = between(BENCHMARKS, device)
     assert told == "\n" + report.summary(rows, f"benchmarks/results/{device}.md")
 
@@ -81,9 +85,9 @@ def test_front_page_shows_what_is_slower():
 def test_figures_of_the_gpu_page_are_the_recorded_ones():
     """What the prose says of the H200: memory, speed, and the step in a CUDA graph."""
     text = " ".join(PAGES["docs/gpu.md"].split())
-    rows = report.read(ROOT / "benchmarks/results/h200.json")
+    rows = records.read(ROOT / "benchmarks/results/h200.json")
     graph = {
-        row.provider: 1e3 * row.median
+        row.implementation: 1e3 * row.median
         for row in rows
         if row.group.endswith("CUDA graph") and "ViT-S" in row.group
     }
@@ -93,8 +97,8 @@ def test_figures_of_the_gpu_page_are_the_recorded_ones():
     )
     speeds = {}
     for row in rows:
-        if row.provider == "eager" and row.order == "d0+d1+d2":
-            speeds.setdefault(row.stage, []).append(row.ratio)
+        if row.implementation == "eager" and row.order == DOUBLE_BWD:
+            speeds.setdefault(row.workload, []).append(row.ratio)
     routed, norm = speeds["routed_head_penalty"], speeds["layer_norm"]
     assert f"The routed penalty takes 1/{min(routed):.1f} to 1/{max(routed):.1f}" in text
     assert f"LayerNorm 1/{min(norm):.1f} to 1/{max(norm):.1f}" in text
@@ -121,8 +125,14 @@ def test_the_picture_names_files_that_do_it():
     assert len(ElementTree.fromstring(pipeline.draw())) > 3 * len(boxes)
 
 
-def test_equations_are_those_of_the_code():
-    """The formula of the front page divides by B, N and H squared, as the reference does by default."""
-    formula = re.search(r"```math\n(.*?)```", PAGES["README.md"], re.DOTALL)
-    assert formula is not None
-    assert r"\frac{1}{B N H^2}" in formula[1]
+def test_the_formula_of_the_front_page_is_what_is_computed():
+    (formula,) = re.findall(r"```math\n(.*?)```", PAGES["README.md"], re.DOTALL)
+    assert r"\frac{1}{B N H^2} \sum_{b,\,n} \; \sum_{h \neq h'} \cos^2" in formula
+    B, H, N, D = 2, 3, 4, 5
+    u = torch.randn(B, H, N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    total = sum(
+        torch.cosine_similarity(u[b, h, n], u[b, k, n], dim=0) ** 2
+        for b, n, h, k in itertools.product(range(B), range(N), range(H), range(H))
+        if h != k
+    )
+    torch.testing.assert_close(dvf.head_penalty(u), total / (B * N * H**2))
