@@ -10,7 +10,7 @@ from .errors import UnsupportedError, usage_error
 from .ops import attention, gelu, layer_norm
 from .ops.attention_qkvpacked import taken_apart
 from .ops.checks import check_choice
-from .penalty.head_gradients import Captured, Projected, head_gradients, layer_penalty
+from .penalty.head_gradients import Captured, ProjectionOutput, head_gradients, layer_penalty
 
 
 class LayerNorm(nn.LayerNorm):
@@ -179,8 +179,8 @@ class HeadPenalty(nn.Module):
         if self.wrt == "output":
             return Captured(0, heads, tensor.shape[2], tensor)
         weight = attention.qkv.weight
-        made = Projected(tensor, "qkv", weight, len(weight))
-        return Captured(0, heads, tensor.shape[1], projected=(made,))
+        made = ProjectionOutput(tensor, "qkv", weight, len(weight))
+        return Captured(0, heads, tensor.shape[1], projections=(made,))
 
     def extra_repr(self) -> str:
         return f"wrt={self.wrt!r}, granularity={self.granularity!r}, reduction={self.reduction!r}"

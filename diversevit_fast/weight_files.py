@@ -29,7 +29,7 @@ def existing_file(path: StrPath) -> Path:
         folder = os.path.isdir(path)
         if folder or not there(path):
             got = "a folder" if folder else "nothing there"
-            raise misfit(path, "a file", got, "check the path")
+            raise path_error(path, "a file", got, "check the path")
         os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)))
     return Path(path)
 
@@ -46,7 +46,7 @@ def write_tensors(
     safetensors = require("safetensors.torch", extra="train")
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir():
-        raise misfit(path, "a file name in an existing folder", "none", "make its folder first")
+        raise path_error(path, "a file name in an existing folder", "none", "make its folder first")
     plain = safetensors.save(dict(tensors), metadata={"format": "pt", **metadata})
     header, body = _parts(plain)
     entries = {**header["__metadata__"], _CHECKSUM: _checksum(header, body)}
@@ -77,12 +77,14 @@ def read_tensors(path: StrPath, hint: str) -> tuple[dict[str, str], dict[str, Te
     except UsageError:
         raise
     except (safetensors.SafetensorError, *_BROKEN):
-        raise misfit(path, "an intact safetensors file", "another or a damaged one", hint) from None
+        raise path_error(
+            path, "an intact safetensors file", "another or a damaged one", hint
+        ) from None
     # by name and by value, lest a damaged name or value hide that there is one
     found = {k: v for k, v in metadata.items() if k == _CHECKSUM or v.startswith(_KIND)}
     if found and found != {_CHECKSUM: _checksum(header, body)}:
         got = "one that does not fit its checksum: it was damaged or changed"
-        raise misfit(path, "an intact safetensors file", got, "restore it from a copy")
+        raise path_error(path, "an intact safetensors file", got, "restore it from a copy")
     metadata.pop(_CHECKSUM, None)
     return metadata, tensors
 
@@ -105,7 +107,7 @@ def _listed(header: Mapping[str, Any]) -> dict[str, Any]:
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
-def misfit(path: StrPath, wanted: str, got: object, hint: str) -> UsageError:
+def path_error(path: StrPath, wanted: str, got: object, hint: str) -> UsageError:
     """The error for a file that is not what it should be."""
     return usage_error(f"path {str(path)!r}", wanted, got, hint)
 

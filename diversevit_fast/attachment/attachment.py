@@ -61,30 +61,30 @@ class _Mode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return self.owner._see(func, args, kwargs or {})
+        return self.owner._on_call(func, args, kwargs or {})
 
 
 class Attachment:
     """A context in which chosen modules' forwards run inside wrappers and torch calls are seen.
 
-    Subclasses say what happens: ``started`` is told that a layer runs, ``projected`` sees the outputs of
-    its projections and returns what the model goes on with, ``attended`` runs its attention,
-    ``elsewhere`` sees other calls. Forwards on other threads are left alone.
+    Subclasses say what happens: ``on_layer_start`` is told that a layer runs, ``on_projection`` sees the outputs of
+    its projections and returns what the model goes on with, ``on_attention`` runs its attention,
+    ``on_torch_function`` sees other calls. Forwards on other threads are left alone.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
         _refuse_compiled(model, layers[0])
         self.model, self.layers = model, list(layers)
-        self._begin_apart()
+        self._reset()
         self._wrap_all()
 
-    def _begin_apart(self) -> None:
+    def _reset(self) -> None:
         """Set what no copy has of its original: what belongs to one object, or to its last block."""
         self._wrappers: dict[nn.Module, Wrapper] = {}
         self._classes: dict[tuple[nn.Module, type], type] = {}
         self._swapped: list[tuple[nn.Module, type, type]] = []
         self._running: AttentionLayer | None = None
-        self._attended = False
+        self._attention_called = False
         self._made: Tensor | None = None  # by the running layer's one projection, until it attends
         self._mode = _Mode(self)
         self._thread: int | None = None  # that entered
@@ -104,27 +104,27 @@ class Attachment:
             name, wanted = type(self).__name__, "to be copied or pickled outside its `with` block"
             raise usage_error(name, wanted, "an open block", "leave it first")
         blank = object.__new__(type(self))
-        blank._begin_apart()
+        blank._reset()
         return {name: value for name, value in vars(self).items() if name not in vars(blank)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._begin_apart()
+        self._reset()
 
     def active(self) -> bool:
         """Asked at each entry: whether this ``with`` block does anything."""
         return True
 
-    def started(self, layer: AttentionLayer) -> None:
+    def on_layer_start(self, layer: AttentionLayer) -> None:
         """Called when a layer begins to run."""
 
-    def projected(
+    def on_projection(
         self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
     ) -> Tensor:
         """Called with a projection's input, weight and output ``[B, N, len(roles) H d]``."""
         return out
 
-    def attended(
+    def on_attention(
         self,
         layer: AttentionLayer,
         attend: Forward,
@@ -134,7 +134,9 @@ class Attachment:
         """Called in place of attention; ``attend(*qkv, **options)`` computes ``[B, H, N, d]``."""
         return attend(*qkv, **options)
 
-    def elsewhere(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def on_torch_function(
+        self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Called in place of every other torch function."""
         return func(*args, **kwargs)
 
@@ -166,7 +168,7 @@ class Attachment:
             if type(module) is after:
                 module.__class__ = before
 
-    def _see(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _on_call(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         compiling = torch.compiler.is_compiling()
         if func is F.linear and compiling:
             self._follow(_linear_call(args, kwargs)[1])
@@ -174,15 +176,15 @@ class Attachment:
         if func is F.multi_head_attention_forward:
             if layer is None and compiling:
                 layer = self._begun_by(args)
-            return self._see_multi_head(layer, args, kwargs)
+            return self._on_multi_head_attention(layer, args, kwargs)
         if layer is None:
-            return self.elsewhere(func, args, kwargs)
+            return self.on_torch_function(func, args, kwargs)
         if func is F.linear:
             x, weight = _linear_call(args, kwargs)
             made = layer.projection_of(weight)
             if made is None:
                 return func(*args, **kwargs)
-            out = self.projected(layer, made.roles, x, weight, func(*args, **kwargs))
+            out = self.on_projection(layer, made.roles, x, weight, func(*args, **kwargs))
             if made.roles == "qkv" and not compiling:
                 self._made = out
             return out
@@ -192,17 +194,17 @@ class Attachment:
             options: dict[str, Any] = {}
             options["attn_mask"], options["is_causal"], options["scale"] = args[3:]
             return (self._attend(layer, attention, args[:3], options),)
-        return self.elsewhere(func, args, kwargs)
+        return self.on_torch_function(func, args, kwargs)
 
-    def _see_multi_head(
+    def _on_multi_head_attention(
         self, layer: AttentionLayer | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """PyTorch's whole multi-head attention, of a chosen layer or not."""
         if layer is None or not layer.is_torch:
-            return self.elsewhere(F.multi_head_attention_forward, args, kwargs)
+            return self.on_torch_function(F.multi_head_attention_forward, args, kwargs)
 
         def project(roles: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return self.projected(layer, roles, x, weight, F.linear(x, weight, bias))
+            return self.on_projection(layer, roles, x, weight, F.linear(x, weight, bias))
 
         def attend(by: Any, *qkv: Tensor, **options: Any) -> Tensor:
             return self._attend(layer, by or F.scaled_dot_product_attention, qkv, options)
@@ -211,7 +213,7 @@ class Attachment:
 
     def _attend(self, layer: AttentionLayer, attend: Forward, qkv: Any, options: Any) -> Tensor:
         q, k, v = qkv
-        if self._attended:
+        if self._attention_called:
             raise UnsupportedError(
                 f"model: {layer.name} calls attention more than once, so what a head is is not clear"
             )
@@ -220,14 +222,14 @@ class Attachment:
                 f"model: {layer.name} has {layer.num_heads} heads but calls attention with "
                 f"{list(q.shape)}, which is not [B, H, N, d]"
             )
-        self._attended = True
+        self._attention_called = True
         compiling = torch.compiler.is_compiling()
         if not compiling and watched(layer.module, options.get("dropout_p", 0.0)):
             attend = Unfused.of(layer.module)
         elif self._made is not None:
             recognise(q, k, v, self._made)
         self._made = None
-        return self.attended(layer, attend, qkv, options)
+        return self.on_attention(layer, attend, qkv, options)
 
     def _swap_classes(self) -> None:
         if torch.compiler.is_compiling():
@@ -280,11 +282,11 @@ class Attachment:
         return swapped
 
     def _begin(self, layer: AttentionLayer) -> None:
-        self._running, self._attended, self._made = layer, False, None
-        self.started(layer)
+        self._running, self._attention_called, self._made = layer, False, None
+        self.on_layer_start(layer)
 
     def _finish(self, layer: AttentionLayer) -> None:
-        if not self._attended:
+        if not self._attention_called:
             raise UnsupportedError(
                 f"model: {layer.name} ({type(layer.module).__name__}) computed attention without "
                 f"F.scaled_dot_product_attention, so its heads cannot be seen; {_HOW_TO_FUSE}"
@@ -304,20 +306,20 @@ class Attachment:
         for layer in self.layers:
             weight = layer.projections[0].weight
             if layer.is_torch and any(x is weight for x in args):
-                self._attended = False
-                self.started(layer)
+                self._attention_called = False
+                self.on_layer_start(layer)
                 return layer
         return None
 
     def _run_layer(self, layer: AttentionLayer) -> Wrapper:
         def run(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
-            before = self._running, self._attended
+            before = self._running, self._attention_called
             self._begin(layer)
             try:
                 result = forward(*args, **kwargs)
                 self._finish(layer)
             finally:
-                self._running, self._attended = before
+                self._running, self._attention_called = before
             return result
 
         return run

@@ -45,16 +45,16 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
         return {**super().__getstate__(), "_heads": detached}
 
     def __copy__(self) -> "capture_heads":
-        twin = object.__new__(type(self))
-        twin.__setstate__({**self.__getstate__(), "_heads": dict(self._heads)})
-        return twin
+        copied = object.__new__(type(self))
+        copied.__setstate__({**self.__getstate__(), "_heads": dict(self._heads)})
+        return copied
 
     def __enter__(self) -> "capture_heads":
         self._heads.clear()
         super().__enter__()
         return self
 
-    def attended(
+    def on_attention(
         self,
         layer: AttentionLayer,
         attend: Forward,

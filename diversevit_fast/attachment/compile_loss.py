@@ -118,14 +118,14 @@ def _reason(failure: Exception) -> str:
     inner = getattr(failure, "inner_exception", None)  # of the compiler's backend
     if inner is not None:
         said = next((line for line in str(inner).splitlines() if line.strip()), "")
-        return f"{head} {type(inner).__name__}: {said or 'no message'}{_cure_of(said)}"
+        return f"{head} {type(inner).__name__}: {said or 'no message'}{_hint_for(said)}"
     why = re.search(r"Explanation: (.*)", rest)
     if why:
         return f"{head}: {why[1]}"
     return f"{head} {rest.strip().partition(chr(10))[0]}" if head.rstrip().endswith(":") else head
 
 
-def _cure_of(said: str) -> str:
+def _hint_for(said: str) -> str:
     if re.search(r"derivative for aten::_\w*scaled_dot_product\w* is not implemented", said):
         return (
             "; PyTorch's own attention has no second derivative: enter HeadDiversity inside fn around the "

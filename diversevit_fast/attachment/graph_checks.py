@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..errors import UnsupportedError
 
-_CURES = {
+_HINTS = {
     "CompiledFunctionBackward": "runs in torch.compile, whose backward cannot be differentiated; compile "
     "only the blocks below the chosen layers, or the whole loss with dvf.compile_loss",
     "CheckpointFunctionBackward": "runs in reentrant checkpointing; checkpoint only the blocks below the "
@@ -32,11 +32,11 @@ def refuse_opaque(score: Tensor, captured: Sequence[Tensor]) -> None:
         if node in targets or any(child in above for child in children):
             above.add(node)
         name = type(node).__name__
-        if name in _CURES:
+        if name in _HINTS:
             opaque.append((node, name))
     for node, name in opaque:
         if not above or node in above:
-            raise UnsupportedError(f"model: what makes the logits {_CURES[name]}")
+            raise UnsupportedError(f"model: what makes the logits {_HINTS[name]}")
 
 
 def _leaves_first(root: Any) -> Iterator[tuple[Any, list[Any]]]:

@@ -4,7 +4,7 @@ The first forward of a batch is recorded: up to the first attention that the cho
 every module that does not hold it is kept, and so are the head outputs. In the forwards after it those
 modules return what was kept without running, and the attention returns the kept head outputs
 times the new factors; all that follows runs. Nothing is assumed about the model's structure: calls are
-matched in order, and what cannot be kept (see ``Replay``) runs again.
+matched in order, and what cannot be kept (see ``PrefixCache``) runs again.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,7 +55,7 @@ class _Recorded:
 
 
 def _versions(leaves: Iterable[Any]) -> list[int]:
-    """Inference tensors count no writes, but refuse them here: ``Replay`` runs outside inference mode."""
+    """Inference tensors count no writes, but refuse them here: ``PrefixCache`` runs outside inference mode."""
     tensors = (x for x in leaves if isinstance(x, Tensor))
     return [0 if x.is_inference() else x._version for x in tensors]
 
@@ -68,11 +68,11 @@ class _Call:
     kept: _Recorded | None = None
 
 
-class Replay(Attachment):
+class PrefixCache(Attachment):
     """Context manager: the outputs of one batch for many choices of heads.
 
-    >>> with Replay(model, layers) as replay:
-    ...     for output in replay.outputs([{11: [0]}, {11: [1]}], images):
+    >>> with PrefixCache(model, layers) as cache:
+    ...     for output in cache.outputs([{11: [0]}, {11: [1]}], images):
     ...         ...                             # as of keep_heads(model, {11: [0]}), and so on
 
     A module's output is not kept, and the module or those inside it run again, where keeping it could
@@ -118,7 +118,9 @@ class Replay(Attachment):
             UnsupportedError: the model calls its modules in another order the second time.
         """
         if self._thread is None:
-            raise usage_error("with", "a Replay that is entered", "one that is not", "use `with`")
+            raise usage_error(
+                "with", "a PrefixCache that is entered", "one that is not", "use `with`"
+            )
         self._varied = {
             layer.index
             for layer in self.layers
@@ -134,7 +136,7 @@ class Replay(Attachment):
         finally:
             self._forget()
 
-    def attended(
+    def on_attention(
         self,
         layer: AttentionLayer,
         attend: Forward,

@@ -24,7 +24,7 @@ from ..attachment.parallel import unwrapped
 from ..errors import UnsupportedError, UsageError
 from ..ops.attention import attention_operator
 from ..version import __version__
-from ..weight_files import StrPath, listing, misfit, read_tensors, write_tensors
+from ..weight_files import StrPath, listing, path_error, read_tensors, write_tensors
 from .pruning import Heads, check_kept, prune_heads
 
 
@@ -88,7 +88,7 @@ def load_pruned(model: nn.Module, path: StrPath) -> nn.Module:
         UnsupportedError: as ``prune_heads`` and ``save_pruned``.
     """
     target = unwrapped(model)
-    metadata, tensors = read_tensors(path, _CURE)
+    metadata, tensors = read_tensors(path, _HINT)
     heads = _heads_to_prune(path, target, _parse(path, metadata))
     pruned = _without_storage(target)
     if heads:
@@ -198,7 +198,7 @@ _ATTENTION_FLOPS = {  # that torch's counter does not know
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
 }
 _VERSION, _LAYERS = "diversevit_fast", "pruned_layers"
-_CURE = "pass a file that dvf.save_pruned wrote"
+_HINT = "pass a file that dvf.save_pruned wrote"
 
 
 def _pruned_layers(model: nn.Module) -> list[_PrunedLayer]:
@@ -259,13 +259,13 @@ def _without_storage(model: nn.Module) -> nn.Module:
 
 def _parse(path: StrPath, metadata: Mapping[str, str]) -> list[_PrunedLayer]:
     if _LAYERS not in metadata:
-        raise misfit(path, f"metadata {_LAYERS!r}", "a file without", _CURE)
+        raise path_error(path, f"metadata {_LAYERS!r}", "a file without", _HINT)
     try:
         layers = [_PrunedLayer(**entry) for entry in json.loads(metadata[_LAYERS])]
         return [_PrunedLayer(_number(x.layer), x.name, x.heads, tuple(x.kept)) for x in layers]
     except (TypeError, ValueError) as failure:
         got = f"something that does not parse ({type(failure).__name__})"
-        raise misfit(path, f"metadata {_LAYERS!r}", got, _CURE) from None
+        raise path_error(path, f"metadata {_LAYERS!r}", got, _HINT) from None
 
 
 def _number(value: Any) -> int:
@@ -286,7 +286,7 @@ def _heads_to_prune(
     for entry in filed:
         named = layers[entry.layer].name if 0 <= entry.layer < len(layers) else "no such layer"
         if named != entry.name:
-            raise misfit(path, f"layer {entry.layer} named {named!r}", repr(entry.name), hint)
+            raise path_error(path, f"layer {entry.layer} named {named!r}", repr(entry.name), hint)
         pruned = has.pop(entry.layer, None)
         if pruned is not None:
             if pruned.kept != entry.kept:
@@ -297,7 +297,7 @@ def _heads_to_prune(
         whole = entry.heads is None or whole_number(entry.heads) == count
         if not found or len(found) < len(entry.kept) or not whole:
             got = f"heads {list(entry.kept)} of {entry.heads or 'more'}"
-            raise misfit(path, f"heads of the model's {count} in {entry.name}", got, hint)
+            raise path_error(path, f"heads of the model's {count} in {entry.name}", got, hint)
         heads[entry.layer] = list(entry.kept)
     for pruned in has.values():
         raise _pruned_otherwise(path, pruned.name, pruned.kept, "all")
@@ -306,7 +306,7 @@ def _heads_to_prune(
 
 def _pruned_otherwise(path: StrPath, name: str, kept: object, filed: object) -> UsageError:
     wanted = f"heads {kept} of {name}, as the model is pruned already"
-    return misfit(path, wanted, filed, "load into a fresh model")
+    return path_error(path, wanted, filed, "load into a fresh model")
 
 
 def _check_tensors(
@@ -314,18 +314,18 @@ def _check_tensors(
 ) -> None:
     hint = "build the model that was saved"
     if missing := [name for name in wanted if name not in given]:
-        raise misfit(path, f"the tensors {listing(missing)}", "a file without", hint)
+        raise path_error(path, f"the tensors {listing(missing)}", "a file without", hint)
     if extra := [name for name in given if name not in wanted]:
-        raise misfit(path, "no other tensors", listing(extra), hint)
+        raise path_error(path, "no other tensors", listing(extra), hint)
     for name, tensor in wanted.items():
         ours, theirs = ((list(x.shape), x.dtype) for x in (tensor, given[name]))
         if ours != theirs:
             wish = f"{name} of shape {ours[0]} and {ours[1]}, the model's"
-            raise misfit(path, wish, f"{theirs[0]} and {theirs[1]}", hint)
+            raise path_error(path, wish, f"{theirs[0]} and {theirs[1]}", hint)
 
 
 def _check_shared(path: StrPath, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     for name, first in _stored_names(wanted).items():
         if given[name] is not given[first]:
             wish = f"one tensor for {first} and {name}, which the model shares"
-            raise misfit(path, wish, "two", "build the model that was saved")
+            raise path_error(path, wish, "two", "build the model that was saved")

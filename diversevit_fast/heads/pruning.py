@@ -58,7 +58,7 @@ class keep_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
         refuse(self.layers, "mask")
         self._scale = {layer.index: head_scale(layer, which, rescale) for layer, which in kept}
 
-    def attended(
+    def on_attention(
         self,
         layer: AttentionLayer,
         attend: Forward,

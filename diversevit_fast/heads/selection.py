@@ -15,7 +15,7 @@ from ..attachment.indices import Integers
 from ..attachment.parallel import unwrapped
 from ..errors import usage_error
 from ..ops.checks import check_choice
-from .prefix_cache import Replay
+from .prefix_cache import PrefixCache
 
 Score = (
     Literal["accuracy", "worst_group", "confidence", "atc"]
@@ -48,7 +48,7 @@ def select_heads(
     validation data. The model is evaluated in eval mode, as it is found afterwards; its parameters
     stay. Each batch goes through the whole model once for each chosen layer (once altogether with
     ``"exhaustive"``); a further candidate costs what follows the first attention it changes
-    (``replay.Replay`` says what is computed again all the same).
+    (``PrefixCache`` says what is computed again all the same).
 
     Args:
         model: a classifier, images -> logits ``[B, classes]`` or an object with ``.logits``, whose chosen
@@ -179,7 +179,7 @@ class _Evaluation:
                 hint = "pass a list or a DataLoader"
                 wanted = "data that can be run through again for search='greedy'"
                 raise usage_error(name, wanted, "an iterator, which runs once", hint)
-        self._replay = Replay(model, layers)
+        self._cache = PrefixCache(model, layers)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def __call__(self, groups: Sequence[Sequence[Kept]]) -> list[HeadChoice]:
@@ -188,7 +188,7 @@ class _Evaluation:
         training = [m for m in self._model.modules() if m.training]
         self._model.eval()
         try:
-            with self._replay:
+            with self._cache:
                 self._run("loader", self._loader, groups, tallies)
                 if self._reference is not None:
                     self._run("reference_loader", self._reference, groups, tallies)
@@ -217,7 +217,7 @@ class _Evaluation:
             labels, members = self._answers(name, batch)
             seen += batch.size
             for group, scored in zip(groups, tallies, strict=True):
-                outputs = self._replay.outputs(group, *batch.args, **batch.kwargs)
+                outputs = self._cache.outputs(group, *batch.args, **batch.kwargs)
                 for output, tally in zip(outputs, scored, strict=True):
                     predictions = Predictions(_logits(output), labels, members)
                     _check(predictions)

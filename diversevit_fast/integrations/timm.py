@@ -1,4 +1,4 @@
-"""timm's own seam, ``attn_layer=``: its attention module on the twice-differentiable operator.
+"""timm's extension point, ``attn_layer=``: its attention module on the twice-differentiable operator.
 
 >>> from diversevit_fast.integrations.timm import Attention
 >>> model = timm.create_model("vit_small_patch16_224", attn_layer=Attention)

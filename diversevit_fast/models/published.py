@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import usage_error
 from ..files import read_bytes
-from ..weight_files import StrPath, existing_file, listing, misfit
+from ..weight_files import StrPath, existing_file, listing, path_error
 from .restore import check_tensors, skeleton
 
 if TYPE_CHECKING:
@@ -97,15 +97,17 @@ def _read(path: StrPath) -> Mapping[str, Any]:
     except Exception as failure:  # on a foreign file the unpickler can raise anything
         hint = "re-save the weights with torch.save(model.state_dict(), path)"
         got = f"one that weights-only loading refuses ({type(failure).__name__})"
-        raise misfit(path, "an intact torch.save file of tensors", got, hint) from None
+        raise path_error(path, "an intact torch.save file of tensors", got, hint) from None
     if not isinstance(content, Mapping):
-        raise misfit(path, "a state dict", type(content).__name__, "save model.state_dict()")
+        raise path_error(path, "a state dict", type(content).__name__, "save model.state_dict()")
     if any(str(key).startswith("vit.") for key in content):
         return content
     nests = [key for key in _NESTS if isinstance(content.get(key), Mapping)]
     if len(nests) != 1:
         wanted = 'keys "vit.*", bare or under exactly one of "state_dict" and "model"'
-        raise misfit(path, wanted, listing(list(content)) or "no keys", "save the state dict alone")
+        raise path_error(
+            path, wanted, listing(list(content)) or "no keys", "save the state dict alone"
+        )
     return content[nests[0]]
 
 
@@ -145,11 +147,11 @@ def _infer_config(
 
 def _shape(path: StrPath, state: Mapping[str, Any], key: str, ndim: int) -> tuple[int, ...]:
     if key not in state:
-        raise misfit(path, f"the key {key}", "a checkpoint without", "is it complete?")
+        raise path_error(path, f"the key {key}", "a checkpoint without", "is it complete?")
     value = state[key]
     if not isinstance(value, Tensor) or value.ndim != ndim or 0 in value.shape:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise misfit(path, f"{key}, a tensor of {ndim} axes", got, "is it another model's?")
+        raise path_error(path, f"{key}, a tensor of {ndim} axes", got, "is it another model's?")
     return tuple(value.shape)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..heads.pruning import prune_heads
-from ..weight_files import StrPath, listing, misfit
+from ..weight_files import StrPath, listing, path_error
 
 if TYPE_CHECKING:
     from .diverse_vit import DiverseViT
@@ -39,19 +39,21 @@ def check_tensors(path: StrPath, got: Mapping[str, Any], wanted: Mapping[str, to
         UsageError: naming the keys that do not fit.
     """
     if missing := [key for key in wanted if key not in got]:
-        raise misfit(path, f"the keys {listing(missing)}", "a file without", "is it complete?")
+        raise path_error(path, f"the keys {listing(missing)}", "a file without", "is it complete?")
     if extra := [key for key in got if key not in wanted]:
-        raise misfit(path, "no other keys", listing(extra), "is it another model's?")
+        raise path_error(path, "no other keys", listing(extra), "is it another model's?")
     first = next(iter(wanted))
     for key, shape in wanted.items():
         value = got[key]
         if not isinstance(value, Tensor):
-            raise misfit(path, f"a tensor under {key}", type(value).__name__, "save tensors only")
+            raise path_error(
+                path, f"a tensor under {key}", type(value).__name__, "save tensors only"
+            )
         if value.shape != shape:
             hint = "is it of another configuration?"
-            raise misfit(path, f"{key} of shape {list(shape)}", list(value.shape), hint)
+            raise path_error(path, f"{key} of shape {list(shape)}", list(value.shape), hint)
         if not value.is_floating_point():
-            raise misfit(path, f"{key} of a floating dtype", value.dtype, "dequantise it")
+            raise path_error(path, f"{key} of a floating dtype", value.dtype, "dequantise it")
         if value.dtype != got[first].dtype:
             wish = f"{key} of dtype {got[first].dtype} like {first}"
-            raise misfit(path, wish, value.dtype, "save the weights in one dtype")
+            raise path_error(path, wish, value.dtype, "save the weights in one dtype")

@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from ..weight_files import StrPath, misfit, read_tensors, write_tensors
+from ..weight_files import StrPath, path_error, read_tensors, write_tensors
 from .restore import check_tensors, skeleton
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ def load(path: StrPath, build: "type[DiverseViT]") -> "DiverseViT":
         kept = {int(layer): heads for layer, heads in json.loads(metadata["kept_heads"]).items()}
         model = skeleton(build, config, kept)
     except KeyError as missing:
-        raise misfit(path, f"metadata {missing}", "a file without", hint) from None
+        raise path_error(path, f"metadata {missing}", "a file without", hint) from None
     except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as failure:
         if isinstance(failure, UsageError):
-            raise misfit(path, "a valid configuration", f"({failure})", hint) from None
+            raise path_error(path, "a valid configuration", f"({failure})", hint) from None
         got = f"one that does not parse ({type(failure).__name__})"
-        raise misfit(path, "a configuration of DiverseViT", got, hint) from None
+        raise path_error(path, "a configuration of DiverseViT", got, hint) from None
     check_tensors(path, tensors, {key: x.shape for key, x in model.state_dict().items()})
     model.load_state_dict(tensors, assign=True)
     return model

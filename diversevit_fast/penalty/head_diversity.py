@@ -24,7 +24,7 @@ from .grad_scale import InnerScale
 from .head_gradients import (
     Captured,
     HeadGradients,
-    Projected,
+    ProjectionOutput,
     Target,
     check_logits,
     check_target,
@@ -149,11 +149,11 @@ class HeadDiversity(Attachment):
         self.samples: Tensor | None = None
         self._scale = InnerScale(grad_scale)
 
-    def _begin_apart(self) -> None:
-        super()._begin_apart()
+    def _reset(self) -> None:
+        super()._reset()
         self._captured: list[Captured] = []
         # of the running layer, with their inputs
-        self._projected: list[tuple[Projected, Tensor]] = []
+        self._projections: list[tuple[ProjectionOutput, Tensor]] = []
         self._batches: list[int] = []  # of the whole model's forwards
         self._class_token = ClassTokenShortcut()
 
@@ -223,19 +223,19 @@ class HeadDiversity(Attachment):
         self.step += 1
         return (self.step - 1) % self.every == 0
 
-    def started(self, layer: AttentionLayer) -> None:
-        self._projected = []
+    def on_layer_start(self, layer: AttentionLayer) -> None:
+        self._projections = []
 
-    def projected(
+    def on_projection(
         self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
     ) -> Tensor:
         if self.wrt == "output" or not self._capturing():
             return out
         out = self._followed(layer, out)
-        self._projected.append((Projected(out, roles, weight, layer.rows_of(roles)), x))
+        self._projections.append((ProjectionOutput(out, roles, weight, layer.rows_of(roles)), x))
         return out
 
-    def attended(
+    def on_attention(
         self,
         layer: AttentionLayer,
         attend: Forward,
@@ -255,13 +255,15 @@ class HeadDiversity(Attachment):
                 heads = self._followed(layer, heads)
                 run = Captured(layer.index, layer.num_heads, tokens, heads)
             else:
-                made = read_from_input(layer, self._projected)
-                run = Captured(layer.index, layer.num_heads, tokens, projected=made)
+                made = read_from_input(layer, self._projections)
+                run = Captured(layer.index, layer.num_heads, tokens, projections=made)
             self._captured.append(run)
-            self._projected = []
+            self._projections = []
         return heads.expand(*heads.shape[:-2], tokens, heads.shape[-1]) if one_token else heads
 
-    def elsewhere(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def on_torch_function(
+        self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         ours = _TWICE_DIFFERENTIABLE.get(func) if self._second_order() else None
         if ours is None:
             return func(*args, **kwargs)
@@ -301,7 +303,7 @@ class HeadDiversity(Attachment):
 
     def _second_order(self) -> bool:
         """Whether what runs now is differentiated twice: it may depend on a captured tensor."""
-        return bool(self._captured or self._projected) and (
+        return bool(self._captured or self._projections) and (
             not self._split.with_rest or self._split.entangled
         )
 

@@ -19,7 +19,7 @@ Target = Literal["logit", "probability"] | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Projected:
+class ProjectionOutput:
     """The output of a linear layer that makes queries, keys or values, ``[B, N, len(roles) H d]``.
 
     ``roles`` are some of "qkv", in this order; they are made by the last len(roles) H d rows of
@@ -37,7 +37,7 @@ class Captured:
     """What one run of one attention layer left behind for the penalty.
 
     ``heads``: the head output ``[B, H, n, d]``, or None where the gradient of the layer's input is asked
-    for, which comes from ``projected``. ``tokens`` is N; n < N when only the first n query tokens were
+    for, which comes from ``projections``. ``tokens`` is N; n < N when only the first n query tokens were
     computed: the others have zero gradient.
     """
 
@@ -45,12 +45,12 @@ class Captured:
     num_heads: int
     tokens: int
     heads: Tensor | None = None
-    projected: tuple[Projected, ...] = ()
+    projections: tuple[ProjectionOutput, ...] = ()
 
     @property
     def tensors(self) -> list[Tensor]:
         """What to differentiate with respect to."""
-        return [part.tensor for part in self.projected] if self.heads is None else [self.heads]
+        return [part.tensor for part in self.projections] if self.heads is None else [self.heads]
 
 
 def check_target(target: Target) -> None:
@@ -149,10 +149,10 @@ def _routed(grads: HeadGradients, captured: Captured) -> tuple[Tensor, Tensor]:
     read another tensor than the layer's input.
     """
     heads = captured.num_heads
-    if len(captured.projected) == 1 and captured.projected[0].roles == "qkv":
-        return _by_head(grads[0], captured.projected[0], heads)
+    if len(captured.projections) == 1 and captured.projections[0].roles == "qkv":
+        return _by_head(grads[0], captured.projections[0], heads)
     made: dict[str, tuple[Tensor, Tensor]] = {}
-    for grad, part in zip(grads, captured.projected, strict=True):
+    for grad, part in zip(grads, captured.projections, strict=True):
         values, weight = _by_head(grad, part, heads)
         for place, role in enumerate(part.roles):
             made[role] = values[:, :, place], weight[place]
@@ -166,7 +166,7 @@ def _routed(grads: HeadGradients, captured: Captured) -> tuple[Tensor, Tensor]:
     return torch.stack([query, key, value], 2), weights
 
 
-def _by_head(grad: Tensor | None, part: Projected, heads: int) -> tuple[Tensor, Tensor]:
+def _by_head(grad: Tensor | None, part: ProjectionOutput, heads: int) -> tuple[Tensor, Tensor]:
     """A projection's gradient ``[B, N, roles, H, d]`` and its weight ``[roles, H, d, D]``."""
     roles = len(part.roles)
     grad = torch.zeros_like(part.tensor) if grad is None else grad

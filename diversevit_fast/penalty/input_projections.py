@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..attachment.attention_modules import AttentionLayer
 from ..errors import UnsupportedError
-from .head_gradients import Projected
+from .head_gradients import ProjectionOutput
 
 
 def read_from_input(
-    layer: AttentionLayer, made: Sequence[tuple[Projected, Tensor]]
-) -> tuple[Projected, ...]:
+    layer: AttentionLayer, made: Sequence[tuple[ProjectionOutput, Tensor]]
+) -> tuple[ProjectionOutput, ...]:
     """Those of a run's projections, given with their inputs, that read what its keys are made of.
 
     Raises:

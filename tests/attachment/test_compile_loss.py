@@ -290,8 +290,8 @@ class TestRefused:
         loss = compiled_loss(loss_of(dvf.HeadDiversity(model)))
         with torch.no_grad():
             refused(UsageError, "logits: expected a tensor with a graph", loss, *self.batch(model))
-        twin = copy.deepcopy(model)
-        refused(UsageError, "logits computed under this context", loss, *self.batch(twin))
+        clone = copy.deepcopy(model)
+        refused(UsageError, "logits computed under this context", loss, *self.batch(clone))
 
     def test_python_the_graph_cannot_hold(self):
         model = diverse_vit()
