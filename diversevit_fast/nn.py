@@ -10,7 +10,10 @@ from .errors import UnsupportedError, usage_error
 from .ops import attention, gelu, layer_norm
 from .ops.attention_qkvpacked import taken_apart
 from .ops.checks import check_choice
-from .penalty.head_gradients import Captured, ProjectionOutput, head_gradients, layer_penalty
+from .penalty.captured import Captured
+from .penalty.head_gradients import head_gradients
+from .penalty.input_projections import ProjectionOutput
+from .penalty.layer_penalty import layer_penalty
 
 
 class LayerNorm(nn.LayerNorm):

@@ -111,8 +111,8 @@ class Attachment:
         self.__dict__.update(state)
         self._reset()
 
-    def active(self) -> bool:
-        """Asked at each entry: whether this ``with`` block does anything."""
+    def on_enter(self) -> bool:
+        """Called at each entry; returns whether this ``with`` block does anything."""
         return True
 
     def on_layer_start(self, layer: AttentionLayer) -> None:
@@ -150,7 +150,7 @@ class Attachment:
             raise usage_error(
                 "with", "a context that is not entered", "one that is", "enter it once"
             )
-        self._active = self.active()
+        self._active = self.on_enter()
         if self._active:
             _refuse_broken_graph()
             self._swap_classes()
@@ -360,6 +360,11 @@ def open_attachments() -> list[Attachment]:
     """The attachments whose ``with`` block is running, the outermost first."""
     modes = _get_current_function_mode_stack()
     return [mode.owner for mode in modes if isinstance(mode, _Mode)]
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The first axis of the first tensor in a model's call; 0 if there is none."""
+    return next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), 0)
 
 
 def _linear_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

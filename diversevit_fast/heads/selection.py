@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..attachment.attention_modules import AttentionLayer, choose_layers
-from ..attachment.batch_checks import Batch, class_indices, group_names, split_batch
 from ..attachment.indices import Integers
 from ..attachment.parallel import unwrapped
 from ..errors import usage_error
 from ..ops.checks import check_choice
+from .loader_batches import Batch, class_indices, group_names, split_batch
 from .prefix_cache import PrefixCache
 
 Score = (

@@ -1,18 +1,16 @@
-"""Batches as loaders give them, and whether logits belong to the samples that layers ran on.
-
-A part of the logits would be silently averaged away.
-"""
+"""Batches of a data loader, taken apart into a model's inputs, labels and groups."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError, usage_error
-from .attention_modules import plain_class
+from ..attachment.attachment import batch_size
+from ..attachment.attention_modules import plain_class
+from ..errors import usage_error
 
 
 @dataclass
@@ -26,7 +24,7 @@ class Batch:
 
     @property
     def size(self) -> int:
-        return batch_of(self.args, self.kwargs)
+        return batch_size(self.args, self.kwargs)
 
 
 def split_batch(name: str, batch: Any, model: nn.Module, device: torch.device) -> Batch:
@@ -148,37 +146,3 @@ def _items(given: Any) -> list[Any]:
 def _example(given: Any) -> str:
     first = next(iter(_items(given)), given)
     return f"{type(first).__name__} {first!r}" if isinstance(first, str) else type(first).__name__
-
-
-def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The batch size of a model's call: the first axis of its first tensor; 0 if there is none."""
-    return next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), 0)
-
-
-def check_batch(
-    layer: str, ran_on: Sequence[int], wanted: int, batches: Sequence[int], granularity: str
-) -> None:
-    """Refuse logits of other samples than ``layer`` ran on.
-
-    Args:
-        ran_on: the first axis of what each run of the layer saw.
-        wanted: as many samples as the logits have, or of those as many as were drawn.
-        batches: of the calls of the whole model that were seen, scaled alike.
-
-    Raises:
-        UsageError: the logits are of fewer or more samples.
-        UnsupportedError: groups of tokens (windows) instead of samples, with granularity "sample".
-    """
-    if all(n == wanted for n in ran_on) or sum(ran_on) == wanted:
-        return
-    grouped = all(n % wanted == 0 for n in ran_on) and (wanted in batches or sum(batches) == wanted)
-    if not grouped:
-        hint = "pass the model's output as it is; a loss may leave samples out, the penalty cannot"
-        seen = " + ".join(map(str, ran_on))
-        wish = f"a row for each of the {seen} samples that {layer} ran on"
-        raise usage_error("logits", wish, f"{wanted}", hint)
-    if granularity == "sample":
-        raise UnsupportedError(
-            f"granularity: {layer} runs on {ran_on[0]} groups of tokens of {wanted} samples, so "
-            "'sample' is not what it says; use 'token'"
-        )
