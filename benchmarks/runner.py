@@ -22,7 +22,7 @@ from benchmarks.registry import Job, Provider
 from benchmarks.steps import StepSpec, StepWorkload
 from benchmarks.timing import conditions, interleaved, seconds_of
 from benchmarks.workloads import Spec, Workload
-from diversevit_kernels.cpu.runtime import huge_pages as pool
+from diversevit_kernels.cpu.runtime import allocator
 
 FLUSH_BYTES = 256 << 20
 """More than any GPU's L2 cache: written between rounds, so that each begins cold."""
@@ -137,7 +137,7 @@ def peak_bytes(job: Callable[[], Any], device: torch.device) -> int | None:
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if platform.system() != "Linux" or not clear.exists():
         return None
-    pool.release()  # else memory freed by an earlier job is used again, unseen
+    allocator.empty_cache()  # else memory freed by an earlier job is used again, unseen
     ctypes.CDLL(None).malloc_trim(0)
     try:
         clear.write_text("5")

@@ -18,7 +18,7 @@ from .heads.pruned_files import PruningReport, load_pruned, pruning_report, save
 from .heads.pruning import keep_heads, prune_heads
 from .heads.selection import HeadChoice, select_heads
 from .ops import attention, gelu, head_penalty, layer_norm, routed_head_penalty
-from .ops.backends import use_backend
+from .ops.backends import empty_cpu_cache, use_backend
 from .ops.warmup import warmup
 from .penalty.head_diversity import HeadDiversity
 from .version import __version__
@@ -35,6 +35,7 @@ __all__ = [
     "capture_heads",
     "compile_loss",
     "data",
+    "empty_cpu_cache",
     "gelu",
     "head_penalty",
     "integrations",

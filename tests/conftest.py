@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from diversevit_kernels.cpu.runtime import commands, native
+from diversevit_kernels.cpu.runtime import compiler, cpp_library
 
 PROCESSORS = {
     "128-bit vectors": ("-march=x86-64-v2",),
@@ -28,14 +28,14 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(params=PROCESSORS.values(), ids=PROCESSORS)
 def lesser_processor(request, monkeypatch):
-    """``native.library`` of a C++ kernel compiled without some of the instructions that this processor has."""
-    if platform.machine() != "x86_64" or shutil.which(commands.compiler()[0]) is None:
+    """``cpp_library.library`` of a C++ kernel compiled without some of the instructions that this processor has."""
+    if platform.machine() != "x86_64" or shutil.which(compiler.command()[0]) is None:
         pytest.skip("needs x86 and a C++ compiler")
     if "v3" in request.param[0] and not torch.cpu._is_avx2_supported():
         pytest.skip("needs 256-bit vectors")
-    monkeypatch.setattr(native, "_PROCESSORS", (request.param,))
-    monkeypatch.setattr(native, "_loaded", {})
-    return native.library
+    monkeypatch.setattr(cpp_library, "_PROCESSOR_FLAGS", (request.param,))
+    monkeypatch.setattr(cpp_library, "_loaded", {})
+    return cpp_library.library
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

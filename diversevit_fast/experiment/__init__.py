@@ -1,11 +1,9 @@
 """The paper's experiment end to end: train ERM and DiverseViT, select heads, write a report.
 
-Data flow: ``config`` (what to run) -> ``run`` (and resume; ``folder`` is how its files live) ->
-``train`` (one method and seed) -> ``evaluate`` (every head on every split) -> ``metrics`` (rows,
-selection) -> ``plots`` ->
-``report``. ``distributed`` (and ``sharded``, its checkpoints) lets several ranks train as one process
-does. ``commands`` puts the command line in front. The rest of the library imports nothing
-of this.
+Data flow: ``config`` (settings) -> ``run`` (run or resume, in a ``run_folder``) -> ``train`` (one method and
+seed, saved by ``checkpoint``) -> ``evaluate`` (every head on every split) -> ``metrics`` (rows, selection)
+-> ``plots`` -> ``report``. ``distributed`` (with ``sharded`` checkpoints) lets several ranks train as one
+process does. ``cli`` and ``commands`` are the command line. The rest of the library imports nothing of this.
 """
 
 from .config import Settings, resolve

@@ -1,4 +1,4 @@
-"""The console script ``diversevit``: runs a command, and says every expected failure in one line.
+"""The console script ``diversevit``: run a command and report every expected failure in one line.
 
 Typer is an optional dependency, imported when the command line is used: by ``main``, or by asking
 this module for ``app``.
@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(args: Sequence[str] | None) -> int:
-    """The command's exit code; what went wrong is said."""
+    """Run a command, print what went wrong if it failed, and return its exit code."""
     try:
         app = __getattr__("app")
         code = app(args=args, prog_name="diversevit", standalone_mode=False)
@@ -53,7 +53,7 @@ def _run(args: Sequence[str] | None) -> int:
 
 
 def _check_output(code: int, args: Sequence[str]) -> int:
-    """``code``, unless the answer was lost: on a full disk, not for want of a reader.
+    """Return ``code``, or 1 if the output was lost on a full disk (a closed pipe is no failure).
 
     What a run says is not what it makes, so it has not failed.
     """
@@ -69,7 +69,7 @@ def _check_output(code: int, args: Sequence[str]) -> int:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    from .files import out_of_memory
+    from .run_files import out_of_memory
 
     return out_of_memory(error)
 

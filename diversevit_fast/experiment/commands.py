@@ -134,7 +134,7 @@ def evaluate(
     config: o.DataConfig = None,
 ) -> None:
     """Accuracy of all heads and of each head of the last layer alone, on every split."""
-    from .weights import load_model, show_evaluation, splits_for
+    from .trained_model import load_model, show_evaluation, splits_for
 
     options = _settings_of(ctx)
     model = load_model(weights)
@@ -159,7 +159,7 @@ def select_heads(
     config: o.DataConfig = None,
 ) -> None:
     """Choose heads of the last layer on OOD validation; say what they reach on the test sets."""
-    from .weights import SCORES, SEARCHES, load_model, save_pruned, show_selection, splits_for
+    from .trained_model import SCORES, SEARCHES, load_model, save_pruned, show_selection, splits_for
 
     for name, value, words in (("search", search, SEARCHES), ("score", score, SCORES)):
         if value not in words:
@@ -210,7 +210,7 @@ def prepare(
 
 
 def _check_new(option: str, name: str) -> None:
-    """Refuse a file that is there, or whose folder is not one to write into."""
+    """Raise if the file exists, or if its folder cannot be written to."""
     path, hint = Path(name), "choose another name"
     if not is_path(name):
         raise usage_error(option, "a new file", repr(name), hint)
@@ -226,7 +226,7 @@ def _check_new(option: str, name: str) -> None:
 
 
 def _settings_of(ctx: typer.Context) -> dict[str, Any]:
-    """The given options that are settings; layers as numbers where they are."""
+    """Return the options that are settings, with layers as numbers where possible."""
     from .config import Settings
 
     names = Settings.__dataclass_fields__
@@ -253,7 +253,7 @@ def _start(options: dict[str, Any], config: str | None, out: str | None) -> None
 
 
 def _work(job: Callable[[Any], Path]) -> None:
-    """Run ``job``, show its comparison; an interrupt is one line and exit code 130."""
+    """Run ``job`` and print its comparison; an interrupt prints one line and exits with 130."""
     from rich.console import Console
 
     from .distributed import ReportedError, close_ranks, first_rank

@@ -1,4 +1,4 @@
-"""What a run is made of: presets, config file, options; the last one that speaks wins."""
+"""Settings of a run: presets, overridden by a config file, overridden by options."""
 
 import json
 import os
@@ -105,7 +105,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
-        """Settings from JSON values; lists become tuples.
+        """Build settings from JSON values; lists become tuples.
 
         Raises:
             UsageError: a key is unknown or a value is unfit; the message names it.
@@ -126,7 +126,7 @@ class Settings:
 
 
 def resolve(options: Mapping[str, Any], config: str | Path | None = None) -> Settings:
-    """Options over config file over preset over defaults.
+    """Merge settings: options over config file over preset over defaults.
 
     Args:
         options: values by name of ``Settings`` field; None means not given.
@@ -146,7 +146,7 @@ def resolve(options: Mapping[str, Any], config: str | Path | None = None) -> Set
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The settings in a JSON file: the file itself, or its ``settings`` if a run wrote it.
+    """Read the settings in a JSON file: the whole file, or its ``settings`` if a run wrote it.
 
     Raises:
         UsageError: no such file, no JSON, or no JSON object.
@@ -161,7 +161,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, argument: str) -> dict[str, Any]:
-    """A JSON object read from ``path``.
+    """Read a JSON object from ``path``.
 
     Raises:
         UsageError: no such file, one too large, no JSON, a key given twice, or no JSON object.
@@ -183,7 +183,7 @@ def read_json(path: Path, argument: str) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ: of two that do not, one would win unseen."""
+    """Build a JSON object, refusing duplicate keys: one of the two would be dropped unseen."""
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -225,7 +225,7 @@ def _text(x: Any) -> bool:
 
 
 def is_path(x: Any) -> bool:
-    """A text that can be the name of a file."""
+    """Return True for a string that can be the name of a file."""
     try:
         return isinstance(x, str) and x != "" and b"\0" not in os.fsencode(x)
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""One training by one process, or by the ranks that ``torchrun`` started.
+"""Train as one process, or as the ranks that ``torchrun`` started.
 
 Every batch of the single-process order is split over the ranks, and each rank's loss is weighted by its
 share, so the averaged gradient is that of the whole batch, uneven shares included: the penalty is a
@@ -35,11 +35,11 @@ _FAREWELL = timedelta(seconds=10)  # the most that a rank waits for rank 0 to sa
 
 
 class ReportedError(UsageError):
-    """A failure that every rank knows of, on a rank other than 0, which reports it."""
+    """A failure known to every rank, raised on ranks other than 0; rank 0 reports it."""
 
 
 class OneProcess:
-    """A training that has the machine to itself; what ``Ranks`` does, for one.
+    """The interface of ``Ranks`` for a training in a single process.
 
     Attributes:
         rank, count: this rank and how many there are.
@@ -53,55 +53,55 @@ class OneProcess:
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes and speaks."""
+        """True if this rank prints and writes files."""
         return self.rank == 0
 
     def distribute(self, model: nn.Module, fsdp: bool) -> nn.Module:
-        """What the training steps call instead of ``model``, to the same result."""
+        """Wrap ``model`` for training steps; calling the wrapper gives the same result."""
         return model
 
     def collect(self, trained: nn.Module, model: nn.Module) -> None:
-        """Bring ``model`` up to date with what ``distribute`` made of it."""
+        """Copy the trained weights back from the wrapper that ``distribute`` made into ``model``."""
 
     def share(self, *batch: Tensor) -> tuple[Sequence[Tensor], int]:
-        """This rank's part of tensors ``[B, ...]``, and how many samples of it count."""
+        """Return this rank's part of tensors ``[B, ...]`` and the number of its samples that count."""
         return batch, len(batch[0])
 
     def backward(self, loss: Tensor, kept: int, batch: int) -> None:
-        """Gradients of the mean over ``batch``, of which ``loss`` is the mean over ``kept``."""
+        """Backpropagate ``loss``, the mean over ``kept`` samples, weighted to give the mean over ``batch``."""
         loss.backward()
 
     def mean(self, values: Sequence[float], kept: int) -> list[float]:
-        """Means over this rank's ``kept`` samples as means over the whole batch."""
+        """Average means over this rank's ``kept`` samples into means over the whole batch."""
         return list(values)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over the ranks."""
+        """Return the sum of ``value`` over the ranks."""
         return values
 
     def finite(self, loss: Tensor) -> bool:
-        """Whether ``loss`` is finite on every rank."""
+        """Return True if ``loss`` is finite on every rank."""
         return bool(torch.isfinite(loss))
 
     def gathered(self, value: T) -> list[T]:
-        """Every rank's ``value``, on every rank."""
+        """Return every rank's ``value``, on every rank."""
         return [value]
 
     def together(self, job: Callable[[], T]) -> T:
-        """Each rank's own result of ``job``; what it raises on one rank is raised on all."""
+        """Run ``job`` on every rank; an exception on one rank is raised on all."""
         return job()
 
     def on_first(self, job: Callable[[], T]) -> T:
-        """Rank 0's result of ``job``, on every rank; what it raises there is raised on all."""
+        """Run ``job`` on rank 0 and return its result on every rank; its exception is raised on all."""
         return job()
 
     def agreed(self, error: UsageError) -> UsageError:
-        """``error``, known to every rank, as this rank has to raise it."""
+        """Return the exception this rank raises for an ``error`` that every rank knows of."""
         return error
 
 
 class Ranks(OneProcess):
-    """This process as one of the ranks of a ``torch.distributed`` group.
+    """This process as one rank of a ``torch.distributed`` group.
 
     Gradients travel in the default group; everything else in a gloo group of its own, so that it
     neither mixes with them nor needs a GPU.
@@ -178,7 +178,7 @@ class Ranks(OneProcess):
         return error if self.first else ReportedError(str(error))
 
     def wait_for_farewell(self) -> None:
-        """Let rank 0 speak before this rank leaves: the launcher ends the others with the first."""
+        """Wait until rank 0 has printed: the launcher ends all ranks with the first that leaves."""
         with suppress(RuntimeError):  # rank 0 is gone, as awaited, or took too long
             awaited = dist.irecv(torch.empty(1), src=0, group=self.control)
             if awaited is not None:
@@ -186,18 +186,18 @@ class Ranks(OneProcess):
 
 
 def launched() -> bool:
-    """Whether a launcher such as ``torchrun`` started this process as one of its ranks."""
+    """Return True if a launcher such as ``torchrun`` started this process as one of its ranks."""
     return dist.is_available() and all(name in os.environ for name in _LAUNCH)
 
 
 def first_rank() -> bool:
-    """Whether this process is the one that speaks."""
+    """Return True if this process prints and writes files (rank 0)."""
     return not launched() or os.environ["RANK"] == "0"
 
 
 @contextmanager
 def open_ranks(device: str, *, fsdp: bool = False) -> Iterator[OneProcess]:
-    """The ranks that train together, as the launcher started them; without one, this process.
+    """Open the process group that the launcher started, or a single process without one.
 
     The process group stays open, for the next run of this process: it cannot be opened twice.
     ``close_ranks`` closes it; after a failure the end of the process does, which the others notice.
@@ -236,14 +236,14 @@ def open_ranks(device: str, *, fsdp: bool = False) -> Iterator[OneProcess]:
 
 
 def close_ranks() -> None:
-    """At a regular end of every rank."""
+    """Close the process group after every rank has finished."""
     if launched() and dist.is_initialized():
         gc.collect()  # what FSDP2 sharded keeps gloo's threads, which abort the process at its end
         dist.destroy_process_group()
 
 
 def _leave() -> None:
-    """At the end of a process that failed: gloo's threads must not outlive it.
+    """End the process group of a process that failed, so that gloo's threads do not outlive it.
 
     NCCL's group is left to its own destructor, which aborts; closing it would wait for other ranks.
     """
@@ -254,7 +254,7 @@ def _leave() -> None:
 
 @contextmanager
 def noticing_lost_ranks(ranks: OneProcess, hint: str) -> Iterator[None]:
-    """Inside, an error of a collective is one line: it means that another rank has left.
+    """Context manager: turn an error of a collective, which means that a rank has left, into one line.
 
     Raises:
         UsageError: a collective failed.
@@ -269,14 +269,14 @@ def noticing_lost_ranks(ranks: OneProcess, hint: str) -> Iterator[None]:
 
 
 def resume_command(folder: Path, ranks: OneProcess) -> str:
-    """What to type to finish the run in ``folder`` as it was started."""
+    """Return the command that resumes the run in ``folder`` the way it was started."""
     local = os.environ.get("LOCAL_WORLD_SIZE", ranks.count)
     start = TORCHRUN.format(local) if ranks.launched else "diversevit"
     return f"{start} run --resume {shlex.quote(str(folder))}"
 
 
 def shard(model: Any, device: torch.device) -> nn.Module:
-    """``model`` with its parameters spread over the ranks by FSDP2: each block, and the rest.
+    """Shard the parameters of ``model`` over the ranks with FSDP2: each block, then the rest.
 
     Args:
         model: a model with ``blocks``; changed in place.
@@ -293,7 +293,7 @@ def shard(model: Any, device: torch.device) -> nn.Module:
 
 
 def _check_launch() -> None:
-    """Refuse variables that no launcher sets so."""
+    """Raise if the launcher's environment variables are inconsistent."""
     texts = [os.environ[name] for name in _NUMBERS]
     known = all(text.isascii() and text.isdecimal() and len(text) < 10 for text in texts)
     rank, count, _, port = map(int, texts) if known else (0, 0, 0, 0)
@@ -303,7 +303,7 @@ def _check_launch() -> None:
 
 
 def _meet(backends: str) -> None:
-    """Find the other ranks."""
+    """Initialise the process group."""
     try:
         dist.init_process_group(backends)
     except (ValueError, RuntimeError) as failure:  # PyTorch's errors of a connection are the latter
@@ -313,7 +313,7 @@ def _meet(backends: str) -> None:
 
 
 def _attempt(job: Callable[[], T]) -> tuple[T | None, UsageError | None]:
-    """What ``job`` returns or, as a one-line error that can travel, raises."""
+    """Run ``job`` and return its result, or its exception as a one-line error that can be sent."""
     try:
         return job(), None
     except FileError as failure:
@@ -328,7 +328,7 @@ def _reraise(failure: UsageError | None) -> None:
 
 
 def _own_device(name: str) -> torch.device:
-    """The device ``name`` as this rank has to take it."""
+    """Return the device this rank uses for the setting ``name``."""
     local = int(os.environ["LOCAL_RANK"])
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is not None and name in ("auto", kind.type):

@@ -1,4 +1,4 @@
-"""``diversevit doctor``: what is installed, what can run, is second-order attention right."""
+"""``diversevit doctor``: report what is installed, which backends run, and check second derivatives."""
 
 import platform
 import shutil
@@ -33,7 +33,7 @@ _SHAPE = (2, 3, 197, 64)  # [B, H, N, d]: ViT-S at 224 pixels, whose 197 tokens 
 
 
 def report_health() -> bool:
-    """Print the findings, one line each; whether every self-check passed."""
+    """Print the findings, one line each; return True if every self-check passed."""
     for name, finding in _findings():
         print(f"{name:<22}{finding}", flush=True)
     healthy = True
@@ -53,7 +53,7 @@ def report_health() -> bool:
 
 
 def self_check(backend: str, device: str = "cpu") -> tuple[float, float]:
-    """How wrong ``backend`` is at second-order attention in float32, and how wrong it may be.
+    """Return the error of ``backend``'s second-order attention in float32, and the error allowed.
 
     Both are judged by the reference in float64, relative to the largest element. Allowed is twice
     the error of the reference in float32, plus sqrt(N) times its epsilon for the order of sums.
@@ -105,14 +105,14 @@ def _reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _second_order(attend: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """``gq, gk, gv``: the gradients of <(dq, dk, dv), (ddq, ddk, ddv)>."""
+    """Return ``gq, gk, gv``, the gradients of <(dq, dk, dv), (ddq, ddk, ddv)>."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     first = torch.autograd.grad(attend(q, k, v), (q, k, v), inputs[3], create_graph=True)
     return list(torch.autograd.grad(first, (q, k, v), inputs[4:]))
 
 
 def _error(actual: list[Tensor], exact: list[Tensor]) -> float:
-    """Largest error of any gradient, relative to that gradient's largest element."""
+    """Return the largest error of any gradient, relative to that gradient's largest element."""
     errors = [
         (a.double() - e).abs().max() / e.abs().max() for a, e in zip(actual, exact, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Accuracy with all heads and with each head alone, and how alike the heads are."""
+"""Evaluate a model with all heads and with each head alone, and measure the heads' similarity."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ _BATCH = 256  # evaluation keeps no graph, so larger than a training batch
 def evaluate_splits(
     model: Any, splits: Mapping[str, Any], rank: int = 0, ranks: int = 1
 ) -> dict[str, list[Row]]:
-    """Rows by evaluation split: all heads, then each head of the last layer alone.
+    """Return rows by evaluation split: all heads, then each head of the last layer alone.
 
     Of ``ranks`` that divide the splits among them, ``rank`` takes every ``ranks``-th.
     """
@@ -26,7 +26,7 @@ def evaluate_splits(
 
 @torch.no_grad()
 def evaluate(model: Any, dataset: Any, split: str) -> list[Row]:
-    """Rows ``{"split", "heads", "accuracy", "worst_group", "loss"}``, one per choice of heads.
+    """Return rows ``{"split", "heads", "accuracy", "worst_group", "loss"}``, one per choice of heads.
 
     Args:
         model: a ``models.DiverseViT``; anything with ``head_logits`` as documented there.
@@ -60,7 +60,7 @@ def evaluate(model: Any, dataset: Any, split: str) -> list[Row]:
 
 
 def likeness(model: nn.Module, diversity: HeadDiversity, images: Tensor) -> tuple[float, list]:
-    """The penalty on ``images``, and the mean absolute cosine between the heads of the last layer.
+    """Return the penalty on ``images`` and the mean absolute cosines between the last layer's heads.
 
     Args:
         model: the model that ``diversity`` was made for.

@@ -1,4 +1,4 @@
-"""What a run runs on: versions and machine, for ``config.json`` and ``doctor``, and the device."""
+"""Describe versions and machine for ``config.json`` and ``doctor``, and choose the device."""
 
 import os
 import platform
@@ -38,7 +38,7 @@ PACKAGES = (
 
 
 def version_of(package: str) -> str | None:
-    """Version of an installed distribution, None if there is none."""
+    """Return the version of an installed distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -46,12 +46,12 @@ def version_of(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Python's and the packages' versions by name."""
+    """Return the versions of Python and the packages by name."""
     return {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
 
 
 def changes(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The line that says which versions are others than they were."""
+    """Return the line that lists the versions that changed."""
     listed = ", ".join(
         f"{name} {v or 'none'} (was {before.get(name) or 'none'})" for name, v in now.items()
     )
@@ -59,7 +59,7 @@ def changes(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Processor, cores and operating system; the GPU where there is one."""
+    """Describe processor, cores, operating system, and the GPU where there is one."""
     facts: dict[str, str | int] = {
         "processor": _processor(),
         "cores": os.cpu_count() or 1,
@@ -71,7 +71,7 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def choose_device(name: str) -> torch.device:
-    """``"auto"``: CUDA where the GPU kernels can run, else the CPU.
+    """Return the device for a setting; ``"auto"`` is CUDA where the GPU kernels can run, else the CPU.
 
     Raises:
         UsageError: PyTorch does not know the device or cannot compute on it.
@@ -93,7 +93,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def check_model(settings: Settings, device: torch.device, samples: int = 1) -> None:
-    """Refuse a model whose training a device can never hold, before anything of it is made.
+    """Raise if training the model can never fit the device's memory, before allocating anything.
 
     Args:
         samples: of the training data, as far as they are known.
@@ -112,7 +112,7 @@ def check_model(settings: Settings, device: torch.device, samples: int = 1) -> N
 
 
 def check_threads(count: int) -> None:
-    """Refuse more threads than the system lets this process start: OpenMP would abort it.
+    """Raise if ``threads`` exceeds what the system lets this process start: OpenMP would abort.
 
     Raises:
         UsageError: one of ``count - 1`` more threads did not start.
@@ -134,7 +134,7 @@ def check_threads(count: int) -> None:
 
 
 def _memory_of(device: torch.device) -> int | None:
-    """In bytes; None where that is not known."""
+    """Return the memory of a device in bytes, or None where unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:

@@ -1,4 +1,4 @@
-"""The rows of ``metrics.csv`` and what is read off them: selection, means, the claim.
+"""Rows of ``metrics.csv``, and selection, means and the paper's claim computed from them.
 
 A row is one method, seed, epoch, split and choice of heads (``"all"`` or one head's number). The
 split ``train`` holds the running means of training, the others an evaluation after the epoch.
@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import UsageError, usage_error
 from ..files import read_bytes, there
-from .files import write_text
+from .run_files import write_text
 
 Row = dict[str, Any]
 
@@ -57,7 +57,7 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a file that ``write_csv`` wrote.
+    """Read the rows of a file that ``write_csv`` wrote.
 
     Raises:
         UsageError: no such file, one that cannot be read, other columns, an unfit cell, or rows missing.
@@ -102,7 +102,7 @@ def _damaged(wanted: str, got: str) -> UsageError:
 
 @dataclass(frozen=True)
 class Rule:
-    """How epoch and heads are chosen: the highest accuracy on ``split``, the earliest at a tie."""
+    """Selection rule for epoch and heads: the highest accuracy on ``split``, the earliest at a tie."""
 
     split: str
     single: bool  # one head of the last layer, rather than all
@@ -117,7 +117,7 @@ class Rule:
 
     @property
     def oracle(self) -> bool:
-        """Whether the test set itself is used to choose."""
+        """True if the test set itself is used to choose."""
         return self.split.startswith("test")
 
     def __str__(self) -> str:
@@ -125,7 +125,7 @@ class Rule:
         return f"{self.heads}, {what} chosen on {self.chosen_on}"
 
     def pick(self, rows: Sequence[Row]) -> Row:
-        """The chosen row among the rows of one method and seed."""
+        """Return the chosen row among the rows of one method and seed."""
         candidates = [
             r for r in rows if r["split"] == self.split and (r["heads"] != "all") == self.single
         ]
@@ -159,7 +159,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the comparison: a method under a selection rule."""
+    """One line of the comparison: one method under one selection rule."""
 
     rule: Rule
     method: str
@@ -170,24 +170,24 @@ class Line:
 
 
 def of_run(rows: Sequence[Row], method: str, seed: int) -> list[Row]:
-    """The rows of one method and seed."""
+    """Return the rows of one method and seed."""
     return [r for r in rows if r["method"] == method and r["seed"] == seed]
 
 
 def present(rows: Sequence[Row]) -> tuple[list[str], list[int]]:
-    """Methods and seeds that occur, in order of appearance."""
+    """Return the methods and seeds that occur, in order of appearance."""
     return list(dict.fromkeys(r["method"] for r in rows)), list(
         dict.fromkeys(r["seed"] for r in rows)
     )
 
 
 def find(rows: Sequence[Row], epoch: int, split: str, heads: str) -> Row:
-    """The one row of one run at ``epoch``, ``split`` and ``heads``."""
+    """Return the row of one run at ``epoch``, ``split`` and ``heads``."""
     return next(r for r in rows if (r["epoch"], r["split"], r["heads"]) == (epoch, split, heads))
 
 
 def compare(rows: Sequence[Row]) -> list[Line]:
-    """Every method under every rule: accuracy on both test splits, worst group of the OOD one."""
+    """Compare every method under every rule: accuracy on both test splits, worst group of the OOD one."""
     methods, seeds = present(rows)
     lines = []
     for rule in RULES:
@@ -225,14 +225,14 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """``"shows"``, ``"does not show"``, or ``"is contradicted"``."""
+        """Return ``"shows"``, ``"does not show"``, or ``"is contradicted"``."""
         if abs(self.difference) <= self.spread:
             return "does not show"
         return "shows" if self.difference > 0 else "is contradicted"
 
 
 def judge(lines: Sequence[Line], test_samples: int) -> Claim | None:
-    """The claim, or None where a method is missing.
+    """Judge the paper's claim; None where a method is missing.
 
     The difference of means is held against the spread: the standard deviations over seeds and the
     sampling errors sqrt(p (1 - p) / n) of a test set of n images, of both methods, as the root of

@@ -1,4 +1,4 @@
-"""The three pictures of a report, drawn from rows and cosines alone, as PNG files.
+"""Draw the three figures of a report as PNG files, from rows and cosines alone.
 
 They look alike wherever they are drawn: by Agg, in matplotlib's own style and ours, whatever
 ``MPLBACKEND`` or a ``matplotlibrc`` says. Neither these nor pyplot's figures are touched.
@@ -50,7 +50,7 @@ def draw(rows: Sequence[Row], cosines: Mapping[str, Any], folder: Path) -> None:
 
 
 def rehearse() -> None:
-    """Draw next to nothing, so that what keeps matplotlib from drawing is said before a training.
+    """Draw a tiny figure before training, so that a broken matplotlib is reported early.
 
     Raises:
         UsageError: it is not installed, or cannot draw.
@@ -76,7 +76,7 @@ def _own_style() -> Iterator[None]:
 
 
 def _matplotlib() -> Any:
-    """The module: a backend in the environment that it does not know keeps it from being imported."""
+    """Import matplotlib; an unknown backend in the environment would make its import fail."""
     if "matplotlib" in sys.modules or "MPLBACKEND" not in os.environ:
         return require("matplotlib", extra="train")
     backend = os.environ.pop("MPLBACKEND")
@@ -98,13 +98,13 @@ def _png(figure: Any) -> bytes:
 
 
 def _figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches; made without pyplot, so it needs no display."""
+    """Return an empty figure of a size in inches; made without pyplot, so it needs no display."""
     module = require("matplotlib.figure", extra="train")
     return module.Figure(figsize=(width, height), layout="constrained")
 
 
 def _curves(rows: Sequence[Row]) -> Any:
-    """Loss, penalty, ID and OOD accuracy over epochs: each seed thin, the mean thick."""
+    """Draw loss, penalty, ID and OOD accuracy over epochs: each seed thin, the mean thick."""
     panels = (
         ("Training loss", "cross-entropy (nats)", "train", "loss"),
         ("Penalty, ID validation", "mean squared cosine", "val_id", "penalty"),
@@ -136,7 +136,7 @@ def _series(run: Sequence[Row], split: str, column: str) -> dict[int, float]:
 
 
 def _best_head(run: Sequence[Row]) -> dict[int, float]:
-    """OOD test accuracy, at each epoch, of the head that is best on that epoch's OOD validation."""
+    """Return, per epoch, the OOD test accuracy of the head that is best on that epoch's OOD validation."""
     tests = {(r["epoch"], r["heads"]): r["accuracy"] for r in run if r["split"] == "test_ood"}
     picks = {
         epoch: SELECTED.pick([r for r in run if r["epoch"] == epoch])
@@ -157,7 +157,7 @@ def _mean_and_seeds(
 
 
 def _heads(rows: Sequence[Row]) -> Any:
-    """ID against OOD test accuracy of every head, at the epoch of the selected head."""
+    """Draw ID against OOD test accuracy of every head, at the epoch of the selected head."""
     figure = _figure(5.8, 4.8)
     axis = figure.subplots()
     methods, seeds = present(rows)
@@ -198,7 +198,7 @@ def _legend_of_heads(axis: Any, methods: Sequence[str]) -> None:
 
 
 def _cosines(cosines: Mapping[str, Any]) -> Any:
-    """Mean absolute cosines between heads before and after training, each method's first seed."""
+    """Draw mean absolute cosines between heads before and after training, for each method's first seed."""
     first: dict[str, tuple[str, Any]] = {}
     for task, matrices in cosines.items():
         first.setdefault(task.partition("-")[0], (task, matrices))
@@ -216,7 +216,7 @@ def _cosines(cosines: Mapping[str, Any]) -> Any:
 
 
 def _matrix(axis: Any, matrix: Sequence[Sequence[float]]) -> Any:
-    """One H x H heat map; the diagonal, always 1, is left out."""
+    """Draw one H x H heat map; the diagonal, always 1, is left out."""
     heads = len(matrix)
     values = [
         [float("nan") if i == j else x for j, x in enumerate(r)] for i, r in enumerate(matrix)

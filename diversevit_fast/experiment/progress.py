@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live bar on a terminal, plain lines elsewhere, event files."""
+"""Show the progress of a run: a live bar on a terminal, plain lines elsewhere, and event files."""
 
 import time
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import require
 from ..files import own_folder
+from .checkpoint import Task
 from .metrics import Row
-from .state import Task
 
 NAMES = {"erm": "ERM", "diversevit": "DiverseViT"}
 _EVERY = 0.25  # seconds between two updates of the live bar
@@ -55,7 +55,7 @@ class Progress:
         self._close()
 
     def noted(self, line: str) -> None:
-        """Say what the reader should know."""
+        """Print a note for the reader."""
         self._print(line)
 
     def started(self, task: Task, epoch: int, epochs: int, steps: int) -> None:
@@ -120,7 +120,7 @@ class Progress:
 
     @contextmanager
     def _dispensable(self) -> Iterator[None]:
-        """Inside are the event files: a run goes on without them."""
+        """Context manager: ignore failures of the event files; a run goes on without them."""
         try:
             yield
         except (OSError, RuntimeError, ValueError) as failure:

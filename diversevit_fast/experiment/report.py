@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page, rebuilt at any time from a run's folder."""
+"""Write ``report.html``, one self-contained page, rebuilt at any time from a run's folder."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,10 @@ from typing import Any
 from ..errors import UsageError, require, usage_error
 from ..files import writing
 from .config import Settings, read_json
-from .files import out_of_memory, printable, write_text
 from .metrics import Claim, Line, Row, compare, judge, present, read_csv
 from .plots import PICTURES, draw
 from .progress import NAMES
+from .run_files import out_of_memory, printable, write_text
 
 # OOD test, arXiv 2308.16274, MNIST-CIFAR, 10 seeds; by index in metrics.RULES and method
 PUBLISHED = {
@@ -100,7 +100,7 @@ def _render(
 
 
 def claim_sentence(claim: Claim | None, seeds: int) -> str:
-    """Whether the paper's claim shows in this run, in one sentence or two."""
+    """Return one or two sentences that say if the paper's claim shows in this run."""
     if claim is None:
         return (
             "The claim compares two methods and this run trained one, so it cannot be judged here."
@@ -120,7 +120,7 @@ def claim_sentence(claim: Claim | None, seeds: int) -> str:
 
 
 def _tables(lines: Sequence[Line], with_published: bool) -> list[dict[str, Any]]:
-    """One block per selection rule, its methods as rows."""
+    """Return one table per selection rule, with methods as rows."""
     rules = list(dict.fromkeys(line.rule for line in lines))
     return [
         {
@@ -146,7 +146,7 @@ def _tables(lines: Sequence[Line], with_published: bool) -> list[dict[str, Any]]
 
 
 def _likeness(cosines: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Mean absolute cosine over pairs of different heads, per training, before and after."""
+    """Return the mean absolute cosine over pairs of different heads, per training, before and after."""
 
     def mean(matrix: Sequence[Sequence[float]]) -> float:
         pairs = [x for i, row in enumerate(matrix) for j, x in enumerate(row) if i != j]
@@ -164,7 +164,7 @@ def _likeness(cosines: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _timed(rows: Sequence[Row]) -> list[Row]:
-    """One row per training pass and one per evaluation, which repeats its time in each row."""
+    """Return one row per training pass and one per evaluation, which repeats its time in each row."""
     return [r for r in rows if (r["split"], r["heads"]) in (("train", "all"), ("val_id", "all"))]
 
 

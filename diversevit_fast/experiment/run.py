@@ -1,4 +1,4 @@
-"""A whole run: every method on every seed, in a folder that is partial until it is finished.
+"""Run or resume an experiment: every method on every seed, in a folder named ``.partial`` until finished.
 
 While it runs everything lies in ``<out>.partial``; the folder takes its name at the end. A killed
 run loses at most the current epoch: ``resume`` goes on from the last checkpoint, to the same end.
@@ -20,23 +20,23 @@ from ..data import load_splits
 from ..errors import UsageError, require, usage_error
 from ..files import FileError, there
 from ..models import DiverseViT
-from . import folder as folders
+from . import run_folder
+from .checkpoint import State, Task
 from .config import MOST_THREADS, Settings, read_json
 from .distributed import OneProcess, noticing_lost_ranks, open_ranks, resume_command
-from .files import out_of_memory, write_json
-from .folder import Lock, Place
 from .machine import changes, check_model, check_threads, describe_machine, versions
 from .metrics import Row, write_csv
 from .plots import rehearse
 from .progress import Progress
 from .report import write_report
-from .state import State, Task
+from .run_files import out_of_memory, write_json
+from .run_folder import Lock, Place
 from .terminal import steady_console
 from .train import head_diversity, train
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run; ``folder`` can be resumed."""
+    """Raised on Ctrl-C during a run; ``folder`` can be resumed."""
 
     def __init__(self, folder: Path, command: str):
         super().__init__(f"interrupted; continue with: {command}")
@@ -77,7 +77,7 @@ def run(settings: Settings, out: str | Path | None = None, *, console: Any = Non
             **({"ranks": [ranks.count]} if ranks.launched else {}),
         }
         places = [wanted] if wanted else _default_places(settings)
-        place = ranks.on_first(lambda: folders.create(places, record, lock))
+        place = ranks.on_first(lambda: run_folder.create(places, record, lock))
         return _continue(settings, splits, record, place, console, ranks)
 
 
@@ -97,15 +97,15 @@ def resume(folder: str | Path, *, console: Any = None) -> Path:
         Interrupted: Ctrl-C.
     """
     place = Place.of(folder)
-    if place.finished and folders.untidy(place):  # the process died after it gave the name
-        folders.tidy(place)
+    if place.finished and run_folder.untidy(place):  # the process died after it gave the name
+        run_folder.tidy(place)
         return place.out
     record = _read_record(place)
     settings = Settings.from_json(record["settings"])
     with open_ranks(settings.device) as ranks, Lock() as lock:
         ranks.on_first(lambda: lock.take(place.partial))
         if ranks.on_first(lambda: place.whole(_tasks(settings))):
-            ranks.on_first(lambda: folders.give_name(place))
+            ranks.on_first(lambda: run_folder.give_name(place))
             return place.out
         splits, prints = _prepare(settings, ranks, record["threads"])
         if record.get("splits") != prints:
@@ -114,10 +114,10 @@ def resume(folder: str | Path, *, console: Any = None) -> Path:
                 "data", f"the data that {place.partial} started with", "other data", hint
             )
             raise ranks.agreed(got)
-        ranks.together(lambda: folders.check_record(place, record))
+        ranks.together(lambda: run_folder.check_record(place, record))
         notes = _note_changes(record, ranks)
         if notes:
-            ranks.on_first(lambda: folders.write_record(place.record, record))
+            ranks.on_first(lambda: run_folder.write_record(place.record, record))
         return _continue(settings, splits, record, place, console, ranks, notes)
 
 
@@ -126,24 +126,24 @@ def _new_place(out: str | Path) -> Place:
     if place.out != Path(out) and Path(out).name == place.partial.name:
         hint = f"say --resume {out} to go on with a run, or choose another --out"
         raise usage_error("out", "a name that does not end as an unfinished run's does", out, hint)
-    folders.check_new(place)
+    run_folder.check_new(place)
     return place
 
 
 def _default_places(settings: Settings) -> Iterator[Place]:
-    """``runs/<data>-<date>``, and what to try where another run has it."""
+    """Yield ``runs/<data>-<date>``, then the names to try if another run has it."""
     name = f"{settings.data}-{datetime.now():%Y%m%d-%H%M%S}"
     for number in count(1):
         yield Place(Path("runs") / (name if number == 1 else f"{name}-{number}"))
 
 
 def _tasks(settings: Settings) -> list[Task]:
-    """Every training of a run, in order."""
+    """Return every training of a run, in order."""
     return [Task(method, seed) for seed in settings.seeds for method in settings.methods]
 
 
 def _read_record(place: Place) -> dict[str, Any]:
-    """``config.json`` of an unfinished run."""
+    """Read ``config.json`` of an unfinished run."""
     if not there(place.partial):
         got = f"{place.out}, which is finished" if place.finished else f"no folder {place.partial}"
         hint = "check the path, or start a run with --out"
@@ -174,7 +174,7 @@ def _read_record(place: Place) -> dict[str, Any]:
 
 
 def _note_changes(record: dict[str, Any], ranks: OneProcess) -> list[str]:
-    """Enter in ``record`` what is otherwise than when the run began; the lines that say so."""
+    """Record in ``record`` what changed since the run began; return the lines that say so."""
     counts, notes = record.get("ranks", [1]), []
     if counts[-1] != ranks.count:
         record["ranks"] = [*counts, ranks.count]
@@ -189,14 +189,14 @@ def _note_changes(record: dict[str, Any], ranks: OneProcess) -> list[str]:
 
 
 def _platform(versions: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
-    """What rounding depends on, by name."""
+    """Return, by name, what rounding depends on."""
     return {**versions, **{name: machine.get(name) for name in ("processor", "gpu")}}
 
 
 def _prepare(
     settings: Settings, ranks: OneProcess, threads: int | None
 ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
-    """The data, the same on every rank, and their fingerprints; refuses what cannot be trained."""
+    """Load the data, the same on every rank, with fingerprints; refuse what cannot be trained."""
     ranks.together(lambda: check_model(settings, ranks.device))
     if settings.download:
         ranks.on_first(lambda: _load(settings) and None)  # one fetches, the others find the files
@@ -218,7 +218,7 @@ def _prepare(
 
 
 def fingerprint(dataset: Any) -> dict[str, Any]:
-    """How many samples a split has, how many per group, and a digest of all of it."""
+    """Return the number of samples of a split, per group, and a digest of all of it."""
     digest = hashlib.sha256()
     for tensor in (dataset.images, dataset.labels, dataset.groups):
         digest.update(tensor.contiguous().numpy().tobytes())
@@ -231,7 +231,7 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
 
 
 def _require_extras(settings: Settings) -> None:
-    """Say what is missing before the training rather than after it."""
+    """Raise if a package for the report is missing, before training rather than after it."""
     wanted = ["jinja2", "safetensors", "rich"]
     for module in wanted + ["tensorboard"] * settings.tensorboard:
         require(module, extra="train")
@@ -263,7 +263,7 @@ def _continue(
     torch.set_num_threads(record["threads"])
     command = resume_command(place.partial, ranks)
     try:
-        ranks.on_first(lambda: folders.prepare(place))
+        ranks.on_first(lambda: run_folder.prepare(place))
         with noticing_lost_ranks(ranks, f"continue with: {command}"):
             rows, cosines = _train_all(settings, splits, place, console, ranks, notes)
             ranks.on_first(lambda: _finish(rows, cosines, place, command))
@@ -289,7 +289,7 @@ def _train_all(
     ranks: OneProcess,
     notes: Sequence[str],
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Every method on every seed: the rows of ``metrics.csv`` and ``cosines.json``."""
+    """Train every method on every seed; return the rows of ``metrics.csv`` and ``cosines.json``."""
     events = place.partial / "tensorboard" if settings.tensorboard and ranks.first else None
     rows, cosines = [], {}
     with steady_console(_console(console, ranks)) as steady, Progress(steady, events) as progress:
@@ -305,7 +305,7 @@ def _train_all(
 
 
 def _console(console: Any, ranks: OneProcess) -> Any:
-    """Where this rank says how it goes: nowhere unless it is the first."""
+    """Return the console of this rank; ranks other than the first print nothing."""
     make = require("rich.console", extra="train").Console
     if not ranks.first:
         return make(file=io.StringIO(), quiet=True)
@@ -322,11 +322,11 @@ def _finish(rows: list[Row], cosines: Mapping[str, Any], place: Place, command: 
     except UsageError as failure:
         kept = f"everything is trained and kept, continue with: {command}"
         raise usage_error("report", "one of this run", f"an error ({failure})", kept) from None
-    folders.give_name(place)
+    run_folder.give_name(place)
 
 
 def _save_weights(state: State, task: Task, folder: Path) -> None:
-    """The weights of the last epoch, and those of the selected head's epoch."""
+    """Save the weights of the last epoch and of the selected head's epoch."""
     state.model.save(folder / f"{task}-last.safetensors")
     selected = DiverseViT(**state.model.config)
     selected.load_state_dict(state.best["weights"])

@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: a folder that each rank writes its part of, and any number can read.
+"""Checkpoints of several ranks: each rank writes its part, any number of ranks can read them.
 
 ``<task>/epoch-000007/`` holds PyTorch's distributed checkpoint of weights and optimizer, and ``history.pt``,
 with the checksums of all of it. It is written under a name that nobody can guess and renamed when it is
@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from ..errors import UsageError
 from ..files import names_in, open_plain, own_folder, reading, sync_folder, there, writing
+from .checkpoint import State, Task, foreign, read, write_content
 from .config import Settings
 from .distributed import OneProcess
-from .files import digest_of
-from .state import State, Task, foreign, read, write_content
+from .run_files import digest_of
 
 _HISTORY = "history.pt"
 _WHOLE = "it with its folder"
@@ -82,7 +82,7 @@ def restore(
     ranks: OneProcess,
     note: Callable[[str], object],
 ) -> None:
-    """Continue from the last whole checkpoint in ``folder``, if there is one, whoever wrote it.
+    """Restore the last complete checkpoint in ``folder``, if there is one, from any number of ranks.
 
     Only tensors and plain values are unpickled. ``note`` is told where there were no checksums to check.
 
@@ -130,7 +130,7 @@ def _tensors(state: State) -> dict[str, Any]:
 
 
 def _check_files(folder: Path, files: dict[str, str], ranks: OneProcess) -> None:
-    """Hold this rank's share of the files against their checksums."""
+    """Check this rank's share of the files against their checksums."""
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files):
         raise _foreign(folder / _HISTORY, "one that does not fit")
     for name in sorted(files)[ranks.rank :: ranks.count]:
@@ -150,7 +150,7 @@ def _check_there(path: Path) -> None:
 
 
 def _refused(failure: CheckpointException, folder: Path, doing: Any) -> UsageError:
-    """What the system said, if it was the system; else that the checkpoint is no good.
+    """Return the operating system's error, or else the error for a damaged checkpoint.
 
     Raises:
         KeyboardInterrupt: it was that.
@@ -171,21 +171,21 @@ def _refused(failure: CheckpointException, folder: Path, doing: Any) -> UsageErr
 
 
 def _epochs(folder: Path) -> list[Path]:
-    """The whole checkpoints, the last one last."""
+    """Return the complete checkpoints, oldest first."""
     names = names_in(folder) if there(folder) else ()
     return [folder / name for name in names if re.fullmatch(r"epoch-\d+", name)]
 
 
 @contextmanager
 def _unwarned() -> Iterator[None]:
-    """Without the warning that one process is one process."""
+    """Context manager: silence PyTorch's warning about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
 
 
 class _PlainValues(dcp.DefaultLoadPlanner):
-    """Reads numbers and strings of a checkpoint without unpickling anything else."""
+    """Loader that reads numbers and strings of a checkpoint and unpickles nothing else."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         torch.load(value, weights_only=True)  # raises where the planner's own would run something
@@ -194,7 +194,7 @@ class _PlainValues(dcp.DefaultLoadPlanner):
 
 
 class _MetadataOnly(pickle.Unpickler):
-    """Unpickles nothing but what PyTorch's index of a checkpoint is made of."""
+    """Unpickler limited to the classes of PyTorch's checkpoint index."""
 
     def find_class(self, module: str, name: str) -> Any:
         if not module.startswith(("torch", "pathlib")):  # nothing else is even imported
@@ -213,7 +213,7 @@ class _MetadataOnly(pickle.Unpickler):
 
 
 def _check_metadata(folder: Path) -> None:
-    """Raise unless the index, which PyTorch unpickles whatever it holds, is an index."""
+    """Raise unless the index file holds only an index; PyTorch would unpickle anything in it."""
     path = folder / ".metadata"
     try:
         with reading(path), open_plain(path) as file:

@@ -1,4 +1,4 @@
-"""The comparison of a finished run, on the terminal."""
+"""Print the comparison of a finished run on the terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from .report import claim_sentence
 
 
 def show_comparison(folder: Path, console: Any) -> None:
-    """Print the table, the verdict and where the report lies."""
+    """Print the table, the verdict and the path of the report."""
     rows = read_csv(folder / "metrics.csv")
     splits = read_json(folder / "config.json", "config.json")["splits"]
     lines = compare(rows)

@@ -1,4 +1,4 @@
-"""Text for people, which never stops the work: characters degrade, a stream that fails goes quiet."""
+"""Print text without ever stopping the work: unencodable characters degrade, failing streams go quiet."""
 
 import codecs
 import os
@@ -14,7 +14,7 @@ _DEGRADE = "diversevit-degrade"
 
 
 class Steady:
-    """A text stream around ``stream`` that can always be written to.
+    """Wrapper of a text stream that can always be written to.
 
     A character that the encoding lacks becomes a plainer one; a byte of a file name that is no text
     stays the byte it is. After the first error of ``stream`` (a closed pipe, a full disk) nothing
@@ -29,24 +29,24 @@ class Steady:
         self.lost: Exception | None = None
 
     def write(self, text: str) -> int:
-        """All of ``text``, as far as it goes."""
+        """Write ``text``, as far as the stream takes it."""
         self._attempt(lambda: self._write(text))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Every line, as ``write``."""
+        """Write every line, as ``write`` does."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """What was written reaches the file, if it can."""
+        """Flush the stream, ignoring failures."""
         self._attempt(self._stream.flush)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def settle(self) -> None:
-        """Flush; and let the interpreter's own flush at its end find nothing to complain of."""
+        """Flush, and leave nothing for the interpreter's own flush at exit to complain about."""
         self.flush()
         if self.lost is not None:
             with suppress(OSError, ValueError):
@@ -77,13 +77,13 @@ class Steady:
 
 
 def steady(stream: Any) -> Any:
-    """``stream`` as one that never fails; nothing for nothing."""
+    """Wrap ``stream`` so that writing never fails; None stays None."""
     return stream if stream is None or isinstance(stream, Steady) else Steady(stream)
 
 
 @contextmanager
 def steady_streams() -> Iterator[None]:
-    """Inside, this process's standard output and errors never fail."""
+    """Context manager: make this process's standard output and error never fail."""
     before = sys.stdout, sys.stderr
     during = sys.stdout, sys.stderr = steady(before[0]), steady(before[1])
     try:
@@ -97,7 +97,7 @@ def steady_streams() -> Iterator[None]:
 
 @contextmanager
 def steady_console(console: Any) -> Iterator[Any]:
-    """Inside, what is printed on the rich ``console`` raises nothing."""
+    """Context manager: make printing on the rich ``console`` raise nothing."""
     before = console._file  # None: standard output, whatever that is at the time
     console.file = steady(console.file)
     try:
@@ -115,7 +115,7 @@ def _fits(text: str, encoding: str) -> bool:
 
 
 def _degrade(failure: UnicodeError) -> tuple[str | bytes, int]:
-    """What stands for the first character that cannot be encoded."""
+    """Return the replacement of the first character that cannot be encoded."""
     if not isinstance(failure, UnicodeEncodeError):
         raise failure
     character, after = failure.object[failure.start], failure.start + 1

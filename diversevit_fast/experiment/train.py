@@ -1,4 +1,4 @@
-"""One method on one seed: steps, epochs, an evaluation and a checkpoint after each epoch.
+"""Train one method on one seed: steps, epochs, an evaluation and a checkpoint after each epoch.
 
 Nothing random is hidden: initial weights come from the seed, the order of an epoch's batches from
 seed and epoch, and the model draws no random numbers. A resumed training repeats an unbroken one.
@@ -20,11 +20,11 @@ from ..data import batches
 from ..errors import UsageError, usage_error
 from ..files import there
 from ..penalty.head_diversity import HeadDiversity
+from .checkpoint import State, Task, adam
 from .config import Settings
 from .distributed import OneProcess
 from .evaluate import evaluate_splits, likeness
 from .metrics import EVALUATED, Row
-from .state import State, Task, adam
 
 _DECAYS = (0.7, 0.8)  # fractions of the epochs after which the learning rate falls tenfold
 _RANK_SEEDS = 100_003  # more than epochs; a generator looks at 32 bits of its seed, so not far more
@@ -32,7 +32,7 @@ _LIKENESS_IMAGES = 128  # the first of ID validation: penalty and cosines are me
 
 
 class Watcher(Protocol):
-    """Whoever wants to know how training goes."""
+    """Observer of a training's progress."""
 
     def noted(self, line: str) -> None: ...
     def started(self, task: Task, epoch: int, epochs: int, steps: int) -> None: ...
@@ -95,7 +95,7 @@ def _open_checkpoint(
     ranks: OneProcess,
     note: Callable[[str], object],
 ) -> Callable[[], None]:
-    """Give ``state`` what the ranks train and what the checkpoint holds; what saves the next one."""
+    """Wrap the model for the ranks, restore the checkpoint, and return the function that saves the next."""
     folder = path.with_suffix("")
     if not ranks.launched and not there(folder):
         if there(path):
@@ -114,7 +114,7 @@ def _open_checkpoint(
 
 
 def head_diversity(settings: Settings, model: Any, **amortised: Any) -> HeadDiversity:
-    """The penalty that ``settings`` ask for, on ``model``; of every step and sample unless ``amortised``."""
+    """Return the penalty that ``settings`` ask for; of every step and sample unless ``amortised``."""
     return HeadDiversity(
         model,
         layers=settings.layers if isinstance(settings.layers, str) else list(settings.layers),
@@ -127,7 +127,7 @@ def head_diversity(settings: Settings, model: Any, **amortised: Any) -> HeadDive
 def training_diversity(
     settings: Settings, model: Any, order: torch.Generator, step: int, rank: int = 0
 ) -> HeadDiversity:
-    """The regulariser of an epoch whose batches ``order`` shuffles, after ``step`` steps of training.
+    """Return the regulariser for an epoch whose batches ``order`` shuffles, after ``step`` steps.
 
     Which samples it draws follows from ``order``'s seed and ``rank``: a resumed training draws the
     same, and no rank draws what another does.
@@ -140,12 +140,12 @@ def training_diversity(
 
 
 def learning_rate(base: float, epoch: int, epochs: int) -> float:
-    """Learning rate of epoch ``epoch`` (the first is 1) of ``epochs``."""
+    """Return the learning rate of epoch ``epoch`` (the first is 1) of ``epochs``."""
     return base * 0.1 ** sum(epoch > round(fraction * epochs) for fraction in _DECAYS)
 
 
 def shuffler(seed: int, epoch: int) -> torch.Generator:
-    """The generator that orders the batches of one epoch."""
+    """Return the generator that orders the batches of one epoch."""
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
@@ -157,7 +157,7 @@ def training_loss(
     weight: float,
     finite: Callable[[Tensor], Any] = torch.isfinite,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits, cross-entropy and the unweighted penalty, all with graphs.
+    """Return logits, cross-entropy and the unweighted penalty, all with graphs.
 
     No penalty (None) without ``weight``, and none of a loss that is not ``finite``.
     """
@@ -178,7 +178,7 @@ def _train_epoch(
     watcher: Watcher,
     ranks: OneProcess,
 ) -> Row:
-    """One pass over the training data; the row holds running means."""
+    """Train one epoch; return the row of its running means."""
     weight = settings.penalty_weight if task.method == "diversevit" else 0.0
     order = shuffler(task.seed, state.epoch + 1)
     done = state.epoch * math.ceil(len(dataset.labels) / settings.batch_size)

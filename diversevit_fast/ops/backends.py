@@ -114,6 +114,15 @@ def compile_ahead(dtype: torch.dtype) -> list[str]:
     return import_module("diversevit_kernels.cpu.warmup").warmup(dtype)
 
 
+def empty_cpu_cache() -> None:
+    """Return the memory of freed CPU results to the system.
+
+    On Linux, results of 1 MiB or more are allocated from huge pages and cached for reuse after they are freed, at most
+    256 MiB in all, because page faults would otherwise dominate. Memory of live tensors is not touched.
+    """
+    import_module("diversevit_kernels.cpu.runtime.allocator").empty_cache()
+
+
 @cache
 def _kernel(chosen: str, device: str, stage: str, function: str) -> Callable[..., Any]:
     name = chosen if chosen != "auto" else ("cpu" if device == "cpu" else "triton")

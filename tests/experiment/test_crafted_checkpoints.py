@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diversevit_fast.experiment import resume
-from diversevit_fast.experiment.state import read, write_content
+from diversevit_fast.experiment.checkpoint import read, write_content
 from tests.experiment.test_experiment import contents, quiet
 from tests.experiment.test_run_folder import TASK, original, quick, refused, unbroken  # noqa: F401 (fixtures)
 

@@ -21,11 +21,11 @@ from diversevit_fast.data import batches, load_splits
 from diversevit_fast.errors import UsageError
 from diversevit_fast.experiment import Settings, metrics, resolve, resume, run
 from diversevit_fast.experiment import train as training
+from diversevit_fast.experiment.checkpoint import write_content
 from diversevit_fast.experiment.config import PRESETS
 from diversevit_fast.experiment.evaluate import evaluate, likeness
 from diversevit_fast.experiment.progress import Progress
 from diversevit_fast.experiment.run import Interrupted
-from diversevit_fast.experiment.state import write_content
 from diversevit_fast.models import DiverseViT
 
 rich_console = pytest.importorskip("rich.console")

@@ -40,10 +40,10 @@ from diversevit_fast.experiment import (  # noqa: E402
     plots,
     resolve,
     run,
-    weights,
 )
+from diversevit_fast.experiment import trained_model as weights  # noqa: E402
+from diversevit_fast.experiment.checkpoint import read, write_content  # noqa: E402
 from diversevit_fast.experiment.config import MODEL_KEYS  # noqa: E402
-from diversevit_fast.experiment.state import read, write_content  # noqa: E402
 from diversevit_fast.weight_files import read_tensors, write_tensors  # noqa: E402
 from tests.helpers.fuzzing import (  # noqa: E402
     QUICK,

@@ -21,8 +21,8 @@ import torch
 from diversevit_fast.data import load_splits
 from diversevit_fast.experiment import plots
 from diversevit_fast.experiment.cli import main
-from diversevit_fast.experiment.folder import Place
 from diversevit_fast.experiment.progress import Progress
+from diversevit_fast.experiment.run_folder import Place
 from tests.experiment.test_experiment import contents
 from tests.helpers.interrupts import interrupted_after_an_epoch
 

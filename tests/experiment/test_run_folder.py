@@ -21,13 +21,14 @@ import torch
 from diversevit_fast import files
 from diversevit_fast.data import load_splits
 from diversevit_fast.errors import UsageError
-from diversevit_fast.experiment import plots, resolve, resume, run, weights
+from diversevit_fast.experiment import plots, resolve, resume, run
 from diversevit_fast.experiment import train as training
+from diversevit_fast.experiment import trained_model as weights
+from diversevit_fast.experiment.checkpoint import Task, write_content
 from diversevit_fast.experiment.cli import main
-from diversevit_fast.experiment.folder import Lock, write_record
 from diversevit_fast.experiment.progress import Progress
 from diversevit_fast.experiment.run import Interrupted
-from diversevit_fast.experiment.state import Task, write_content
+from diversevit_fast.experiment.run_folder import Lock, write_record
 from diversevit_fast.models import DiverseViT
 from tests.experiment.test_experiment import contents, quiet, rich_console
 from tests.helpers.interrupts import interrupted_after_an_epoch
@@ -390,7 +391,7 @@ class TestTwoProcesses:
     def test_the_lock_ends_with_the_process(self, stopped):
         code = (
             "import sys, time; from pathlib import Path\n"
-            "from diversevit_fast.experiment.folder import Lock\n"
+            "from diversevit_fast.experiment.run_folder import Lock\n"
             "Lock().take(Path(sys.argv[1])); lock = Lock(); lock.take(Path(sys.argv[2]))\n"
             "print('held', flush=True); time.sleep(100)"
         )
@@ -710,7 +711,7 @@ def test_memory_that_ends_in_a_command(failure, unbroken, monkeypatch, capsys):
 
 def test_no_pickle_of_a_checkpoint_runs(stopped, tmp_path):
     """Not even of one with the right checksum."""
-    from diversevit_fast.experiment.files import write_sealed
+    from diversevit_fast.experiment.run_files import write_sealed
 
     class Evil:
         def __reduce__(self):

@@ -1,7 +1,7 @@
 """xformers' signature, biases and operator pair, against its own plain formula in float64.
 
 xformers warns when it finds no GPU; that is not what is tested. Its own test-suite runs by
-``python docs/xformers_suite.py``.
+``python -m tools.docs.xformers_suite``.
 """
 
 import warnings

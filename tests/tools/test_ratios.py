@@ -10,7 +10,7 @@ import diversevit_fast as dvf
 from benchmarks import timing
 from diversevit_fast.ops import backends
 from diversevit_kernels.cpu.attention import formulas as attention_rows
-from diversevit_kernels.cpu.runtime import inductor, native
+from diversevit_kernels.cpu.runtime import cpp_library, inductor
 from tools.kernel_analysis import ratios
 from tools.kernel_analysis.ratios import COUNTS, TOLERANCE, counting, slower
 
@@ -84,7 +84,7 @@ class TestCounts:
         def refuse(*args):
             raise AssertionError("compiles")
 
-        for compiler in (inductor, native):
+        for compiler in (inductor, cpp_library):
             monkeypatch.setattr(compiler, "_load", refuse)
         monkeypatch.setenv("DIVERSEVIT_COMPILE", "0")
 

@@ -1,6 +1,6 @@
 """xformers' own tests of its attention operators, run on the pair of ``integrations.xformers``.
 
-``python tools/docs/xformers_suite.py SDIST [pytest's options]``: SDIST is the unpacked source distribution of the
+``python -m tools.docs.xformers_suite SDIST [pytest's options]``: SDIST is the unpacked source distribution of the
 installed xformers (``pip download --no-deps --no-binary :all: xformers``), whose
 ``tests/test_mem_eff_attention.py`` is run with our pair in place of xformers' operators. The file's helper module
 is not in the distribution; what it takes from it is below. It needs scipy.
@@ -69,6 +69,6 @@ def main(sdist: Path, options: list[str]) -> int:
 if __name__ == "__main__":
     if len(sys.argv) < 2 or not (Path(sys.argv[1]) / "tests/test_mem_eff_attention.py").is_file():
         sys.exit(
-            "usage: python tools/docs/xformers_suite.py SDIST [pytest's options]  (see its docstring)"
+            "usage: python -m tools.docs.xformers_suite SDIST [pytest's options]  (see its docstring)"
         )
     sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

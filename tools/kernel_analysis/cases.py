@@ -79,7 +79,6 @@ def _attention(dtype: torch.dtype, d: int, quick: bool) -> _Cases:
         yield from _attention_case(f"bool mask {at}", q, k, v, mask=keys)
         bias = _empty(1, _H, n, n, dtype=dtype)
         yield from _attention_case(f"additive mask {at}", q, k, v, mask=bias, mask_grad=True)
-        yield from _attention_case(f"head scale {at}", q, k, v, head_scale=_empty(_H, dtype=dtype))
         if quick:
             continue
         few_k, few_v = (_by_token(B, _H // 3, n, d, dtype) for _ in range(2))
@@ -108,7 +107,6 @@ def _attention_case(
     is_causal: bool = False,
     mask_grad: bool = False,
     given: tuple[bool, bool, bool] = (True, True, True),
-    head_scale: Tensor | None = None,
 ) -> _Cases:
     """The three rungs; ``given`` says which of ddq, ddk, ddv exist."""
     dq, dk, dv = (_by_token(*x.shape, dtype=q.dtype) for x in (q, k, v))
@@ -118,8 +116,6 @@ def _attention_case(
     dd = [x if one else None for x, one in zip((dq, dk, dv), given, strict=True)]
     ddmask = mask if mask_grad else None
     options: dict[str, Any] = {"is_causal": is_causal, "scale": q.shape[-1] ** -0.5}
-    if head_scale is not None:
-        options["head_scale"] = head_scale
     more = {**options, "mask_grad": mask_grad}
     yield "forward", name, lambda f: f(q, k, v, mask, **options)
     yield "backward", name, lambda f: f(q, k, v, mask, o, softmax, do, **more)

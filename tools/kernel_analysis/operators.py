@@ -49,7 +49,7 @@ STAGES: dict[str, Stage] = {
     "attention": Stage(
         inputs=dict.fromkeys("qkv", (1, 1, "N", WIDTH)),
         constants={
-            **{"mask": None, "ddmask": None, "head_scale": None, "ddhead_scale": None},
+            **{"mask": None, "ddmask": None},
             **{"is_causal": False, "scale": WIDTH**-0.5, "mask_grad": False},
         },
         results={

@@ -1,1 +1,4 @@
-"""The blocked CPU path: every stage as matrix products and in-place passes over cache-sized tiles."""
+"""Kernels for CPU tensors: C++ compiled on first use, with a blocked PyTorch fallback.
+
+Each operator's ``dispatch`` decides which of the two runs; both work on tiles that fit the processor's caches.
+"""

@@ -40,14 +40,15 @@ WHILE_HELD = """
 import gc
 import diversevit_fast as dvf
 from diversevit_kernels.common import forks
-from diversevit_kernels.cpu.runtime import huge_pages as pool, inductor, native
+from diversevit_kernels.cpu.runtime import allocator, cpp_library, inductor
 from diversevit_kernels.cpu.attention import formulas as rows
 
 torch.set_num_threads(1)
 large = torch.ones(1 << 19)
 before = dvf.gelu(large)  # compiled, before anything is held
 guards = [x for x in gc.get_objects() if isinstance(x, forks.ForkSafe)]
-assert {id(x) for x in (native._guard, inductor._guard, pool._guard)} <= {id(x) for x in guards}
+ours = (cpp_library._guard, inductor._guard, allocator._guard)
+assert {id(x) for x in ours} <= {id(x) for x in guards}
 held, done = threading.Event(), threading.Event()
 
 def hold():
@@ -60,8 +61,8 @@ threading.Thread(target=hold, daemon=True).start()
 held.wait()
 
 def work():
-    native._loaded.clear()
-    same = torch.equal(dvf.gelu(large), before)  # the kernel, and the pool for its result
+    cpp_library._loaded.clear()
+    same = torch.equal(dvf.gelu(large), before)  # the kernel, and the allocator of its result
     os.environ["CXX"] = "/nowhere/compiler"
     os.environ["DIVERSEVIT_CACHE_DIR"] = "/dev/null/folder"
     warnings.simplefilter("ignore")

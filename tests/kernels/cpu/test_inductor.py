@@ -15,7 +15,7 @@ from diversevit_fast.errors import UsageError
 from diversevit_kernels.cpu.attention import blocked as attention
 from diversevit_kernels.cpu.attention import formulas as attention_rows
 from diversevit_kernels.cpu.attention import native as attention_native
-from diversevit_kernels.cpu.runtime import compiled_files, inductor, private_folder
+from diversevit_kernels.cpu.runtime import cache_folder, inductor, library_cache
 from tests.helpers.attention_cases import CASES, check_rungs
 from tests.helpers.processes import in_a_process
 
@@ -38,7 +38,7 @@ def always(monkeypatch: pytest.MonkeyPatch):
         calls.append(formula.name)
         return compiled(formula, dtype)
 
-    monkeypatch.setattr(inductor, "LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(inductor, "MIN_ELEMENTS", 1)
     monkeypatch.setattr(attention_native, "library", lambda name: None)
     monkeypatch.setattr(inductor, "compiled", counted)
     return calls
@@ -136,18 +136,18 @@ def kept(tmp_path, monkeypatch) -> tuple[Path, list[Path]]:
     formula = inductor.compiled(attention_rows.FORWARD, torch.float32)
     assert formula is not None
     name = inductor.file_of(attention_rows.FORWARD, torch.float32)
-    content = (private_folder.folder() / name).read_bytes()
+    content = (cache_folder.folder() / name).read_bytes()
     monkeypatch.setenv("DIVERSEVIT_CACHE_DIR", str(tmp_path / "kept"))
     monkeypatch.setattr(inductor, "_loaded", {})
     again: list[Path] = []
 
     def build(formula, dtype, command, file, folder):
         again.append(folder)
-        (folder / file).write_bytes(content[: -compiled_files._DIGEST])
+        (folder / file).write_bytes(content[: -library_cache._DIGEST_BYTES])
         return folder / file
 
-    monkeypatch.setattr(inductor, "_build_apart", build)
-    file = private_folder.folder() / name
+    monkeypatch.setattr(inductor, "_build_in_new_process", build)
+    file = cache_folder.folder() / name
     file.write_bytes(content)
     file.chmod(0o600)
     return file, again
@@ -181,7 +181,7 @@ def test_a_formula_that_is_none_is_compiled_again(kept) -> None:
     """Whole, but of no use to this PyTorch."""
     file, again = kept
     library = (Path(torch.__file__).parent / "lib/libshm.so").read_bytes()
-    file.write_bytes(library + compiled_files._digest(file.name, library))
+    file.write_bytes(library + library_cache._digest(file.name, library))
     assert is_right()
     assert len(again) == 1
 

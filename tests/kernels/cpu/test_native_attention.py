@@ -7,7 +7,7 @@ import torch
 
 from diversevit_kernels.cpu.attention import blocked as attention
 from diversevit_kernels.cpu.attention import native as attention_native
-from diversevit_kernels.cpu.runtime import commands, native
+from diversevit_kernels.cpu.runtime import compiler, cpp_library
 from tests.helpers.attention_cases import CASES, Case, check_rungs, operands, rungs
 from tests.helpers.processes import in_a_process
 
@@ -24,9 +24,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def calls(monkeypatch):
     """Rungs that ran natively."""
-    if shutil.which(commands.compiler()[0]) is None:
+    if shutil.which(compiler.command()[0]) is None:
         pytest.skip("no C++ compiler")
-    assert native.library("attention") is not None
+    assert cpp_library.library("attention") is not None
     listed, call = [], attention_native.call
 
     def counted(rung, *args, **kwargs):
@@ -133,14 +133,14 @@ def test_no_samples():
 CALL = """
 import warnings, torch
 from diversevit_kernels.cpu import attention
-from diversevit_kernels.cpu.runtime import native
+from diversevit_kernels.cpu.runtime import cpp_library
 q, k, v = torch.linspace(-1, 1, 3 * 2 * 5 * 8).view(3, 1, 2, 5, 8)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
         o, _ = attention.attention_forward(q, k, v, None, False, 0.5)
 known = [str(w.message) for w in caught if "diversevit" in str(w.message)]
-print(len(known), native.library("attention") is not None, f"{float(o.sum()):.3f}")
+print(len(known), cpp_library.library("attention") is not None, f"{float(o.sum()):.3f}")
 """
 
 

@@ -25,7 +25,6 @@ from tests.helpers.attention_cases import (
 from tests.helpers.second_order import TAILS, WAYS
 
 triton = pytest.importorskip("diversevit_kernels.triton.attention")
-delta = pytest.importorskip("diversevit_kernels.triton.attention.delta")
 launch = pytest.importorskip("diversevit_kernels.triton.runtime.launch")
 
 MORE = {
@@ -169,24 +168,6 @@ def test_dq_that_was_not_kept_is_made_again(name, absent, device):
         assert torch.equal(one, two)
 
 
-def test_dq_is_made_again_with_the_head_scale(device):
-    q, k, v, _, _ = operands(MORE["many-tiles"], device=device)
-    c = torch.tensor([0.5, 1.5], dtype=q.dtype, device=device)
-    o, softmax = triton.attention_forward(q, k, v, None, False, 0.4, head_scale=c)
-    do, dd = torch.randn_like(o), (torch.randn_like(q), None, None, None)
-    dq = triton.attention_backward(q, k, v, None, o, softmax, do, False, 0.4, False, c)[0]
-    for one, two in zip(
-        *(
-            triton.attention_double_backward(
-                *(q, k, v, None, o, softmax, do, x, *dd, False, 0.4, False, c)
-            )[:4]
-            for x in (None, dq)
-        ),
-        strict=True,
-    ):
-        assert torch.equal(one, two)
-
-
 @pytest.mark.parametrize("first", ["cpu", "reference"])
 def test_the_double_backward_after_another_backend(first, device):
     if device.type != first == "cpu":
@@ -202,49 +183,6 @@ def test_the_double_backward_after_another_backend(first, device):
             results.append(torch.autograd.grad(sum(x.square().sum() for x in inner), leaves))
     for one, two in zip(*results, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("per_sample", [False, True], ids=["per-head", "per-sample"])
-@pytest.mark.parametrize(
-    "name", ["whole-rows", "many-tiles", "few-queries", "head-per-program", "grouped-tiles"]
-)
-def test_head_scale_is_a_factor_of_the_output(name, per_sample, device):
-    """o = c attention(q, k, v), to second order, as autograd of the reference says."""
-    case = MORE[name]
-    q, k, v, _, _ = operands(case, device=device)
-    shape = (case.B, case.H) if per_sample else (case.H,)
-    c = torch.linspace(0.0, 1.5, torch.Size(shape).numel(), dtype=q.dtype, device=device)
-    c = c.view(shape)
-    o, softmax = triton.attention_forward(q, k, v, None, False, 0.4, head_scale=c)
-    do, ddq, ddk, ddv = (torch.randn_like(x) for x in (o, q, k, v))
-    first = triton.attention_backward(
-        q, k, v, None, o, softmax, do, False, 0.4, False, head_scale=c
-    )
-    second = triton.attention_double_backward(
-        *(q, k, v, None, o, softmax, do, first[0], ddq, ddk, ddv, None, False, 0.4, False),
-        head_scale=c,
-    )
-    leaves = [x.detach().requires_grad_() for x in (q, k, v, do)]
-    exact = reference.attention(*leaves[:3], scale=0.4) * c.expand(case.B, case.H)[..., None, None]
-    inner = torch.autograd.grad((exact * leaves[3]).sum(), leaves[:3], create_graph=True)
-    outer = torch.autograd.grad(inner, leaves, grad_outputs=(ddq, ddk, ddv))
-    for one, two in zip((o, *first[:3], *second[:4]), (exact, *inner, *outer), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("H", [1, 3, 12, 17])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_delta_and_head_gram_in_one_pass(H, dtype, device):
-    g = torch.Generator().manual_seed(0)
-    o, do = (torch.randn(2, 5, H, 24, generator=g).to(device, dtype).transpose(1, 2) for _ in "oo")
-    d, gram = delta.attention_delta(o, do, gram=True)
-    exact = (o.double() * do.double()).sum(-1)
-    torch.testing.assert_close(d.double(), exact, rtol=1e-5, atol=1e-5)
-    rows = do.double().transpose(1, 2)
-    torch.testing.assert_close(gram.double(), rows @ rows.mT, rtol=1e-5, atol=1e-5)
-    alone, none = delta.attention_delta(o, do)
-    assert none is None
-    assert torch.equal(alone, d)
 
 
 @pytest.mark.parametrize("name", ["many-tiles", "head-per-program", "broadcast-tiles"])

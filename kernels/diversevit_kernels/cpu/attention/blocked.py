@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ...common.dtypes import accumulation_dtype
-from ..runtime.huge_pages import pooled
+from ..runtime.allocator import new_empty, new_empty_heads
 from ..runtime.scratch import Scratch
 from . import formulas as rowwise
 from . import native
@@ -144,22 +144,16 @@ def _add_to_mask(total: Tensor, ds: Tensor, t: _Tile) -> None:
     target += _by_head(ds, t).sum_to_size(target.shape)
 
 
-def empty_heads(like: Tensor, width: int) -> Tensor:
-    """Uninitialised ``[B, H, N, width]`` laid out as ``[B, N, H, width]``, what a projection reads."""
-    B, H, N, _ = like.shape
-    return pooled(like, B, N, H, width).transpose(1, 2)
-
-
 def attention_packed(qkv: Tensor) -> Tensor:
     """Uninitialised, dense, like ``qkv`` [B, N, 3, H, d]: what ``into`` may be views of."""
-    return pooled(qkv, *qkv.shape)
+    return new_empty(qkv, *qkv.shape)
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(1)-(2): output ``[B, H, Nq, dv]`` and (1a) ``[B, H, 2, Nq]``, the largest score and the share."""
-    o = empty_heads(q, v.shape[-1])
+    o = new_empty_heads(q, v.shape[-1])
     B, H, Nq, _ = q.shape
     softmax = q.new_empty(B, H, 2, Nq, dtype=accumulation_dtype(q.dtype))
     if native.runs(q):
@@ -193,7 +187,7 @@ def attention_backward(
 
     ``into``: where to write the first three.
     """
-    dq, dk, dv = into or (empty_heads(x, x.shape[-1]) for x in (q, k, v))
+    dq, dk, dv = into or (new_empty_heads(x, x.shape[-1]) for x in (q, k, v))
     if native.runs(q, mask_gradient=mask_grad):
         grads = {"gq": dq, "gk": dk, "gv": dv}
         native.call("backward", q, k, v, mask, softmax, is_causal, scale, do=do, **grads)
@@ -246,8 +240,8 @@ def attention_double_backward(
     An absent cotangent costs nothing: its products and their buffers are left out. ``dq`` is not read.
     ``into``: where to write the first three.
     """
-    gq, gk, gv = into or (empty_heads(x, x.shape[-1]) for x in (q, k, v))
-    gdo = empty_heads(do, do.shape[-1])
+    gq, gk, gv = into or (new_empty_heads(x, x.shape[-1]) for x in (q, k, v))
+    gdo = new_empty_heads(do, do.shape[-1])
     if native.runs(q, mask_gradient=mask_grad or ddmask is not None):
         given = {"do": do, "ddq": ddq, "ddk": ddk, "ddv": ddv}
         grads = {"gq": gq, "gk": gk, "gv": gv, "gdo": gdo}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common.dtypes import accumulation_dtype
 from ...common.forks import kernel_threads
-from ..runtime.native import library
+from ..runtime.cpp_library import library
 
 _Int = ctypes.c_int64
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...common.dtypes import accumulation_dtype
-from ..runtime.huge_pages import pooled
+from ..runtime.allocator import new_empty
 from ..runtime.scratch import Scratch
 from . import native
 
@@ -38,7 +38,7 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     if native.runs(x):
         (y,) = native.call("forward", approximate, "y", x=x)
         return y
-    return torch.ops.aten.gelu.out(x, approximate=approximate, out=pooled(x, *x.shape))
+    return torch.ops.aten.gelu.out(x, approximate=approximate, out=new_empty(x, *x.shape))
 
 
 def gelu_backward(x: Tensor, dy: Tensor, approximate: str) -> Tensor:
@@ -47,7 +47,7 @@ def gelu_backward(x: Tensor, dy: Tensor, approximate: str) -> Tensor:
         (dx,) = native.call("backward", approximate, "dx", x=x, dy=dy)
         return dx
     return torch.ops.aten.gelu_backward.grad_input(
-        dy, x, approximate=approximate, grad_input=pooled(x, *x.shape)
+        dy, x, approximate=approximate, grad_input=new_empty(x, *x.shape)
     )
 
 
@@ -62,7 +62,7 @@ def gelu_double_backward(
     acc = accumulation_dtype(x.dtype)
     scratch = Scratch(acc, x.device)
     second = _second_tanh if approximate == "tanh" else _second_erf
-    gx, gdy = (pooled(x, *xs.shape) for _ in range(2))
+    gx, gdy = (new_empty(x, *xs.shape) for _ in range(2))
     step = CHUNK_ELEMENTS * torch.get_num_threads()
     for start in range(0, len(xs), step):
         part = slice(start, start + step)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...common.forks import kernel_threads
-from ..runtime.huge_pages import pooled
-from ..runtime.native import library
+from ..runtime.allocator import new_empty
+from ..runtime.cpp_library import library
 
 _SIZES = ("elements", "threads", "tanh")
 _TENSORS = ("x", "dy", "ddx", "y", "dx", "gx", "gdy")
@@ -37,7 +37,7 @@ def call(rung: str, approximate: str, *results: str, **operands: Tensor) -> tupl
     """Run a rung; operands and results by the names in ``_TENSORS``."""
     dense = {name: t.contiguous() for name, t in operands.items()}
     x = dense["x"]
-    made = {name: pooled(x, *x.shape) for name in results}
+    made = {name: new_empty(x, *x.shape) for name in results}
     request = _Call(
         *(x.numel(), kernel_threads(), approximate == "tanh"),
         **{name: t.data_ptr() for name, t in (*dense.items(), *made.items())},

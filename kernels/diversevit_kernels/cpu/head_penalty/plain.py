@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...common.dtypes import accumulation_dtype
 from ...common.grouping import Grouping, Statistics, Tile
-from ..attention.blocked import empty_heads
+from ..runtime.allocator import new_empty_heads
 from ..runtime.scratch import Scratch
 from .cosine import curvatures, penalty_forward, slopes
 
@@ -68,7 +68,7 @@ def head_penalty_backward(
     """(33)-(35): ``dgrads``."""
     load = _Loader(grads, granularity, reduction, eps)
     given = Statistics(cosines, norms, dpenalty, dcosines)
-    dgrads = empty_heads(grads, grads.shape[-1])
+    dgrads = new_empty_heads(grads, grads.shape[-1])
     for t, m in slopes(load.grouping, given, grads.shape[-1]):
         x = load.heads("x", grads, t)
         load.store(torch.bmm(m, x, out=load.result(x)), dgrads, t)
@@ -89,7 +89,7 @@ def head_penalty_double_backward(
     """(36)-(39): ``ggrads``, and ``gdpenalty``, ``gdcosines`` where there is such a cotangent."""
     load = _Loader(grads, granularity, reduction, eps)
     given = Statistics(cosines, norms, dpenalty, dcosines)
-    ggrads = empty_heads(grads, grads.shape[-1])
+    ggrads = new_empty_heads(grads, grads.shape[-1])
     gdpenalty = None if dpenalty is None else cosines.new_zeros(())
     gdcosines = None if dcosines is None else cosines.new_empty(cosines.shape)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from ...common.dtypes import accumulation_dtype
 from ...common.forks import kernel_threads
 from ...common.grouping import Grouping
-from ..runtime.huge_pages import pooled
-from ..runtime.native import library
+from ..runtime.allocator import new_empty
+from ..runtime.cpp_library import library
 
 _Int = ctypes.c_int64
 
@@ -66,7 +66,7 @@ def backward(g: Grouping, grad_qkv: Tensor, weight: Tensor, m: Tensor) -> tuple[
         dr, dw = backward(g, grad_qkv.float(), weight.float(), m)
         return dr.to(grad_qkv.dtype), dw
     functions: Any = library("routed_head_penalty")
-    dr, m = pooled(grad_qkv, *grad_qkv.shape), m.contiguous()
+    dr, m = new_empty(grad_qkv, *grad_qkv.shape), m.contiguous()
     dw = m.new_empty(weight.shape)
     _call(functions, "backward", g, grad_qkv, weight, dgrad_qkv=dr, m=m, dweight=dw)
     return dr, dw

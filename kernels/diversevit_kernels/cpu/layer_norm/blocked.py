@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...common.dtypes import accumulation_dtype
-from ..runtime.huge_pages import pooled
+from ..runtime.allocator import new_empty
 from ..runtime.scratch import Scratch
 from . import native
 
@@ -102,7 +102,7 @@ def _half_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, w: Tensor | None, *asked: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(14) of half x and dy chunk by chunk in float32: PyTorch's kernel would sum dw and db in half precision."""
-    scratch, dx = Scratch(mean.dtype, x.device), pooled(x, *x.shape)
+    scratch, dx = Scratch(mean.dtype, x.device), new_empty(x, *x.shape)
     dw, db = (mean.new_zeros(x.shape[1]) for _ in asked)
     for rows in _chunks(*x.shape):
         wide = scratch.load("dy", dy[rows]), scratch.load("x", x[rows])
@@ -150,7 +150,7 @@ def layer_norm_double_backward(
     mean, rstd = mean.reshape(-1, 1), rstd.reshape(-1, 1)
     w, ddw, ddb = _flat_parameters(mean.dtype, weight, ddw, ddb)
     kept = a is not None and weight is not None and weight_grad
-    gx, gdy = (pooled(x, *xs.shape) for _ in range(2))
+    gx, gdy = (new_empty(x, *xs.shape) for _ in range(2))
     gw = mean.new_zeros(xs.shape[1]) if kept else None
     scratch = Scratch(accumulation_dtype(x.dtype), x.device)
     for rows in _chunks(*xs.shape):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...common.forks import kernel_threads
-from ..runtime.huge_pages import pooled
-from ..runtime.native import library
+from ..runtime.allocator import new_empty
+from ..runtime.cpp_library import library
 
 _TENSORS = (
     *("x", "dy", "ddx", "w", "b", "ddw", "ddb", "mean", "rstd"),
@@ -58,7 +58,7 @@ def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(10)-(12)."""
-    y, lead = pooled(x, *x.shape), x.shape[: x.ndim - axes]
+    y, lead = new_empty(x, *x.shape), x.shape[: x.ndim - axes]
     mean, rstd = (x.new_empty(lead, dtype=torch.float32) for _ in range(2))
     parameters = {"w": _single(weight), "b": _single(bias)}
     call("forward", x, axes, eps, **parameters, y=y, mean=mean, rstd=rstd)
@@ -76,7 +76,7 @@ def backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(14)."""
-    dx, shape = pooled(x, *x.shape), x.shape[x.ndim - axes :]
+    dx, shape = new_empty(x, *x.shape), x.shape[x.ndim - axes :]
     dw, db = (mean.new_empty(shape) if asked else None for asked in (weight_grad, bias_grad))
     given = {"dy": dy, "w": _single(weight), "mean": mean, "rstd": rstd}
     call("backward", x, axes, **given, dx=dx, dw=dw, db=db)
@@ -97,7 +97,7 @@ def double_backward(
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(15)-(19), ``ddx`` or ``ddw`` given."""
-    gx, gdy = (pooled(x, *x.shape) for _ in range(2))
+    gx, gdy = (new_empty(x, *x.shape) for _ in range(2))
     kept = ddx is not None and weight is not None and weight_grad
     gw = mean.new_empty(x.shape[x.ndim - axes :]) if kept else None
     parameters = {"w": _single(weight), "ddw": _single(ddw), "ddb": _single(ddb)}

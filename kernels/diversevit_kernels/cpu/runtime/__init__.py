@@ -1,1 +1,1 @@
-"""What every CPU kernel needs: compilers, the folder of compiled files, memory."""
+"""What all CPU operators share: compiling and caching libraries, allocating results, scratch memory."""

@@ -1,12 +1,12 @@
-"""Formulas compiled for this CPU by Inductor: rows and elements fused in one pass, kept on disk.
+"""Formulas: plain functions of tensors that Inductor compiles into one fused pass for this CPU, cached on disk.
 
-A formula is a plain function of tensors. It is exported with free sizes, compiled by AOTInductor into a library of
-its own and loaded from there: at run time neither Dynamo nor Python takes part, so function modes, an outer
-``torch.compile`` and other threads do not matter. A process of its own compiles, in a folder of its own: Inductor's
-is in /tmp, where others may have been before, and a compiler that hangs can be ended. Where that cannot be (no C++
-compiler, a read-only folder), there is one warning and the caller's other path.
+A formula is exported with dynamic sizes, compiled by AOTInductor into a library of its own and loaded from there.
+Running it involves neither Dynamo nor Python, so that function modes, an outer ``torch.compile`` and other threads do
+not interfere. It is compiled in a new process, which can be killed if a compiler hangs, and with a private folder:
+Inductor's default is in /tmp, where others can write. Where this fails (no C++ compiler, a read-only folder) there is
+one warning, and the caller takes another path.
 
-Folder and environment: ``compiled_files``.
+Where the compiled files are and how they are checked: ``library_cache``.
 """
 
 import inspect
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from ...common.forks import ForkSafe, after_fork_in_child
-from . import commands, compiled_files
+from . import compiler, library_cache
 
-LEAST_ELEMENTS = 1 << 16
-"""Smaller tensors are not worth the seconds that compiling takes: they go the other path."""
+MIN_ELEMENTS = 1 << 16
+"""Smaller tensors do not repay the seconds that compiling takes: they take the other path."""
 
 _OPTIONS = {"cpp.dynamic_threads": True}  # as many threads as the process has when it calls
 
@@ -37,15 +37,18 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Formula:
-    """A function of contiguous tensors, and how to call it once.
+    """A function of contiguous tensors and what is needed to export it.
 
-    ``examples(dtype)`` are arguments for the export: axes named in ``free`` may have any size from 2 on.
+    ``examples(dtype)`` returns arguments for the export. Axes named in ``dynamic`` may have any size from 2 on; equal
+    names have equal sizes.
     """
 
     name: str
     function: Function
     examples: Callable[[torch.dtype], tuple[Tensor, ...]]
-    free: tuple[tuple[str | None, ...], ...]  # per argument: a name per axis; None keeps its size
+    dynamic: tuple[
+        tuple[str | None, ...], ...
+    ]  # a name per axis of each argument; None: fixed size
 
 
 class _Module(torch.nn.Module):
@@ -58,25 +61,24 @@ class _Module(torch.nn.Module):
 
 
 _loaded: dict[tuple[str, torch.dtype], Function | None] = {}
-_of_parents: list[
-    Any
-] = []  # what a forked child does not use, nor free: a thread of its parent may be inside
+# A forked child neither uses nor frees what its parent has loaded: a thread of the parent may have been inside.
+_of_parents: list[Any] = []
 _guard = ForkSafe()
 
 
-def _leave_to_the_parent() -> None:
-    """In a forked child: load again, since a loaded formula has a lock of its own."""
+def _forget_loaded() -> None:
+    """Make a forked child load its formulas again, since each has a lock of its own."""
     global _loaded
     _of_parents.append(_loaded)
     _loaded = {key: None for key, function in _loaded.items() if function is None}
 
 
-after_fork_in_child(_leave_to_the_parent)
+after_fork_in_child(_forget_loaded)
 
 
 def compiled(formula: Formula, dtype: torch.dtype) -> Function | None:
-    """``formula`` compiled for arguments of ``dtype``; None where compiling is off or fails."""
-    if not compiled_files.allowed():
+    """Return ``formula`` compiled for ``dtype``; None where compiling is switched off or fails."""
+    if not library_cache.enabled():
         return None
     key = formula.name, dtype
     if key not in _loaded:
@@ -87,20 +89,20 @@ def compiled(formula: Formula, dtype: torch.dtype) -> Function | None:
 
 
 def compiled_if_worth(formula: Formula, dtype: torch.dtype, elements: int) -> Function | None:
-    """The compiled formula for so many elements, if they are worth it; float64 is never compiled."""
-    worth = elements >= LEAST_ELEMENTS and dtype != torch.float64
+    """Return the compiled formula if ``elements`` repay compiling it, else None; float64 is never compiled."""
+    worth = elements >= MIN_ELEMENTS and dtype != torch.float64
     return compiled(formula, dtype) if worth else None
 
 
 def _load(formula: Formula, dtype: torch.dtype) -> Function | None:
     try:
-        command = commands.compiler()
+        command = compiler.command()
         file = file_of(formula, dtype)
-        return compiled_files.loaded(
-            file, lambda folder: _build_apart(formula, dtype, command, file, folder), _open
+        return library_cache.load_or_build(
+            file, lambda folder: _build_in_new_process(formula, dtype, command, file, folder), _open
         )
-    except Exception as error:  # a compiler can fail in any way, and there is another path
-        compiled_files.warn_once(formula.name, error)
+    except Exception as error:  # compilers can fail in any way, and there is another path
+        library_cache.warn_once(formula.name, error)
         return None
 
 
@@ -110,10 +112,10 @@ def _open(path: str) -> Function:
 
 
 def file_of(formula: Formula, dtype: torch.dtype) -> str:
-    """The name of the file of the compiled formula."""
-    made_from = inspect.getsource(formula.function), str(formula.free), str(_OPTIONS)
+    """Return the file name of the compiled formula in the cache."""
+    made_from = inspect.getsource(formula.function), str(formula.dynamic), str(_OPTIONS)
     name = f"{formula.name}_{str(dtype).removeprefix('torch.')}"
-    return compiled_files.name_of(name, *made_from, torch.__version__)
+    return library_cache.file_name(name, *made_from, torch.__version__)
 
 
 _COMPILE = """
@@ -127,26 +129,30 @@ except Exception as error:
 """
 
 
-_TRUST = ({"TORCHINDUCTOR_VEC_ISA_OK": "1"}, {})
-"""First as if the compiler knew all vector instructions of this processor: finding out takes as long as compiling."""
+_ENVIRONMENTS = ({"TORCHINDUCTOR_VEC_ISA_OK": "1"}, {})
+"""Tried in order. The first skips Inductor's test of the compiler's vector instructions, as slow as compiling."""
 
 
-def _build_apart(
+def _build_in_new_process(
     formula: Formula, dtype: torch.dtype, command: list[str], file: str, folder: Path
 ) -> Path:
-    """Compile in a new process, which finds the formula by its name."""
+    """Compile in a new process, which finds the formula by its name, and return the library's path.
+
+    Raises:
+        OSError: compiling fails in each of ``_ENVIRONMENTS``, and why.
+    """
     where = formula.function.__module__, formula.name, str(dtype).removeprefix("torch.")
     made, paths, reasons = folder / file, [os.path.abspath(p) for p in sys.path], []
-    for trust in _TRUST:
+    for attempt in _ENVIRONMENTS:
         own = {
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "CUDA_VISIBLE_DEVICES": "",
         }
-        if os.environ.get("CXX"):  # else Inductor looks for one that it knows
-            own["CXX"] = _one_word(command, folder)
+        if os.environ.get("CXX"):  # without it Inductor searches for a compiler that it knows
+            own["CXX"] = _executable(command, folder)
         arguments = [sys.executable, "-c", _COMPILE, *where, str(made), *paths]
         try:
-            commands.run(arguments, environment={**trust, **os.environ, **own})
+            compiler.run(arguments, environment={**attempt, **os.environ, **own})
         except OSError as error:
             reasons.append(str(error))
         else:
@@ -154,11 +160,11 @@ def _build_apart(
     raise OSError("; ".join(dict.fromkeys(reasons)))
 
 
-def _one_word(command: list[str], folder: Path) -> str:
-    """The compiler as one file, which is what some of Inductor's versions take.
+def _executable(command: list[str], folder: Path) -> str:
+    """Return the compiler as a single executable, a script if need be: some Inductor versions take no more.
 
     Raises:
-        OSError: there is no such command; Inductor takes long to find that out.
+        OSError: there is no such command; Inductor needs long to find that out.
     """
     if shutil.which(command[0]) is None:
         raise OSError(f"CXX: there is no {command[0]}")
@@ -170,15 +176,15 @@ def _one_word(command: list[str], folder: Path) -> str:
     return str(script)
 
 
-def build(module: str, name: str, kind: str, path: str) -> None:
-    """Compile the formula of that name in a module to a library, for a dtype.
+def build(module: str, name: str, dtype_name: str, path: str) -> None:
+    """Compile the formula called ``name`` of a module into a library at ``path``.
 
     Raises:
-        OSError: the formula is no longer what the file's name says.
+        OSError: the formula's source has changed since ``path`` was named after it.
     """
     found: Any = vars(import_module(module)).values()
     formula = next(x for x in found if isinstance(x, Formula) and x.name == name)
-    dtype = getattr(torch, kind)
+    dtype = getattr(torch, dtype_name)
     if file_of(formula, dtype) != Path(path).name:
         raise OSError("the source was changed meanwhile")
     package = f"{path}.pt2"
@@ -192,12 +198,12 @@ def build(module: str, name: str, kind: str, path: str) -> None:
 
 def _exported(formula: Formula, dtype: torch.dtype) -> torch.export.ExportedProgram:
     sizes: dict[str, Any] = {
-        name: torch.export.Dim(name, min=2) for axes in formula.free for name in axes if name
+        name: torch.export.Dim(name, min=2) for axes in formula.dynamic for name in axes if name
     }
-    free = tuple(
-        {axis: sizes[name] for axis, name in enumerate(axes) if name} for axes in formula.free
+    dynamic = tuple(
+        {axis: sizes[name] for axis, name in enumerate(axes) if name} for axes in formula.dynamic
     )
     with torch.no_grad():
         return torch.export.export(
-            _Module(formula.function), formula.examples(dtype), dynamic_shapes=(free,)
+            _Module(formula.function), formula.examples(dtype), dynamic_shapes=(dynamic,)
         )

@@ -1,4 +1,4 @@
-"""Scratch memory of one call: each name is allocated once, then handed out as tile-shaped views."""
+"""Scratch memory of one call: a buffer per name, allocated once and handed out as tile-shaped views."""
 
 import math
 
@@ -17,14 +17,14 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
 
     def get(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised contiguous tensor of ``shape``."""
+        """Return an uninitialised contiguous tensor of ``shape``."""
         size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
         return self._buffers[name][:size].view(shape)
 
     def load(self, name: str, source: Tensor) -> Tensor:
-        """``source`` dense and in the accumulation dtype; copied only if it is not already so."""
+        """Return ``source`` contiguous and in the accumulation dtype; copied only if it is not so already."""
         if source.dtype == self._dtype and source.is_contiguous():
             return source
         return self.get(name, *source.shape).copy_(source)

@@ -4,7 +4,7 @@ Traffic  a row tile reads its q, do once and all k, v of its head; a column tile
          Outputs are written once. With few queries one program does both and reads everything once.
 D        is summed from P ∘ dP where a tile holds whole rows, else is rowsum(do ∘ o); row programs write it for
          the column programs.
-Source   FlashAttention-2 (arXiv 2307.08691), with the head's factor on dP instead of on do.
+Source   FlashAttention-2 (arXiv 2307.08691).
 """
 
 import triton
@@ -22,7 +22,6 @@ from .tiles import (
     empty_statistic,
     few_delta,
     first_row_tile,
-    head_factor,
     indices,
     last_key,
     load_rows,
@@ -58,14 +57,13 @@ def _rows_kernel(
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     top, share = load_softmax(P, b, h, rows)
-    factor = head_factor(P, b, h, S)
     sums = zeros_split(BLOCK_M, S.WIDTHS, S.ACC)
     if WHOLE:
         cols = indices(0, BLOCK_N, S)
         k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, h // S.GROUP, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         p = whole_probabilities(q, k, top[:, None], P, b, h, rows[:, None], cols[None, :], scale, S)
-        dp = product(do, v, S.VALUE_WIDTH, S) * factor
+        dp = product(do, v, S.VALUE_WIDTH, S)
         delta = tl.sum(p * dp, 1)
         store_statistic(delta_ptr, P, b, h, rows, delta)
         sums = add_dot(sums, p * (dp - delta[:, None]), k.tile, S.PRECISION)
@@ -78,7 +76,7 @@ def _rows_kernel(
             p = probabilities(
                 q, k, top[:, None], share[:, None], P, b, h, rows[:, None], cols[None, :], scale, S
             )
-            ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
+            ds = p * (product(do, v, S.VALUE_WIDTH, S) - delta)
             sums = add_dot(sums, ds, k.tile, S.PRECISION)
     store_rows(dq, b, h, rows, P.Nq, scale_split(sums, scale), S.WIDTH, S.WIDTHS)
 
@@ -108,7 +106,6 @@ def _columns_kernel(
     first = first_row_tile(tile, BLOCK_M, BLOCK_N, S)
     for member in range(S.GROUP):
         h = key_head * S.GROUP + member
-        factor = head_factor(P, b, h, S)
         for start in range(first * BLOCK_M, P.Nq, BLOCK_M):
             rows = indices(start, BLOCK_M, S)
             q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
@@ -117,8 +114,8 @@ def _columns_kernel(
             delta = load_statistic(delta_ptr, P, b, h, rows, 0.0)[None, :]
             top, share = top[None, :], share[None, :]
             p = probabilities(k, q, top, share, P, b, h, rows[None, :], cols[:, None], scale, S)
-            ds = p * (product(v, do, S.VALUE_WIDTH, S) * factor - delta)
-            dv_sums = add_dot(dv_sums, p * factor, do.tile, S.PRECISION)
+            ds = p * (product(v, do, S.VALUE_WIDTH, S) - delta)
+            dv_sums = add_dot(dv_sums, p, do.tile, S.PRECISION)
             dk_sums = add_dot(dk_sums, ds, q.tile, S.PRECISION)
     dk_tile = scale_split(dk_sums, scale)
     store_rows(dk, b, key_head, cols, P.Nk, dk_tile, S.WIDTH, S.WIDTHS)
@@ -145,7 +142,6 @@ def _few_kernel(
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     top, share = load_softmax(P, b, h, rows)
-    factor = head_factor(P, b, h, S)
     if not WHOLE:
         delta = few_delta(P, delta_ptr, do, b, h, rows, S)[:, None]
     sums = zeros_split(BLOCK_M, S.WIDTHS, S.ACC)
@@ -158,7 +154,7 @@ def _few_kernel(
             p = whole_probabilities(q, k, top[:, None], P, b, h, i, j, scale, S)
         else:
             p = probabilities(q, k, top[:, None], share[:, None], P, b, h, i, j, scale, S)
-        dp = product(do, v, S.VALUE_WIDTH, S) * factor
+        dp = product(do, v, S.VALUE_WIDTH, S)
         if WHOLE:
             total = tl.sum(p * dp, 1)
             store_statistic(delta_ptr, P, b, h, rows, total)
@@ -169,7 +165,7 @@ def _few_kernel(
         dk_tile = add_dot(zeros_split(BLOCK_N, S.WIDTHS, S.ACC), tl.trans(ds), q.tile, S.PRECISION)
         dk_tile = scale_split(dk_tile, scale)
         dv_tile = zeros_split(BLOCK_N, S.VALUE_WIDTHS, S.ACC)
-        dv_tile = add_dot(dv_tile, tl.trans(p * factor), do.tile, S.PRECISION)
+        dv_tile = add_dot(dv_tile, tl.trans(p), do.tile, S.PRECISION)
         store_rows(dk, b, h, cols, P.Nk, dk_tile, S.WIDTH, S.WIDTHS)
         store_rows(dv, b, h, cols, P.Nk, dv_tile, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     store_rows(dq, b, h, rows, P.Nq, scale_split(sums, scale), S.WIDTH, S.WIDTHS)
@@ -186,16 +182,14 @@ def attention_backward(
     is_causal: bool,
     scale: float,
     mask_grad: bool,
-    head_scale: Tensor | None = None,
     into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``.
 
-    ``softmax`` is (1a); ``o`` includes ``head_scale``, ``do`` is its cotangent.
-    ``into``: where to write the first three.
+    ``softmax`` is (1a). ``into``: where to write the first three.
     """
     (B, H, Nq, _), Nk = q.shape, k.shape[2]
-    reads, static = problem(q, k, v, mask, is_causal, head_scale, softmax, o=o, do=do)
+    reads, static = problem(q, k, v, mask, is_causal, softmax, o=o, do=do)
     width = max(static.WIDTH, static.VALUE_WIDTH)
     dq, dk, dv = into or map(empty_heads, (q, k, v))
     delta = empty_statistic(q)

@@ -155,24 +155,23 @@ def attention_double_backward(
     is_causal: bool,
     scale: float,
     mask_grad: bool,
-    head_scale: Tensor | None = None,
     into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(6)-(9): ``gq``, ``gk``, ``gv``, ``gdo``, and ``gmask`` if ``mask_grad``.
 
-    ``softmax`` is (1a); ``o`` includes ``head_scale``, ``do`` is its cotangent, ``dq`` the result of (5): where it is
-    None and read, the backward runs again. An absent cotangent costs nothing: its products are not compiled.
+    ``softmax`` is (1a), ``dq`` the result of (5): where it is None and read, the backward runs again. An absent
+    cotangent costs nothing: its products are not compiled.
     ``into``: where to write the first three.
     """
     (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
     more = {"o": o, "do": do, "dq": dq, "ddq": ddq, "ddk": ddk, "ddv": ddv, "ddmask": ddmask}
-    reads, static = problem(q, k, v, mask, is_causal, head_scale, softmax, **more)
+    reads, static = problem(q, k, v, mask, is_causal, softmax, **more)
     width = max(static.WIDTH, static.VALUE_WIDTH)
     name, whole = _plan(q, k, mask, width)
     if dq is None and static.HAS_X and name in (HEAD, ROWS):
-        given = (q, k, v, mask, o, softmax, do, is_causal, scale, False, head_scale)
+        given = (q, k, v, mask, o, softmax, do, is_causal, scale, False)
         more["dq"] = attention_backward(*given)[0]
-        reads, static = problem(q, k, v, mask, is_causal, head_scale, softmax, **more)
+        reads, static = problem(q, k, v, mask, is_causal, softmax, **more)
     gq, gk, gv = into or map(empty_heads, (q, k, v))
     gdo = empty_heads(do)
     delta, x, t = (empty_statistic(q) for _ in range(3))

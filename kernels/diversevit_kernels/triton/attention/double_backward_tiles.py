@@ -9,7 +9,6 @@ import triton.language as tl
 from ..runtime.tiles import add_dot, scale_split, subtract_split, zeros_split
 from .tiles import (
     first_row_tile,
-    head_factor,
     indices,
     last_key,
     load_rows,
@@ -47,12 +46,11 @@ def rows_of_whole_tile(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr
     q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
     top, _ = load_softmax(P, b, h, rows)
-    factor = head_factor(P, b, h, S)
     p = whole_probabilities(q, k, top[:, None], P, b, h, i, j, scale, S)
 
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    dp = product(do, v, S.VALUE_WIDTH, S) * factor
+    dp = product(do, v, S.VALUE_WIDTH, S)
     delta = tl.sum(p * dp, 1)
     store_statistic(R.delta, P, b, h, rows, delta)
     ds = p * (dp - delta[:, None])
@@ -73,13 +71,12 @@ def rows_of_whole_tile(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr
         r = ds * x_tile
     if P.ddv is not None:
         ddv = load_rows(P.ddv, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        r += p * (product(do, ddv, S.VALUE_WIDTH, S) * factor)
+        r += p * product(do, ddv, S.VALUE_WIDTH, S)
         gdo = add_dot(gdo, p, ddv.tile, S.PRECISION)
     t = tl.sum(r, 1)
     store_statistic(R.t, P, b, h, rows, t)
     gq = add_dot(gq, r - p * t[:, None], k.tile, S.PRECISION)
     store_rows(R.gq, b, h, rows, P.Nq, scale_split(gq, scale), S.WIDTH, S.WIDTHS)
-    gdo = scale_split(gdo, factor)
     store_rows(R.gdo, b, h, rows, P.Nq, gdo, S.VALUE_WIDTH, S.VALUE_WIDTHS)
 
 
@@ -97,7 +94,6 @@ def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, 
     ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     top, share = load_softmax(P, b, h, rows)
     delta = row_delta(P, R.delta, do, b, h, rows, S)[:, None]
-    factor = head_factor(P, b, h, S)
     gq = zeros_split(M, S.WIDTHS, S.ACC)
     gdo = zeros_split(M, S.VALUE_WIDTHS, S.ACC)
     pk = zeros_split(M, S.WIDTHS, S.ACC)
@@ -109,7 +105,7 @@ def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, 
         k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
         v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         p = probabilities(q, k, top[:, None], share[:, None], P, b, h, i, j, scale, S)
-        ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
+        ds = p * (product(do, v, S.VALUE_WIDTH, S) - delta)
         r = tl.zeros([M, N], S.ACC)
         ddk = load_rows(P.ddk, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
         if ddk is not None:
@@ -122,14 +118,13 @@ def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, 
             gdo = add_dot(gdo, x_tile, v.tile, S.PRECISION)
         if P.ddv is not None:
             ddv = load_rows(P.ddv, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-            r += p * (product(do, ddv, S.VALUE_WIDTH, S) * factor)
+            r += p * product(do, ddv, S.VALUE_WIDTH, S)
             gdo = add_dot(gdo, p, ddv.tile, S.PRECISION)
         t += tl.sum(r, 1)
         gq = add_dot(gq, r, k.tile, S.PRECISION)
         pk = add_dot(pk, p, k.tile, S.PRECISION)
     store_statistic(R.t, P, b, h, rows, t)
     gq = scale_split(subtract_split(gq, pk, t[:, None]), scale)
-    gdo = scale_split(gdo, factor)
     if S.HAS_X:
         store_statistic(R.x, P, b, h, rows, x)
         dq = load_rows(P.dq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
@@ -156,7 +151,6 @@ def columns_of_tile(
     first = first_row_tile(tile, M, N, S)
     for member in range(S.GROUP):
         h = key_head * S.GROUP + member
-        factor = head_factor(P, b, h, S)
         for start in range(first * M, P.Nq, M):
             rows = indices(start, M, S)
             i = rows[None, :]
@@ -166,16 +160,16 @@ def columns_of_tile(
             top, share = load_softmax(P, b, h, rows)
             delta = load_statistic(R.delta, P, b, h, rows, 0.0)[None, :]
             p = probabilities(k, q, top[None, :], share[None, :], P, b, h, i, j, scale, S)
-            ds = p * (product(v, do, S.VALUE_WIDTH, S) * factor - delta)
+            ds = p * (product(v, do, S.VALUE_WIDTH, S) - delta)
             if ddq is not None:
                 gk = add_dot(gk, ds, ddq.tile, S.PRECISION)
             r = p * -load_statistic(R.t, P, b, h, rows, 0.0)[None, :]
             if ddv is not None:
-                r += p * (product(ddv, do, S.VALUE_WIDTH, S) * factor)
+                r += p * product(ddv, do, S.VALUE_WIDTH, S)
             if S.HAS_X:
                 x_tile = score_cotangent(k, ddq, ddk, q, P, b, h, i, j, scale, S)
                 x_tile -= load_statistic(R.x, P, b, h, rows, 0.0)[None, :]
-                gv = add_dot(gv, p * factor * x_tile, do.tile, S.PRECISION)
+                gv = add_dot(gv, p * x_tile, do.tile, S.PRECISION)
                 r += ds * x_tile
             gk = add_dot(gk, r, q.tile, S.PRECISION)
     store_rows(R.gk, b, key_head, cols, P.Nk, scale_split(gk, scale), S.WIDTH, S.WIDTHS)

@@ -8,7 +8,6 @@ import triton.language as tl
 
 from ..runtime.tiles import add_dot, scale_split, zeros_split
 from .tiles import (
-    head_factor,
     indices,
     load_rows,
     load_softmax,
@@ -22,21 +21,19 @@ from .tiles import (
 
 
 @triton.jit
-def _score_tiles(
-    q, do, ddq, ddk, ddv, top, share, factor, P, b, h, rows, cols, scale, S: tl.constexpr
-):
+def _score_tiles(q, do, ddq, ddk, ddv, top, share, P, b, h, rows, cols, scale, S: tl.constexpr):
     """(3)-(8) for one key tile: keys and values, and the tiles P, dP, X and P ∘ Y (zeros if absent)."""
     i, j = rows[:, None], cols[None, :]
     k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
     v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     p = probabilities(q, k, top[:, None], share[:, None], P, b, h, i, j, scale, S)
-    dp = product(do, v, S.VALUE_WIDTH, S) * factor
+    dp = product(do, v, S.VALUE_WIDTH, S)
     x = tl.zeros_like(p)
     if S.HAS_X:
         x = score_cotangent(ddq, k, q, ddk, P, b, h, i, j, scale, S)
     py = tl.zeros_like(p)
     if ddv is not None:
-        py = p * (product(do, ddv, S.VALUE_WIDTH, S) * factor)
+        py = p * product(do, ddv, S.VALUE_WIDTH, S)
     return k, v, p, dp, x, py
 
 
@@ -53,7 +50,6 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
     do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
     top, share = load_softmax(P, b, h, rows)
-    factor = head_factor(P, b, h, S)
     total = tl.zeros([M], S.ACC)
     delta = tl.zeros([M], S.ACC)
     x = tl.zeros([M], S.ACC)
@@ -64,7 +60,7 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
         ddk = load_rows(P.ddk, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
         ddv = load_rows(P.ddv, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         _, _, p, dp, x_tile, py = _score_tiles(
-            q, do, ddq, ddk, ddv, top, share, factor, P, b, h, rows, cols, scale, S
+            q, do, ddq, ddk, ddv, top, share, P, b, h, rows, cols, scale, S
         )
         total += tl.sum(p, 1)
         delta += tl.sum(p * dp, 1)
@@ -86,7 +82,7 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
         ddk = load_rows(P.ddk, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
         ddv = load_rows(P.ddv, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         k, v, p, dp, x_tile, py = _score_tiles(
-            q, do, ddq, ddk, ddv, top, share, factor, P, b, h, rows, cols, scale, S
+            q, do, ddq, ddk, ddv, top, share, P, b, h, rows, cols, scale, S
         )
         ds = p * (dp - delta[:, None])
         gk = zeros_split(N, S.WIDTHS, S.ACC)
@@ -96,7 +92,7 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
             x_tile -= x[:, None]
             r += ds * x_tile
             gdo = add_dot(gdo, p * x_tile, v.tile, S.PRECISION)
-            gv = add_dot(gv, tl.trans(p * factor * x_tile), do.tile, S.PRECISION)
+            gv = add_dot(gv, tl.trans(p * x_tile), do.tile, S.PRECISION)
         if ddk is not None:
             gq = add_dot(gq, ds, ddk.tile, S.PRECISION)
         if ddv is not None:
@@ -108,5 +104,4 @@ def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.const
         store_rows(R.gk, b, h, cols, P.Nk, scale_split(gk, scale), S.WIDTH, S.WIDTHS)
         store_rows(R.gv, b, h, cols, P.Nk, gv, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     store_rows(R.gq, b, h, rows, P.Nq, scale_split(gq, scale), S.WIDTH, S.WIDTHS)
-    gdo = scale_split(gdo, factor)
     store_rows(R.gdo, b, h, rows, P.Nq, gdo, S.VALUE_WIDTH, S.VALUE_WIDTHS)

@@ -15,7 +15,6 @@ from .tiles import (
     FEW_QUERIES,
     as_number,
     empty_softmax,
-    head_factor,
     indices,
     last_key,
     load_rows,
@@ -66,7 +65,7 @@ def _forward_kernel(
         top = new_top
 
     share = share_of(total)
-    o_tile = scale_split(sums, (head_factor(P, b, h, S) * share)[:, None])
+    o_tile = scale_split(sums, share[:, None])
     store_rows(o, b, h, rows, P.Nq, o_tile, S.VALUE_WIDTH, S.VALUE_WIDTHS)
     top = tl.where(total == 0.0, float("inf"), top)
     store_softmax(softmax_ptr, P, b, h, rows, top, share)
@@ -79,11 +78,10 @@ def attention_forward(
     mask: Tensor | None,
     is_causal: bool,
     scale: float,
-    head_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(1)-(2): output ``[B, H, Nq, dv]``, times ``head_scale`` [H] or [B, H], and (1a) ``[B, H, 2, Nq]``."""
+    """(1)-(2): output ``[B, H, Nq, dv]`` and (1a) ``[B, H, 2, Nq]``."""
     B, H, Nq, _ = q.shape
-    reads, static = problem(q, k, v, mask, is_causal, head_scale)
+    reads, static = problem(q, k, v, mask, is_causal)
     o = allocate((B, Nq, H, v.shape[-1]), q.dtype, q).transpose(1, 2)
     softmax = empty_softmax(q)
     launch(

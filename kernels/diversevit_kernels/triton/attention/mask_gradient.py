@@ -14,7 +14,6 @@ from .tiles import (
     Static,
     as_number,
     chunked,
-    head_factor,
     indices,
     load_rows,
     load_softmax,
@@ -65,9 +64,8 @@ def _mask_kernel(
         v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
         top, share = load_softmax(P, b, h, rows)
         delta = load_statistic(delta_ptr, P, b, h, rows, 0.0)[:, None]
-        factor = head_factor(P, b, h, S)
         p = probabilities(q, k, top[:, None], share[:, None], P, b, h, i, j, scale, S)
-        ds = p * (product(do, v, S.VALUE_WIDTH, S) * factor - delta)
+        ds = p * (product(do, v, S.VALUE_WIDTH, S) - delta)
         if t_ptr is None:
             total += ds
         else:
@@ -79,7 +77,7 @@ def _mask_kernel(
                 total += ds * (x - load_statistic(x_ptr, P, b, h, rows, 0.0)[:, None])
             if P.ddv is not None:
                 ddv = load_rows(P.ddv, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-                total += p * (product(do, ddv, S.VALUE_WIDTH, S) * factor)
+                total += p * product(do, ddv, S.VALUE_WIDTH, S)
     at = (part * P.Nq + i) * P.Nk + j
     tl.store(out_ptr + at, total, mask=(i < P.Nq) & (j < P.Nk))
 

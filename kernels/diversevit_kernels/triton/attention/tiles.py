@@ -40,14 +40,6 @@ class Operand(NamedTuple):
     col: int
 
 
-class HeadScale(NamedTuple):
-    """A factor per head of each sample, [B, H]: o is multiplied by it (0 prunes a head)."""
-
-    ptr: Any
-    sample: int
-    head: int
-
-
 class Rows(NamedTuple):
     """In a kernel: some rows of one head, and where they are."""
 
@@ -66,13 +58,12 @@ class Problem(NamedTuple):
     k: Operand  # [B, H / GROUP, Nk, WIDTH]
     v: Operand  # [B, H / GROUP, Nk, VALUE_WIDTH]
     mask: Operand | None  # [B|1, H|1, Nq|1, Nk|1], uint8 (1: attend) or additive
-    head_scale: HeadScale | None  # [B, H]
     H: int
     Nq: int
     Nk: int
     softmax: Any = None  # [B, H, 2, Nq], dense: (1a)
-    o: Operand | None = None  # [B, H, Nq, VALUE_WIDTH], head_scale included
-    do: Operand | None = None  # like o: G / head_scale of the equations
+    o: Operand | None = None  # [B, H, Nq, VALUE_WIDTH]
+    do: Operand | None = None  # like o: dO
     dq: Operand | None = None  # like q, the result of (5)
     ddq: Operand | None = None  # like q: A
     ddk: Operand | None = None  # like k: B
@@ -116,7 +107,6 @@ def problem(
     v: Tensor,
     mask: Tensor | None,
     is_causal: bool,
-    head_scale: Tensor | None,
     softmax: Tensor | None = None,
     **more: Tensor | None,
 ) -> tuple[Problem, Static]:
@@ -134,10 +124,6 @@ def problem(
     if mask is not None and mask.dtype == torch.bool and q.dtype == torch.float64:
         # Triton 3.6 and 3.8 do not compile products of float64 beside a mask of bytes
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-    scale = None
-    if head_scale is not None:
-        full = head_scale.expand(q.shape[:2])
-        scale = HeadScale(full, *full.stride())
     tensors = [x for x in (q, k, v, mask, *more.values()) if x is not None]
     farthest = max(reach(x, 2) for x in tensors)
     width = max(q.shape[-1], v.shape[-1])
@@ -158,7 +144,7 @@ def problem(
     read = {name: operand(x) for name, x in {"q": q, "k": k, "v": v, "mask": mask, **more}.items()}
     sizes = {"H": q.shape[1], "Nq": q.shape[2], "Nk": k.shape[2]}
     softmax = None if softmax is None else softmax.contiguous()
-    return Problem(head_scale=scale, softmax=softmax, **sizes, **read), static  # pyright: ignore[reportArgumentType]
+    return Problem(softmax=softmax, **sizes, **read), static  # pyright: ignore[reportArgumentType]
 
 
 def empty_heads(like: Tensor) -> Tensor:
@@ -249,16 +235,6 @@ def store_softmax(ptr, P, b, h, rows, top, share):
     at = ptr + 2 * (b * P.H + h) * P.Nq + rows
     tl.store(at, top, mask=rows < P.Nq)
     tl.store(at + P.Nq, share, mask=rows < P.Nq)
-
-
-@triton.jit
-def head_factor(P, b, h, S: tl.constexpr):
-    """This head's factor, 1 without ``head_scale``."""
-    if P.head_scale is None:
-        return 1.0
-    else:
-        at = b * P.head_scale.sample + h * P.head_scale.head
-        return tl.load(P.head_scale.ptr + at).to(S.ACC)
 
 
 @triton.jit

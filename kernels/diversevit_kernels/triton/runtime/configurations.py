@@ -96,7 +96,6 @@ _TABLE: tuple[_Row, ...] = (
     *(_row(f"attention_double_backward_{name}", _INTERPRETER, warps=4, stages=1,
            ROW_TILE=16, ROW_KEYS=keys, BLOCK_M=16, BLOCK_N=16)
       for name, keys in (("head_whole", 32), ("head", 16))),
-    _row("attention_delta", warps=1, stages=1),
     _row("attention_forward", _HOPPER, _HALF, 64, warps=4, stages=3, BLOCK_M=64, BLOCK_N=64),
     _row("attention_forward", _HOPPER, _HALF, 128, warps=4, stages=3, BLOCK_M=64, BLOCK_N=32),
     _row("attention_forward", _BLACKWELL, _HALF, 64, warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),

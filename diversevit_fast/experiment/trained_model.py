@@ -1,4 +1,4 @@
-"""``evaluate`` and ``select-heads``: a trained model, its data, tables on the terminal."""
+"""Load a trained model and its data for ``evaluate`` and ``select-heads``, and print their tables."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ _DATA_KEYS = ("data", "source", "correlation", "samples", "data_seed", "download
 
 
 def load_model(path: str) -> DiverseViT:
-    """The model in a ``.safetensors`` file, in evaluation mode.
+    """Load the model in a ``.safetensors`` file, in evaluation mode.
 
     Raises:
         UsageError: another file, or weights that are not float32 or not finite.
@@ -42,7 +42,7 @@ def load_model(path: str) -> DiverseViT:
 def splits_for(
     weights: Path, options: Mapping[str, Any], config: str | None, model: DiverseViT
 ) -> tuple[Mapping[str, Any], str]:
-    """The data to judge ``weights`` on, and their name.
+    """Return the data to evaluate ``weights`` on, and their name.
 
     Options beat ``config``, which is the ``config.json`` beside the weights if there is one and
     ``--data`` does not ask for other data.
@@ -76,7 +76,7 @@ def splits_for(
 
 
 def show_evaluation(model: DiverseViT, splits: Mapping[str, Any], title: str) -> None:
-    """Accuracy and worst-group accuracy of every choice of heads on every split."""
+    """Print accuracy and worst-group accuracy of every choice of heads on every split."""
     rows = [row for rows in evaluate_splits(model, splits).values() for row in rows]
     table = _table("heads", *EVALUATED)
     for heads in dict.fromkeys(row["heads"] for row in rows):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diversevit_kernels.common import environment
-from diversevit_kernels.cpu.runtime import commands, compiled_files, native, private_folder
+from diversevit_kernels.cpu.runtime import cache_folder, compiler, cpp_library, library_cache
 from tests.helpers.processes import in_a_process
 
 posix = pytest.mark.skipif(os.name != "posix", reason="no owners here")
@@ -24,21 +24,21 @@ def folder(tmp_path, monkeypatch) -> Path:
     """Where nothing has been compiled yet; nothing has been loaded, warned about or given up."""
     path = tmp_path / "home" / "kept"
     monkeypatch.setenv("DIVERSEVIT_CACHE_DIR", str(path))
-    monkeypatch.setattr(native, "_loaded", {})
-    monkeypatch.setattr(native, "_FLAGS", ("-O0", *native._FLAGS[1:]))  # quick to compile
-    monkeypatch.setattr(compiled_files, "_warned", False)
-    monkeypatch.setattr(commands, "_hung", [])
+    monkeypatch.setattr(cpp_library, "_loaded", {})
+    monkeypatch.setattr(cpp_library, "_FLAGS", ("-O0", *cpp_library._FLAGS[1:]))  # quick to compile
+    monkeypatch.setattr(library_cache, "_warned", False)
+    monkeypatch.setattr(compiler, "_timed_out", [])
     return path
 
 
 @pytest.fixture
 def built(folder, monkeypatch) -> list[str]:
     """Kernels that were compiled, in order; gelu lies in the folder."""
-    if shutil.which(commands.compiler()[0]) is None:
+    if shutil.which(compiler.command()[0]) is None:
         pytest.skip("no C++ compiler")
-    names, build = [], native._build
+    names, build = [], cpp_library._build
     monkeypatch.setattr(
-        native, "_build", lambda name, *rest: names.append(name) or build(name, *rest)
+        cpp_library, "_build", lambda name, *rest: names.append(name) or build(name, *rest)
     )
     assert works()
     return names
@@ -46,8 +46,8 @@ def built(folder, monkeypatch) -> list[str]:
 
 def works() -> bool:
     """Whether gelu's kernel is there, in a process that has not loaded it yet."""
-    native._loaded.clear()
-    functions = native.library("gelu")
+    cpp_library._loaded.clear()
+    functions = cpp_library.library("gelu")
     return functions is not None and hasattr(functions, "gelu_forward_float32")
 
 
@@ -63,7 +63,7 @@ def foreign(file: Path, marker: Path) -> None:
     begins = "#include <fcntl.h>\n__attribute__((constructor)) static void f(void)"
     source.write_text(f"{begins} {{ {opens} }}")
     made = file.parent / "foreign.so"
-    command = [*commands.compiler(), "-x", "c", "-shared", "-fPIC", source, "-o", made]
+    command = [*compiler.command(), "-x", "c", "-shared", "-fPIC", source, "-o", made]
     subprocess.run(command, check=True)
     source.unlink()
     file.unlink(missing_ok=True)
@@ -82,12 +82,12 @@ def test_it_lies_in_the_users_cache(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("DIVERSEVIT_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert private_folder.folder() == tmp_path / "xdg" / "diversevit"
+    assert cache_folder.folder() == tmp_path / "xdg" / "diversevit"
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
-    assert private_folder.folder() == tmp_path / ".cache" / "diversevit"
+    assert cache_folder.folder() == tmp_path / ".cache" / "diversevit"
     monkeypatch.setenv("DIVERSEVIT_CACHE_DIR", "not/absolute")
     with pytest.raises(OSError, match="expected an absolute path"):
-        private_folder.folder()
+        cache_folder.folder()
 
 
 def cut_short(file: Path) -> None:
@@ -155,7 +155,7 @@ def test_another_library_is_never_loaded(built, folder, tmp_path, way) -> None:
         foreign(file, marker)
     if way == "with a digest":  # of the same library under another name
         library = file.read_bytes()
-        file.write_bytes(library + compiled_files._digest(f"x{file.name}", library))
+        file.write_bytes(library + library_cache._digest(f"x{file.name}", library))
         file.chmod(0o600)
     assert works()
     assert not marker.exists()
@@ -164,7 +164,7 @@ def test_another_library_is_never_loaded(built, folder, tmp_path, way) -> None:
 
 def test_another_kernels_file_is_compiled_again(built, folder) -> None:
     gelu = only_file(folder)
-    assert native.library("layer_norm") is not None
+    assert cpp_library.library("layer_norm") is not None
     (other,) = set(folder.iterdir()) - {gelu}
     shutil.copy(other, gelu)
     assert works()
@@ -174,13 +174,13 @@ def test_another_kernels_file_is_compiled_again(built, folder) -> None:
 def test_a_library_of_another_machine_is_compiled_again(built, folder) -> None:
     file = only_file(folder)
     alien = b"\x7fELF, but of another machine"
-    file.write_bytes(alien + compiled_files._digest(file.name, alien))
+    file.write_bytes(alien + library_cache._digest(file.name, alien))
     assert works()
     assert built == ["gelu", "gelu"]
 
 
 def test_two_libraries_are_two_although_they_lie_in_memory(built, folder) -> None:
-    gelu, norm = (native.library(name) for name in ("gelu", "layer_norm"))
+    gelu, norm = (cpp_library.library(name) for name in ("gelu", "layer_norm"))
     assert hasattr(gelu, "gelu_forward_float32")
     assert hasattr(norm, "layer_norm_forward_float32")
 
@@ -193,7 +193,7 @@ def test_where_memory_cannot_be_run_a_copy_is(built, folder, monkeypatch) -> Non
 
 
 def test_a_loaded_library_does_not_need_its_file(built, folder) -> None:
-    functions = native.library("gelu")
+    functions = cpp_library.library("gelu")
     os.truncate(only_file(folder), 0)
     assert functions is not None
     assert functions.gelu_forward_bfloat16  # a page that nobody has read yet
@@ -280,7 +280,7 @@ def test_a_folder_that_others_have_a_hand_in_is_refused(folder, arrange) -> None
         pytest.skip("needs root")
     arrange(folder)
     with pytest.warns(UserWarning, match=REFUSED[arrange]) as said:
-        found = [native.library(name) for name in ("gelu", "layer_norm")]
+        found = [cpp_library.library(name) for name in ("gelu", "layer_norm")]
     assert found == [None, None]
     assert len(said) == 1
     assert "DIVERSEVIT_CACHE_DIR" in str(said[0].message)
@@ -291,7 +291,7 @@ def test_a_folder_that_others_have_a_hand_in_is_refused(folder, arrange) -> None
 def test_a_folder_where_nobody_moves_what_is_not_theirs_will_do(folder) -> None:
     folder.parent.mkdir()
     folder.parent.chmod(0o1777)
-    assert private_folder.folder() == folder
+    assert cache_folder.folder() == folder
 
 
 @posix
@@ -305,10 +305,10 @@ def test_a_users_private_group_is_the_user(folder, monkeypatch) -> None:
     user = pwd.struct_passwd(("me", "", uid, gid, "", "", ""))
     monkeypatch.setattr(pwd, "getpwuid", lambda _: user)
     monkeypatch.setattr(grp, "getgrgid", lambda _: grp.struct_group(("me", "", gid, ["me"])))
-    assert private_folder.folder() == folder
+    assert cache_folder.folder() == folder
     monkeypatch.setattr(grp, "getgrgid", lambda _: grp.struct_group(("me", "", gid, ["you"])))
     with pytest.raises(OSError, match="others can write"):
-        private_folder.folder()
+        cache_folder.folder()
 
 
 @posix
@@ -316,7 +316,7 @@ def test_a_cache_that_is_a_link_to_ones_own_disk_will_do(folder) -> None:
     other = folder.parent.parent / "scratch"
     other.mkdir(mode=0o700)
     folder.parent.symlink_to(other)
-    assert private_folder.folder().resolve() == other / folder.name
+    assert cache_folder.folder().resolve() == other / folder.name
 
 
 @posix
@@ -352,9 +352,9 @@ def test_what_a_killed_process_had_begun_is_cleared_away(built, folder) -> None:
     for left in (old, new):
         left.mkdir()
         (left / "half.so").touch()
-    long_ago = time.time() - 2 * compiled_files._ABANDONED
+    long_ago = time.time() - 2 * library_cache._MAX_BUILD_SECONDS
     os.utime(old, (long_ago, long_ago))
-    assert native.library("layer_norm") is not None
+    assert cpp_library.library("layer_norm") is not None
     assert new.exists()
     assert not old.exists()
 
@@ -370,10 +370,10 @@ def test_a_compiler_that_hangs_is_ended_with_all_it_started(folder, tmp_path, mo
     started = tmp_path / "started"
     hangs = script(tmp_path / "cxx", f"sleep 1000 & echo $! >> {started}; wait")
     monkeypatch.setenv("CXX", hangs)
-    monkeypatch.setattr(commands, "LIMIT", 1.0)
+    monkeypatch.setattr(compiler, "TIMEOUT", 1.0)
     begun = time.monotonic()
     with pytest.warns(UserWarning, match="did not end within 1 seconds") as said:
-        found = [native.library(name) for name in ("gelu", "layer_norm")]  # waited for once
+        found = [cpp_library.library(name) for name in ("gelu", "layer_norm")]  # waited for once
     assert found == [None, None]
     assert len(said) == 1
     assert time.monotonic() - begun < 20
@@ -389,7 +389,7 @@ def test_a_compiler_that_hangs_is_ended_with_all_it_started(folder, tmp_path, mo
 
 @pytest.mark.parametrize("words", ["env {}", "{} -O2", "'{}'"])
 def test_the_compiler_is_a_command(built, folder, monkeypatch, words) -> None:
-    monkeypatch.setenv("CXX", words.format(shutil.which(commands.compiler()[0])))
+    monkeypatch.setenv("CXX", words.format(shutil.which(compiler.command()[0])))
     assert works()
     assert built == ["gelu", "gelu"]  # another command, another library
 
@@ -398,7 +398,7 @@ def test_the_compiler_is_a_command(built, folder, monkeypatch, words) -> None:
 def test_a_command_that_compiles_nothing(folder, monkeypatch, words) -> None:
     monkeypatch.setenv("CXX", words)
     with pytest.warns(UserWarning, match="gelu could not be compiled") as said:
-        assert native.library("gelu") is None
+        assert cpp_library.library("gelu") is None
     assert "\n" not in str(said[0].message)
 
 
@@ -416,21 +416,21 @@ def test_off(folder, monkeypatch, word) -> None:
     monkeypatch.setenv("DIVERSEVIT_COMPILE", word)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert native.library("gelu") is None
+        assert cpp_library.library("gelu") is None
     assert not folder.exists()
 
 
 @pytest.mark.parametrize("word", ["1", "true", "True", "YES", "on", "y"])
 def test_on(monkeypatch, word) -> None:
     monkeypatch.setenv("DIVERSEVIT_COMPILE", word)
-    assert compiled_files.allowed()
+    assert library_cache.enabled()
     assert environment.switch("DIVERSEVIT_COMPILE", default=False)
 
 
 def test_a_word_that_says_neither_is_named_once(monkeypatch) -> None:
     monkeypatch.setenv("DIVERSEVIT_COMPILE", "maybe")
     with pytest.warns(UserWarning, match="DIVERSEVIT_COMPILE: expected .* got 'maybe'") as said:
-        found = [compiled_files.allowed() for _ in range(2)]
+        found = [library_cache.enabled() for _ in range(2)]
     assert found == [True, True]
     assert len(said) == 1
     assert "\n" not in str(said[0].message)
@@ -459,12 +459,12 @@ def test_the_environment_is_read_here_alone() -> None:
             for line in path.read_text(encoding="utf-8").splitlines()
         )
     }
-    assert readers == {"private_folder.py"}
+    assert readers == {"cache_folder.py"}
 
 
 def test_cpu_capabilities_are_part_of_a_files_name(monkeypatch) -> None:
-    before = compiled_files.name_of("gelu", "source")
-    assert before == compiled_files.name_of("gelu", "source")
-    assert before != compiled_files.name_of("gelu", "another source")
+    before = library_cache.file_name("gelu", "source")
+    assert before == library_cache.file_name("gelu", "source")
+    assert before != library_cache.file_name("gelu", "another source")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512": False})
-    assert before != compiled_files.name_of("gelu", "source")
+    assert before != library_cache.file_name("gelu", "source")

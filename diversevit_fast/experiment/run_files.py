@@ -1,4 +1,4 @@
-"""A run's own files: text, JSON, and content under a checksum."""
+"""Write and read a run's files: text, JSON, and content with a checksum."""
 
 import hashlib
 import json
@@ -12,29 +12,29 @@ _SEAL = len(_MARK) + 64  # at the end of a file, where PyTorch's own reader does
 
 
 class DamagedError(Exception):
-    """The content is not what was written."""
+    """Raised when a file's content is not what was written."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """``text`` in UTF-8."""
+    """Write ``text`` in UTF-8."""
     data = text.encode("utf-8")
     write_atomically(path, lambda file: file.write(data))
 
 
 def write_json(path: Path, values: Any) -> None:
-    """``values`` as indented JSON."""
+    """Write ``values`` as indented JSON."""
     text = json.dumps(values, indent=2, ensure_ascii=not _is_text(values)) + "\n"
     write_text(path, text)
 
 
 def write_sealed(path: Path, content: bytes) -> None:
-    """``content``, and its checksum behind it."""
+    """Write ``content`` followed by its checksum."""
     seal = _MARK + hashlib.sha256(content).hexdigest().encode("ascii")
     write_atomically(path, lambda file: (file.write(content), file.write(seal)))
 
 
 def read_sealed(path: Path) -> tuple[bytes, bool]:
-    """What ``write_sealed`` wrote to ``path``, True; or another file's content, False.
+    """Return the content of ``path``, and True if ``write_sealed`` wrote it.
 
     Raises:
         FileError: the file cannot be read.
@@ -50,7 +50,7 @@ def read_sealed(path: Path) -> tuple[bytes, bool]:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file.
+    """Return the SHA-256 digest of a file.
 
     Raises:
         FileError: the file cannot be read.
@@ -63,18 +63,18 @@ def digest_of(path: Path) -> str:
 
 
 def out_of_memory(failure: BaseException) -> bool:
-    """Whether Python or PyTorch raised ``failure`` because memory was not enough."""
+    """Return True if ``failure`` says that Python or PyTorch ran out of memory."""
     said = ("allocate memory", "out of memory")
     return isinstance(failure, MemoryError) or any(sign in str(failure) for sign in said)
 
 
 def printable(name: str) -> str:
-    """``name`` as text: a path may hold bytes that are none."""
+    """Return ``name`` as printable text; a path may hold bytes that are not valid text."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _is_text(values: Any) -> bool:
-    """Whether UTF-8 can hold it; a path's bytes that are no text have to be escaped."""
+    """Return True if UTF-8 can encode the string; a path's other bytes have to be escaped."""
     try:
         json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""One training's whole state, as a checkpoint: weights, optimizer, epoch, rows, best so far."""
+"""Save and restore one training: weights, optimizer, epoch, rows, best weights so far."""
 
 import io
 import json
@@ -15,8 +15,8 @@ from ..errors import UsageError, usage_error
 from ..files import FileError, reading, writing
 from ..models import DiverseViT
 from .config import Settings
-from .files import DamagedError, out_of_memory, read_sealed, write_sealed
 from .metrics import COLUMNS, EVALUATED, SELECTED, Row
+from .run_files import DamagedError, out_of_memory, read_sealed, write_sealed
 
 _FORMAT = 2
 _NAMES = ("method", "seed", "epoch", "split", "heads")  # of a row
@@ -33,7 +33,7 @@ _NOT_DECISIVE = (
 
 @dataclass(frozen=True)
 class Task:
-    """One training: a method on a seed."""
+    """One training: a method and a seed."""
 
     method: str
     seed: int
@@ -44,7 +44,7 @@ class Task:
 
 @dataclass
 class State:
-    """A training after ``epoch`` epochs.
+    """State of a training after ``epoch`` epochs.
 
     Attributes:
         trained: what the steps call: ``model``, or what trains it on several ranks.
@@ -63,7 +63,7 @@ class State:
 
     @classmethod
     def fresh(cls, settings: Settings, task: Task, dataset: Any, device: torch.device) -> "State":
-        """New weights and optimizer; every method of a seed starts from the same weights."""
+        """Create new weights and optimizer; every method of a seed starts from the same weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(task.seed)
             model = DiverseViT(
@@ -75,7 +75,7 @@ class State:
         return cls(model, model, adam(model, settings, task))
 
     def finish_epoch(self, rows: list[Row], cosines: list[list[float]]) -> None:
-        """Count one more epoch, and keep its weights if it holds the selected head so far."""
+        """Advance to the next epoch, and keep its weights if it holds the selected head so far."""
         self.epoch += 1
         self.rows += rows
         self.cosines["after"] = cosines
@@ -95,7 +95,7 @@ class State:
         write_content(path, content)
 
     def restore(self, settings: Settings, task: Task, path: Path) -> None:
-        """Continue from the checkpoint in ``path``; only tensors and plain values are unpickled.
+        """Restore the checkpoint in ``path``; only tensors and plain values are unpickled.
 
         Raises:
             UsageError: the file cannot be read, is damaged, or belongs to another run.
@@ -111,7 +111,7 @@ class State:
         self.optimizer.load_state_dict({"state": moments, "param_groups": fresh})
 
     def history(self, settings: Settings, task: Task) -> dict[str, Any]:
-        """All of a checkpoint but the weights and the optimizer's state."""
+        """Return all of a checkpoint except weights and optimizer state."""
         return {
             "format": _FORMAT,
             "run": _identity(settings, task),
@@ -122,7 +122,7 @@ class State:
         }
 
     def accept(self, content: Any, settings: Settings, task: Task, path: Path) -> None:
-        """Take over a ``history`` read from ``path``.
+        """Restore a ``history`` read from ``path``.
 
         Raises:
             UsageError: it is none, or another run's.
@@ -145,7 +145,7 @@ class State:
         self.epoch, self.rows, self.best, self.cosines = epoch, rows, best, cosines
 
     def _moments(self) -> dict[int, dict[str, Tensor]]:
-        """Something like what the optimizer knows of each parameter after a step."""
+        """Return an example of the optimizer's state of each parameter after a step."""
         return {
             i: {"step": torch.zeros(()), "exp_avg": p.detach(), "exp_avg_sq": p.detach()}
             for i, p in enumerate(self.model.parameters())
@@ -153,7 +153,7 @@ class State:
 
 
 def _alike(value: Any, pattern: Any) -> bool:
-    """Whether ``value`` is built as ``pattern``: the same types, keys, lengths, shapes and dtypes."""
+    """Return True if ``value`` has the types, keys, lengths, shapes and dtypes of ``pattern``."""
     if isinstance(pattern, Tensor):  # a checkpoint is read into the CPU's memory
         return (
             isinstance(value, Tensor)
@@ -179,7 +179,7 @@ def _is_epoch(value: Any, last: int) -> bool:
 
 
 def _are_rows(rows: Any, task: Task, epochs: int, heads: int) -> bool:
-    """Whether they are the rows of ``metrics.csv`` of ``task`` after ``epochs`` epochs."""
+    """Return True if these are the rows of ``metrics.csv`` of ``task`` after ``epochs`` epochs."""
     if not isinstance(rows, list) or not all(map(_is_row, rows)):
         return False
     found = [tuple(row[name] for name in _NAMES) for row in rows]
@@ -190,7 +190,7 @@ def _are_rows(rows: Any, task: Task, epochs: int, heads: int) -> bool:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether it has names of columns, and values of their kind or none; its numbers are some."""
+    """Return True if keys are column names and each value is of its column's kind or None; no NaN."""
     return (
         isinstance(row, dict)
         and all(k in COLUMNS and type(v) in (COLUMNS[k], int, type(None)) for k, v in row.items())
@@ -200,12 +200,12 @@ def _is_row(row: Any) -> bool:
 
 
 def adam(model: nn.Module, settings: Settings, task: Task) -> torch.optim.Optimizer:
-    """The optimizer of ``task`` for the parameters of ``model``."""
+    """Return the optimizer of ``task`` for the parameters of ``model``."""
     return torch.optim.Adam(model.parameters(), lr=settings.base_lr(task.method))
 
 
 def write_content(path: Path, content: dict[str, Any]) -> None:
-    """Write what ``read`` reads; an error leaves what was there.
+    """Write a checkpoint for ``read``; an error leaves the previous file.
 
     Raises:
         FileError: the system refuses.
@@ -217,7 +217,7 @@ def write_content(path: Path, content: dict[str, Any]) -> None:
 
 
 def read(path: Path, what: str = "it") -> Any:
-    """What ``write_content`` wrote to ``path``; only tensors and plain values are unpickled.
+    """Read what ``write_content`` wrote to ``path``; only tensors and plain values are unpickled.
 
     ``what`` is to be deleted if it is damaged. A file of before there were checksums is held against
     those that its parts have.
@@ -259,7 +259,7 @@ def _unreadable(failure: Exception, sealed: bool) -> str:
 
 
 def foreign(path: Path, got: str, what: str = "it") -> UsageError:
-    """The error for a checkpoint that this training cannot continue from; deleting ``what`` helps."""
+    """Return the error for a checkpoint this training cannot continue from; deleting ``what`` helps."""
     hint = f"delete {what} to train that seed from the start, then resume again"
     return usage_error("checkpoint", f"an intact one of this run in {path}", got, hint)
 

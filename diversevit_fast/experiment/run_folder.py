@@ -1,4 +1,4 @@
-"""The life of a run's folder: made under a lock, partial while the run goes on, named when it is whole.
+"""The folder of a run: created under a lock, named ``.partial`` until it is complete, then renamed.
 
 Everything a death can leave behind is one of: nothing, a partial folder to resume, a whole one that has
 still to take its name, or a named one with checkpoints that nobody needs any more.
@@ -19,8 +19,8 @@ from typing import Any
 
 from ..errors import UsageError, usage_error
 from ..files import FileError, is_leftover, own_folder, probe, sync_folder, there, writing
-from .files import write_json
-from .state import Task
+from .checkpoint import Task
+from .run_files import write_json
 
 try:
     import fcntl
@@ -35,13 +35,13 @@ _BUSY = (errno.EWOULDBLOCK, errno.EACCES)  # others: a file system that has no l
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run lies: ``partial`` while it goes on, ``out`` when it is finished."""
+    """Paths of a run: ``partial`` while it goes on, ``out`` when it is finished."""
 
     out: Path
 
     @classmethod
     def of(cls, folder: str | os.PathLike[str]) -> "Place":
-        """The place of a run that is named by ``out`` or by ``partial``.
+        """Return the paths of the run that is named by ``out`` or by ``partial``.
 
         Raises:
             UsageError: a path that no folder can have.
@@ -68,18 +68,18 @@ class Place:
 
     @property
     def finished(self) -> bool:
-        """Whether the run was finished: the report is the last that is written."""
+        """True if the run was finished: the report is the last file written."""
         return not there(self.partial) and there(self.out / "report.html")
 
     def whole(self, tasks: Iterable[Task]) -> bool:
-        """Whether ``partial`` holds all of the finished run, and lacks nothing but its name."""
+        """True if ``partial`` holds all files of the finished run and only its final name is missing."""
         names = {"metrics.csv", "cosines.json", "report.html"}
         names |= {f"{task}{last}.safetensors" for task in tasks for last in ("", "-last")}
         return all(there(self.partial / name) for name in names)
 
 
 class Lock:
-    """Held by the one process that works on a run's folder; the system releases it when that ends."""
+    """File lock of the one process that works on a run's folder; released when that process ends."""
 
     def __init__(self) -> None:
         self._descriptor: int | None = None
@@ -91,7 +91,7 @@ class Lock:
         self.release()
 
     def take(self, folder: Path) -> None:
-        """Lock ``folder``.
+        """Acquire the lock of ``folder``.
 
         Raises:
             UsageError: another process holds it, or the folder has gone.
@@ -113,13 +113,13 @@ class Lock:
             raise usage_error("resume", "an unfinished run", got, "open its report.html")
 
     def release(self) -> None:
-        """Let others work on it."""
+        """Release the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     def _sign(self) -> None:
-        """Say in the file who holds it, where that is possible."""
+        """Write the holder's process id into the lock file, where possible."""
         with suppress(OSError):
             if self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 1:
                 os.ftruncate(self._descriptor, 0)  # not what is a file of somebody's as well
@@ -139,7 +139,7 @@ class Lock:
 
 
 def check_new(place: Place) -> None:
-    """Refuse a place where something is.
+    """Raise if something exists at either path.
 
     Raises:
         UsageError: something is there, or cannot be looked at.
@@ -153,7 +153,7 @@ def check_new(place: Place) -> None:
 
 
 def create(places: Iterable[Place], record: Mapping[str, Any], lock: Lock) -> Place:
-    """Make the partial folder of the first of ``places`` that is free, with its ``config.json``.
+    """Create the partial folder of the first free one of ``places``, with its ``config.json``.
 
     It appears with all of that, and locked: nobody finds it half made.
 
@@ -194,7 +194,7 @@ def _create(place: Place, record: Mapping[str, Any], lock: Lock) -> None:
 
 
 def give_name(place: Place) -> None:
-    """Let the whole folder take its name; only then remove what a finished run does not need.
+    """Rename the complete folder to its final name, then remove what a finished run does not need.
 
     Raises:
         UsageError: the system refuses, say because there is an ``out`` already.
@@ -212,7 +212,7 @@ def give_name(place: Place) -> None:
 
 
 def tidy(place: Place) -> None:
-    """Remove what a finished run does not need, as far as it goes."""
+    """Remove what a finished run does not need; failures are left for the next time."""
     shutil.rmtree(place.out / place.checkpoints.name, ignore_errors=True)
     sweep(place.out)
     with suppress(OSError):
@@ -220,12 +220,12 @@ def tidy(place: Place) -> None:
 
 
 def untidy(place: Place) -> bool:
-    """Whether ``tidy`` has something to do."""
+    """Return True if ``tidy`` has something to do."""
     return any(there(place.out / name) for name in (_LOCK, place.checkpoints.name))
 
 
 def prepare(place: Place) -> None:
-    """Make an unfinished folder ready to go on: its checkpoints' own folder, nothing half written.
+    """Prepare an unfinished folder for resuming: make its checkpoint folder, remove half-written files.
 
     Raises:
         FileError: the system refuses to write there, or somebody put a link there.
@@ -252,7 +252,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def check_record(place: Place, record: Mapping[str, Any]) -> None:
-    """Refuse a ``config.json`` that is not as it was written; one without a checksum is older.
+    """Raise if ``config.json`` is not as it was written; files of older versions have no checksum.
 
     Raises:
         UsageError: it was changed or damaged.
