@@ -150,7 +150,7 @@ class TestRight:
         for _ in range(2):
             torch.testing.assert_close(loss(model, images, labels), expect)
             assert [type(m) for m in model.modules()] == classes
-            assert (diversity._captured, diversity._running) == ([], None)
+            assert (diversity._recording.runs, diversity._running) == ([], None)
             assert torch.equal(fn(model, images, labels), expect)
 
     def test_heads_kept_inside(self):
