@@ -1,13 +1,13 @@
-"""Seeing and changing the attention of a model somebody else wrote, without writing to it.
+"""Attachment: observes and changes the attention of any model while its ``with`` block is open.
 
-Inside an ``Attachment`` every chosen attention module is an instance of a subclass of its own class whose
-forward says which layer is running and then runs the original forward, and a ``TorchFunctionMode``
-sees the calls that forward makes. Parameters, ``state_dict`` and other modules are not touched; leaving
-the block restores the classes. Nothing is kept on a module, so copies and pickles are plain. A copy or pickle of an
-attachment, made outside its blocks, watches the model that was copied with it.
+Inside the block the class of every chosen attention module is a subclass of its own, whose forward notes
+which layer is running and then runs the original forward. A ``TorchFunctionMode`` sees the calls that this
+forward makes. Parameters, ``state_dict`` and other modules are not touched, and leaving the block
+restores the classes. Nothing is stored on a module, so the model's copies and pickles are ordinary ones.
+An attachment may be copied or pickled outside its block; the copy observes the model that was copied with it.
 
-Inside a compiled loss (``compile_loss``) the compiler does not see a changed class, so there a layer
-runs from its first projection to its output projection, both known by their weights.
+Under ``compile_loss`` the compiler does not see the changed classes. There a layer is taken to run from its
+first projection to its output projection, which are recognised by their weights.
 """
 
 import functools
@@ -31,7 +31,7 @@ from .unfused_attention import Unfused, watched
 
 
 def _refuse_compiled(model: nn.Module, first: AttentionLayer) -> None:
-    """A compiled forward that holds a chosen layer, or comes after one, cannot be attached to."""
+    """Refuse a model with a compiled module that contains a chosen layer or follows one."""
     below = True
     for name, module in model.named_modules():
         holds = not name or first.name.startswith(f"{name}.") or name == first.name
@@ -48,7 +48,10 @@ Wrapper = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _Mode(TorchFunctionMode):
-    """Shows every torch call to an attachment, which is no mode: a compiler would skip its entry."""
+    """Passes every torch call to an attachment.
+
+    The attachment is not a mode itself: a compiler would not trace its ``__enter__``.
+    """
 
     def __init__(self, owner: "Attachment"):
         super().__init__()
@@ -65,11 +68,10 @@ class _Mode(TorchFunctionMode):
 
 
 class Attachment:
-    """A context in which chosen modules' forwards run inside wrappers and torch calls are seen.
+    """Context manager that calls its hooks while the chosen attention layers of a model run.
 
-    Subclasses say what happens: ``on_layer_start`` is told that a layer runs, ``on_projection`` sees the outputs of
-    its projections and returns what the model goes on with, ``on_attention`` runs its attention,
-    ``on_torch_function`` sees other calls. Forwards on other threads are left alone.
+    Subclasses override the hooks ``on_enter``, ``on_layer_start``, ``on_projection``, ``on_attention`` and
+    ``on_torch_function``. Forwards on other threads are left alone.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
@@ -79,7 +81,7 @@ class Attachment:
         self._wrap_all()
 
     def _reset(self) -> None:
-        """Set what no copy has of its original: what belongs to one object, or to its last block."""
+        """Set the attributes that copies and pickles do not take over from the original."""
         self._wrappers: dict[nn.Module, Wrapper] = {}
         self._classes: dict[tuple[nn.Module, type], type] = {}
         self._swapped: list[tuple[nn.Module, type, type]] = []
@@ -87,15 +89,15 @@ class Attachment:
         self._attention_called = False
         self._made: Tensor | None = None  # by the running layer's one projection, until it attends
         self._mode = _Mode(self)
-        self._thread: int | None = None  # that entered
-        self._active = True  # the last block was not one that does nothing
+        self._thread: int | None = None  # the one inside the block
+        self._active = True  # what on_enter returned
 
     def _wrap_all(self) -> None:
-        """Make the wrappers; a copy does it at its first entry, when its model is complete."""
+        """Make the wrappers. A copy does it at its first entry, when its model is complete."""
         self._wrappers = {layer.module: self._run_layer(layer) for layer in self.layers}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles have.
+        """The attributes that copies and pickles take over.
 
         Raises:
             UsageError: the ``with`` block is open.
@@ -116,12 +118,15 @@ class Attachment:
         return True
 
     def on_layer_start(self, layer: AttentionLayer) -> None:
-        """Called when a layer begins to run."""
+        """Called when a layer's forward begins."""
 
     def on_projection(
         self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
     ) -> Tensor:
-        """Called with a projection's input, weight and output ``[B, N, len(roles) H d]``."""
+        """Called with a projection's input, weight and output ``[B, N, len(roles) H d]``.
+
+        The model continues with the tensor returned.
+        """
         return out
 
     def on_attention(
@@ -137,11 +142,11 @@ class Attachment:
     def on_torch_function(
         self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Called in place of every other torch function."""
+        """Called in place of every other torch function, in chosen layers and elsewhere."""
         return func(*args, **kwargs)
 
     def wrap(self, module: nn.Module, wrapper: Wrapper) -> None:
-        """Also run ``module``'s forward inside ``wrapper``, outside what wraps it already."""
+        """Run ``module``'s forward inside ``wrapper``, around the wrappers it already has."""
         inner = self._wrappers.get(module)
         self._wrappers[module] = wrapper if inner is None else _around(wrapper, inner)
 
@@ -199,7 +204,7 @@ class Attachment:
     def _on_multi_head_attention(
         self, layer: AttentionLayer | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """PyTorch's whole multi-head attention, of a chosen layer or not."""
+        """Handle a call of PyTorch's function for a whole multi-head attention."""
         if layer is None or not layer.is_torch:
             return self.on_torch_function(F.multi_head_attention_forward, args, kwargs)
 
@@ -252,11 +257,11 @@ class Attachment:
             self._swapped.append((module, before, self._classes[key]))
 
     def _wrapped_class(self, base: type, wrapper: Wrapper, attends: bool) -> type:
-        """A subclass of ``base`` under its own name whose forward goes through ``wrapper``.
+        """Make a subclass of ``base``, of the same name, whose forward goes through ``wrapper``.
 
-        On other threads than the one that entered it is ``base``'s. timm's attention modules ask
-        ``self.fused_attn`` whether to call attention or to multiply by themselves: yes (``unfused``
-        then does what somebody watches).
+        On threads other than the one that entered, its forward is ``base``'s. timm's attention modules
+        call fused attention only if ``self.fused_attn``, so here it is True; where the steps of unfused
+        attention are watched, ``Unfused`` runs them.
         """
 
         @functools.partial(functools.update_wrapper, wrapped=base.forward, assigned=(), updated=())
@@ -277,7 +282,7 @@ class Attachment:
             "_plain_class": plain_class_of(base),
         }
         if attends:
-            body["fused_attn"] = property(lambda _: True)  # wins over what the instance says
+            body["fused_attn"] = property(lambda _: True)  # overrides the instance's
         swapped = type(base.__name__, (base,), body)
         return swapped
 
@@ -293,7 +298,7 @@ class Attachment:
             )
 
     def _follow(self, weight: Tensor) -> None:
-        """Under a compiler: which layer is running once ``weight`` is multiplied with."""
+        """Under a compiler: note which layer begins or ends where ``weight`` is used."""
         for layer in self.layers:
             if self._running is not layer and layer.projection_of(weight) is not None:
                 self._begin(layer)
@@ -302,7 +307,7 @@ class Attachment:
                 self._running = None
 
     def _begun_by(self, args: tuple[Any, ...]) -> AttentionLayer | None:
-        """Under a compiler: the layer whose weights a call of PyTorch's multi-head attention has."""
+        """Under a compiler: start the layer whose weights PyTorch's multi-head attention is called with."""
         for layer in self.layers:
             weight = layer.projections[0].weight
             if layer.is_torch and any(x is weight for x in args):
@@ -332,7 +337,7 @@ _HOW_TO_FUSE = (
 
 
 def _this_thread() -> int:
-    """0 under a compiler, which does not trace threads."""
+    """The current thread's number; 0 under a compiler, which cannot trace it."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
@@ -344,7 +349,7 @@ def _around(outer: Wrapper, inner: Wrapper) -> Wrapper:
 
 
 def _refuse_broken_graph() -> None:
-    """In a compiled function, entered eagerly after all, or without ``compile_loss``'s switch."""
+    """Refuse to be entered by a compiled function outside its graph, or in a graph not of ``compile_loss``."""
     if torch.compiler.is_compiling():
         broken = not torch._dynamo.config.trace_autograd_ops
     else:
@@ -357,7 +362,7 @@ def _refuse_broken_graph() -> None:
 
 
 def open_attachments() -> list[Attachment]:
-    """The attachments whose ``with`` block is running, the outermost first."""
+    """The attachments whose ``with`` block is open, the outermost first."""
     modes = _get_current_function_mode_stack()
     return [mode.owner for mode in modes if isinstance(mode, _Mode)]
 
@@ -368,7 +373,7 @@ def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _linear_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """(input, weight) of a call of F.linear."""
+    """The input and weight of a call of ``F.linear``."""
     named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     return named["input"], named["weight"]
 
@@ -376,7 +381,7 @@ def _linear_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, An
 def _split_attention_call(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-    """(q, k, v) and the other arguments by name, of F.scaled_dot_product_attention or attention."""
+    """The (q, k, v) and the other arguments by name of a call of attention, PyTorch's or ours."""
     named = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False))
     named |= {_ATTENTION_ALIASES.get(name, name): value for name, value in kwargs.items()}
     return (named.pop("q"), named.pop("k"), named.pop("v")), named

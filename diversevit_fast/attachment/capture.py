@@ -13,15 +13,15 @@ from .support import refuse
 
 
 class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
-    """Context manager: the per-head outputs ``[B, H, N, d]`` of the forwards run inside.
+    """Context manager that keeps the per-head outputs ``[B, H, N, d]`` of the forwards inside it.
 
     >>> with capture_heads(model, layers="all") as heads:
     ...     logits = model(images)
     >>> heads[-1].shape                     # the last chosen layer, of the last forward
     torch.Size([32, 12, 197, 64])
 
-    The tensors are the ones the model went on with: the loss can be differentiated with respect to
-    them. ``len(heads)`` is the number of chosen layers, in the model's order. They are kept until
+    The tensors are those that the model continued with, so the loss can be differentiated with respect
+    to them. ``len(heads)`` is the number of chosen layers, in the model's order. They are kept until
     the context is entered again; a deep copy or a pickle has them without their graph.
 
     Args:
@@ -40,7 +40,7 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
         self._heads: dict[int, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Head outputs without their graph, which belongs to the forward they come from."""
+        """The state of copies: head outputs without their graph, which belongs to one forward."""
         detached = {index: heads.detach() for index, heads in self._heads.items()}
         return {**super().__getstate__(), "_heads": detached}
 

@@ -1,9 +1,9 @@
-"""Compiling a whole training loss, cross-entropy and penalty, into one graph.
+"""compile_loss: compiles a whole training loss, cross-entropy and penalty, into one graph.
 
-``torch.compile`` of a model alone cannot be differentiated twice: the penalty would be refused or, asked
-for in some ways, dropped. In one graph with its loss there is nothing to drop: Dynamo records the inner
-gradient and AOTAutograd differentiates through it. That needs
-``torch._dynamo.config.trace_autograd_ops``, on every call and not at the first only.
+A model that is compiled by itself cannot be differentiated twice: the penalty would be refused or, asked
+for in some ways, dropped. In one graph with its loss it is right: Dynamo records the inner gradient and
+AOTAutograd differentiates through it. That needs ``torch._dynamo.config.trace_autograd_ops`` on every
+call, not only the first.
 """
 
 import ast
@@ -24,7 +24,7 @@ Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 
 def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Loss:
-    """``fn`` compiled as one graph that is right to second order, or an error.
+    """Compile ``fn`` as one graph that is right to second order, or raise an error.
 
     >>> diversity = HeadDiversity(model)
     >>> def loss(model, images, labels):
@@ -90,16 +90,17 @@ def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Lo
 
 @functools.cache
 def _operators() -> str:
-    """Which operators these are: Inductor's cache on disk knows only their names, not what they return.
+    """A checksum of the operators' sources, for the key of Inductor's cache on disk.
 
-    Of another version of this library it would hold code for tensors of other shapes.
+    The cache knows operators only by name: of another version of this library it could hold code for
+    results of other shapes.
     """
     sources = sorted(Path(ops.__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def _in_one_line(failure: Exception) -> Exception:
-    """This library's own error that ended the tracing, or what the compiler says, and where."""
+    """The error to raise for a failed compilation: ours if it ended the tracing, else the compiler's."""
     raised = re.search(r"^ *Developer debug context: raised exception (.*)", str(failure), re.M)
     own = raised and re.fullmatch(r"(UsageError|UnsupportedError)\((['\"].*['\"])\)", raised[1])
     if own:
@@ -112,7 +113,7 @@ def _in_one_line(failure: Exception) -> Exception:
 
 
 def _reason(failure: Exception) -> str:
-    """Of a compiler's many lines those that say what happened."""
+    """The part of a compiler's message that says what happened."""
     text = str(failure)
     head, _, rest = text.partition("\n")
     inner = getattr(failure, "inner_exception", None)  # of the compiler's backend

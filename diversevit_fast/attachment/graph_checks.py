@@ -1,8 +1,7 @@
-"""Checks that what leads from the captured tensors to the logits can be differentiated twice.
+"""Check that the graph from the captured tensors to the logits can be differentiated twice.
 
-The nodes that torch.compile and reentrant checkpointing put into an autograd graph refuse a second
-derivative or, where they are not asked to run, drop it. Found before any gradient is taken, they are
-one line with a hint.
+The nodes of torch.compile and of reentrant checkpointing refuse a second derivative or silently drop it.
+They are found before a gradient is taken, and reported in one line with a hint.
 """
 
 from collections.abc import Iterator, Sequence

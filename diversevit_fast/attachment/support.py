@@ -1,4 +1,4 @@
-"""What each attention layer of a model allows, as far as it can be told before it runs."""
+"""Tell which uses each attention layer of a model allows, as far as it is known before a forward."""
 
 import inspect
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from ..errors import UnsupportedError
 from .attention_modules import AttentionLayer, attention_layers, plain_class, qualified
 
 USES = ("wrt='input'", "wrt='output'", "mask", "prune")
-"""Of an attention layer: both definitions of the penalty, ``keep_heads``, ``prune_heads``."""
+"""Uses of an attention layer: both definitions of the penalty, ``keep_heads``, ``prune_heads``."""
 
 
 @dataclass(frozen=True)
 class LayerSupport:
-    """One attention layer, and why not, for each of ``USES`` that it does not allow."""
+    """One attention layer, with the reason for each of ``USES`` that it does not allow."""
 
     index: int
     name: str
@@ -26,7 +26,7 @@ class LayerSupport:
     refusals: dict[str, str]
 
     def allows(self, use: str) -> bool:
-        """Whether the layer allows one of ``USES``."""
+        """True if the layer allows ``use``, one of ``USES``."""
         return use not in self.refusals
 
     def __str__(self) -> str:
@@ -35,13 +35,13 @@ class LayerSupport:
 
 
 def supported(model: nn.Module) -> list[LayerSupport]:
-    """What can be done with each attention layer of ``model``, in order of definition.
+    """List what each attention layer of ``model`` allows, in order of definition.
 
     >>> for layer in supported(model):
     ...     print(layer)
 
-    What only a forward shows (attention called twice, queries made of another tensor) is refused
-    there, in one line.
+    Reasons that only a forward shows (attention called twice, queries made of another tensor) are not
+    listed; the forward then raises a one-line error.
 
     Raises:
         UsageError: no attention layer was found.
@@ -69,7 +69,7 @@ def refuse(layers: Sequence[AttentionLayer], use: str) -> None:
 
 
 def refusals(layer: AttentionLayer) -> dict[str, str]:
-    """Why not, for each of ``USES`` that ``layer`` does not allow."""
+    """The reason for each of ``USES`` that ``layer`` does not allow."""
     unseen = _why_unseen(layer)
     if unseen:
         return dict.fromkeys(USES, unseen)
@@ -80,7 +80,7 @@ def refusals(layer: AttentionLayer) -> dict[str, str]:
 
 
 def _why_unseen(layer: AttentionLayer) -> str | None:
-    """Its attention is not a call that can be seen."""
+    """The reason if the layer computes attention without a call that can be observed, else None."""
     module = layer.module
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
     if implementation not in ("sdpa", "diversevit"):

@@ -1,4 +1,4 @@
-"""What the layers that ran inside a ``with`` block leave behind for the penalty."""
+"""The tensors captured inside a ``with`` block, which the penalty differentiates by."""
 
 from dataclasses import dataclass, field
 
@@ -49,7 +49,7 @@ class Recording:
 
     @property
     def begun(self) -> bool:
-        """Whether a captured tensor exists: what runs from now on may depend on it."""
+        """True once a tensor is captured: what runs after it may depend on it."""
         return bool(self.runs or self._projections)
 
     def start_layer(self) -> None:
@@ -69,6 +69,6 @@ class Recording:
         self._projections = []
 
     def take_runs(self) -> list[Captured]:
-        """The runs, which are then forgotten."""
+        """Return the runs and forget them."""
         runs, self.runs = self.runs, []
         return runs

@@ -28,7 +28,7 @@ from .score import Target, check_logits, check_target, prediction_score
 
 
 class HeadDiversity(Attachment):
-    """Makes a ViT's heads look at different things: the regulariser of DiverseViT.
+    """The regulariser of DiverseViT: penalises attention heads whose gradients point the same way.
 
     >>> diversity = HeadDiversity(model, layers="last", wrt="input")
     >>> for images, labels in loader:
@@ -37,15 +37,15 @@ class HeadDiversity(Attachment):
     ...     loss = F.cross_entropy(logits, labels) + 100 * diversity.penalty(logits)
     ...     loss.backward()
 
-    Inside the ``with`` block the attention, LayerNorm and GELU calls above the lowest chosen layer are
-    the twice-differentiable operators, and what the penalty needs is captured. Leaving the block
-    restores everything; parameters, ``state_dict`` and other modules are never changed.
+    Inside the ``with`` block attention, LayerNorm and GELU from the lowest chosen layer up are computed by
+    the twice-differentiable operators, and the tensors that the penalty differentiates by are captured.
+    Leaving the block restores everything; parameters, ``state_dict`` and other modules are never changed.
 
     Where only the class token of the last block is read (DiverseViT, and timm's VisionTransformer with
     ``global_pool="token"``, called as a whole, no hooks on that block), the last block is computed
     for the class token alone: the same logits and penalty, O(N d) attention.
 
-    Two ways to pay less, which combine; the gradient stays right on average:
+    Two options reduce the cost and can be combined; the gradient stays right on average:
 
     * ``every=k``: the penalty every k-th step, times k. A step is one entry of the ``with`` block with
       gradients enabled; training or eval mode does not matter, and each micro-batch of an accumulated
@@ -53,11 +53,11 @@ class HeadDiversity(Attachment):
       and ``penalty`` is a constant zero, as often as it is asked.
     * ``fraction=f``: the penalty of ``round(f * B)`` samples, at least one, drawn anew in each ``with``
       block: the mean over all draws is the full penalty, and so is the gradient's. From the lowest
-      chosen layer's block up the drawn samples run apart from the others, which run as without
-      this context, so second order costs a fraction f of what it did. Each block must take one
+      chosen layer's block up the drawn samples run separately from the others, which run as without
+      this context, so second order costs the fraction f. Each block must take one
       tensor, pass what it returns on to the next, and treat samples independently; it costs a copy
-      of each block's output. With all layers of a ViT-S a step took 0.75 (f = 1/2) and 0.59 (1/4) of
-      its time on two CPU cores; with the last layer alone 0.98 and 0.96: there is little to save.
+      of each block's output. On two CPU cores a step of a ViT-S with all layers chosen took 0.75
+      (f = 1/2) and 0.59 (f = 1/4) of the full time, with the last layer alone 0.98 and 0.96.
 
     Inside ``dvf.compile_loss`` neither is available.
 
@@ -66,9 +66,9 @@ class HeadDiversity(Attachment):
             sharded by FSDP2. ``dvf.supported(model)`` says which of its layers allow what.
         layers: ``"last"`` (the paper), ``"all"``, or indices (negative allowed), as a list, a tensor or the like. The
             penalty is the mean over the chosen layers.
-        wrt: ``"input"`` (the paper): gradients that each head alone passes to its layer's input,
-            through its queries, keys and values, be it by q/k norm and RoPE. Where the queries are
-            made of another tensor (attention pooling), the input is that of keys and values.
+        wrt: ``"input"`` (the paper): the gradient that each head alone passes to its layer's input,
+            through its queries, keys and values, with q/k norm and RoPE if there are. Where the queries
+            are made of another tensor (attention pooling), it is that of the input of keys and values.
             ``"output"``: gradients of the head outputs, as attention returns them (before any
             gate or norm across heads).
         granularity: ``"token"`` (the paper) or ``"sample"``: one Gram matrix per token, or per sample.
@@ -144,12 +144,12 @@ class HeadDiversity(Attachment):
         return self
 
     def penalty(self, logits: Tensor) -> Tensor:
-        """The head-diversity penalty of the forward run in the last ``with`` block: a scalar.
+        """Compute the head-diversity penalty of the forward run in the last ``with`` block, a scalar.
 
-        In [0, 1] times ``every``. Differentiable with respect to everything the logits depend on. What
-        was captured is let go afterwards, so it can be asked for once per ``with`` block. After a
-        block that ``every`` leaves out: a zero without a graph. Of an empty batch: a zero. Under
-        ``no_grad``: the value alone. Several forwards in one block count by their samples.
+        It lies in [0, 1], times ``every``, and is differentiable with respect to everything the logits
+        depend on. The captured tensors are released, so it can be computed once per ``with`` block.
+        After a block that ``every`` leaves out it is a zero without a graph, for an empty batch a zero,
+        and under ``no_grad`` the value alone. Several forwards in one block are weighted by their samples.
 
         Args:
             logits: ``[B, classes]``, as the model returned them.
@@ -157,7 +157,7 @@ class HeadDiversity(Attachment):
         Raises:
             UsageError: logits not computed under this context, of other samples, without a graph, or
                 not finite.
-            UnsupportedError: what lies between a chosen layer and the logits runs compiled or in
+            UnsupportedError: a module between a chosen layer and the logits is compiled or runs in
                 reentrant checkpointing; float16 gradients overflow.
         """
         if not self._active:
@@ -180,9 +180,10 @@ class HeadDiversity(Attachment):
         return value * self.every
 
     def _checked(self, runs: list[Captured], score: Tensor) -> tuple[list[Captured], Tensor | None]:
-        """The runs that ``score`` depends on, and the indices of the drawn samples (None: all).
+        """Check all that can be checked before the gradient, which is expensive.
 
-        All checks of ``penalty`` that need no gradient, since the gradient is expensive.
+        Returns:
+            The runs that ``score`` depends on, and the indices of the drawn samples (None: all).
         """
         reached = depends_on(score, [run.tensors for run in runs])
         samples = self._split.samples(len(score)) if runs else None
@@ -252,16 +253,16 @@ class HeadDiversity(Attachment):
         )
 
     def _second_order(self) -> bool:
-        """Whether what runs now is differentiated twice: it may depend on a captured tensor."""
+        """True if what runs now is differentiated twice, since it may depend on a captured tensor."""
         apart = self._split.with_rest and not self._split.entangled
         return self._recording.begun and not apart
 
     def _capturing(self) -> bool:
-        """Whether the penalty needs what runs now."""
+        """True if what runs now belongs to the penalty."""
         return torch.is_grad_enabled() and not self._split.with_rest
 
     def _with_graph(self, layer: AttentionLayer, x: Tensor) -> Tensor:
-        """``x`` as it is, or where a frozen model gave it no graph, as the start of one."""
+        """Return ``x``, or where a frozen model gave it no graph, a copy that starts one."""
         if not torch.compiler.is_compiling():
             self._split.check_reached(layer.name, len(x))
             refuse_checkpointing()

@@ -1,4 +1,4 @@
-"""The projections that read a layer's input, whose gradient the paper's penalty compares.
+"""Choose the projections that read a layer's input: the paper's penalty compares its gradients.
 
 Self-attention makes queries, keys and values of one tensor. Class attention makes its query of the first
 token, attention pooling of a learned one. Any other layer has no single input, and is refused.
@@ -55,7 +55,7 @@ def input_projections(
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are one tensor, or equal views of one."""
+    """True if both are the same tensor, or the same view of one."""
     if a is b or torch.compiler.is_compiling():
         return a is b
     alike = a.shape == b.shape and a.stride() == b.stride() and a._version == b._version
