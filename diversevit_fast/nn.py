@@ -1,4 +1,4 @@
-"""Modules built of the twice-differentiable operators; parameter names and meanings as torch.nn's."""
+"""Modules built of the twice-differentiable operators, with the parameter names of torch.nn."""
 
 import weakref
 from typing import Any
@@ -33,10 +33,10 @@ class GELU(nn.GELU):
 
 
 class _LastRun(weakref.WeakKeyDictionary):
-    """The tensors of each module's last forward, kept outside the module and owned by the graph.
+    """The tensors of each module's last forward, stored outside the module.
 
-    Copies and pickles of a module know nothing of it, and the tensors live no longer than the graph
-    node of the module's output.
+    So copies and pickles of a module do not contain them, and they live only as long as the graph node
+    of the module's output.
     """
 
     def record(self, module: nn.Module, output: Tensor, **tensors: Tensor) -> None:

@@ -27,7 +27,7 @@ from ..ops.attention import attention_operator
 from ..ops.attention_qkvpacked import recognise
 from .attention_modules import AttentionLayer, is_compiled, plain_class_of
 from .torch_mha import multi_head_attention
-from .unfused_attention import Unfused, watched
+from .unfused_attention import Unfused, is_watched
 
 
 def _refuse_compiled(model: nn.Module, first: AttentionLayer) -> None:
@@ -176,11 +176,11 @@ class Attachment:
     def _on_call(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         compiling = torch.compiler.is_compiling()
         if func is F.linear and compiling:
-            self._follow(_linear_call(args, kwargs)[1])
+            self._follow_weight(_linear_call(args, kwargs)[1])
         layer = self._running
         if func is F.multi_head_attention_forward:
             if layer is None and compiling:
-                layer = self._begun_by(args)
+                layer = self._layer_called_with(args)
             return self._on_multi_head_attention(layer, args, kwargs)
         if layer is None:
             return self.on_torch_function(func, args, kwargs)
@@ -229,7 +229,7 @@ class Attachment:
             )
         self._attention_called = True
         compiling = torch.compiler.is_compiling()
-        if not compiling and watched(layer.module, options.get("dropout_p", 0.0)):
+        if not compiling and is_watched(layer.module, options.get("dropout_p", 0.0)):
             attend = Unfused.of(layer.module)
         elif self._made is not None:
             recognise(q, k, v, self._made)
@@ -297,7 +297,7 @@ class Attachment:
                 f"F.scaled_dot_product_attention, so its heads cannot be seen; {_HOW_TO_FUSE}"
             )
 
-    def _follow(self, weight: Tensor) -> None:
+    def _follow_weight(self, weight: Tensor) -> None:
         """Under a compiler: note which layer begins or ends where ``weight`` is used."""
         for layer in self.layers:
             if self._running is not layer and layer.projection_of(weight) is not None:
@@ -306,7 +306,7 @@ class Attachment:
                 self._finish(layer)
                 self._running = None
 
-    def _begun_by(self, args: tuple[Any, ...]) -> AttentionLayer | None:
+    def _layer_called_with(self, args: tuple[Any, ...]) -> AttentionLayer | None:
         """Under a compiler: start the layer whose weights PyTorch's multi-head attention is called with."""
         for layer in self.layers:
             weight = layer.projections[0].weight

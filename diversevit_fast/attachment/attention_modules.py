@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import usage_error
-from .indices import Integers, listed, shown, whole_number
+from .indices import Integers, as_list, describe, whole_number
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         hint = "name them as timm, transformers or torch do, or use dvf.nn.MultiHeadAttention"
         raise usage_error("model", wanted, type(model).__name__, hint)
     return [
-        AttentionLayer(i, n, m, p, _output_of(model, n, m), _QUERY_READS.get(qualified(m), "all"))
+        AttentionLayer(
+            i, n, m, p, _output_of(model, n, m), _QUERY_READS.get(qualified_class_name(m), "all")
+        )
         for i, (n, m, p) in enumerate(found)
     ]
 
@@ -107,13 +109,13 @@ def choose_layers(model: nn.Module, layers: str | Integers) -> list[AttentionLay
             wanted = "'last', 'all' or a list of indices"
             raise usage_error("layers", wanted, repr(layers), "check the spelling")
         return every if layers == "all" else every[-1:]
-    given = listed(layers, len(every))
+    given = as_list(layers, len(every))
     if not given:
-        got = shown(layers if given is None else given)
+        got = describe(layers if given is None else given)
         raise usage_error("layers", "'last', 'all' or a list of indices", got, "name a layer")
     chosen = [layer_index(index, len(every)) for index in given]
     if len(set(chosen)) < len(chosen):
-        raise usage_error("layers", "each layer once", shown(given), "remove the repetition")
+        raise usage_error("layers", "each layer once", describe(given), "remove the repetition")
     return [every[index] for index in sorted(chosen)]
 
 
@@ -133,7 +135,7 @@ def layer_index(index: Any, count: int) -> int:
     if number is None or not -count <= number < count:
         wanted = f"layer indices from {-count} to {count - 1}"
         raise usage_error(
-            "layers", wanted, shown([index])[1:-1], f"there are {count} attention layers"
+            "layers", wanted, describe([index])[1:-1], f"there are {count} attention layers"
         )
     return number % count
 
@@ -182,7 +184,7 @@ _QUERY_READS = {
 }
 
 
-def qualified(module: nn.Module) -> str:
+def qualified_class_name(module: nn.Module) -> str:
     """The full name of a module's class, without the wrappings of attachments and FSDP2."""
     classes = plain_class(module).__mro__
     cls = next(c for c in classes if not c.__module__.startswith("torch.distributed"))

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from ..errors import usage_error
 from .attachment import Attachment, Forward
 from .attention_modules import AttentionLayer, choose_layers
-from .indices import Integers, shown, whole_number
-from .parallel import unwrapped
+from .indices import Integers, describe, whole_number
+from .parallel import unwrap
 from .support import refuse
 
 
@@ -34,7 +34,7 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
     """
 
     def __init__(self, model: nn.Module, layers: str | Integers = "all"):
-        model = unwrapped(model)
+        model = unwrap(model)
         super().__init__(model, choose_layers(model, layers))
         refuse(self.layers, "wrt='output'")
         self._heads: dict[int, Tensor] = {}
@@ -78,7 +78,7 @@ class capture_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
         number = whole_number(position)
         if number is None:
             hint = "index with an integer; list(heads) holds all"
-            raise usage_error("heads", "the position of a chosen layer", shown(position), hint)
+            raise usage_error("heads", "the position of a chosen layer", describe(position), hint)
         layer = self.layers[number]
         if layer.index not in self._heads:
             hint = "run the model inside the `with` block"

@@ -29,7 +29,7 @@ def is_boolean(value: Any) -> bool:
     return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
 
 
-def listed(values: Any, limit: int) -> list[Any] | None:
+def as_list(values: Any, limit: int) -> list[Any] | None:
     """List the items of ``values``, or ``values`` itself if it is one integer; None if it is neither.
 
     At most ``limit + 1`` items are read, since a range or a generator may be endless: so many cannot be
@@ -45,7 +45,7 @@ def listed(values: Any, limit: int) -> list[Any] | None:
         return None
 
 
-def shown(values: Any) -> str:
+def describe(values: Any) -> str:
     """Format ``values`` for an error message: integers of all types alike, long lists cut."""
     if not isinstance(values, list):
         return reprlib.repr(values)

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import UnsupportedError
 
 
-def unwrapped(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """Return the module inside DistributedDataParallel, or ``model`` itself.
 
     Raises:
@@ -73,7 +73,7 @@ def _refuse_static_graph(model: Any) -> None:
 
 
 @contextmanager
-def kept_unsharded(model: nn.Module) -> Iterator[None]:
+def keep_unsharded(model: nn.Module) -> Iterator[None]:
     """Keep a backward pass inside the block from freeing the parameters that FSDP2 gathered."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharded: list[tuple[Any, bool]] = []

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedError
-from .attention_modules import AttentionLayer, attention_layers, plain_class, qualified
+from .attention_modules import AttentionLayer, attention_layers, plain_class, qualified_class_name
 
 USES = ("wrt='input'", "wrt='output'", "mask", "prune")
 """Uses of an attention layer: both definitions of the penalty, ``keep_heads``, ``prune_heads``."""
@@ -74,7 +74,7 @@ def refusals(layer: AttentionLayer) -> dict[str, str]:
     if unseen:
         return dict.fromkeys(USES, unseen)
     found = {"wrt='input'": _why_no_input(layer), "prune": _why_not_pruned(layer)}
-    if qualified(layer.module) in _OVER_CHANNELS:
+    if qualified_class_name(layer.module) in _OVER_CHANNELS:
         found["wrt='output'"] = "its heads attend over channels, not tokens; use wrt='input'"
     return {use: reason for use, reason in found.items() if reason}
 
@@ -86,7 +86,9 @@ def _why_unseen(layer: AttentionLayer) -> str | None:
     if implementation not in ("sdpa", "diversevit"):
         hint = "model.set_attn_implementation('sdpa') first"
         return f"its attention is {implementation!r}, whose heads cannot be seen; {hint}"
-    if qualified(module).startswith("timm.") and not _calls_attention(plain_class(module)):
+    if qualified_class_name(module).startswith("timm.") and not _calls_attention(
+        plain_class(module)
+    ):
         return "it computes attention itself, not by F.scaled_dot_product_attention; choose other layers"
     return None
 
@@ -109,7 +111,7 @@ def _why_no_input(layer: AttentionLayer) -> str | None:
 def _why_not_pruned(layer: AttentionLayer) -> str | None:
     module: Any = layer.module
     hint = "use dvf.keep_heads"
-    if _qualified_name(module) not in PRUNABLE:
+    if _class_name(module) not in PRUNABLE:
         return f"its own forward does not allow fewer heads; {hint}"
     gate, norm = getattr(module, "gate", None), getattr(module, "norm", None)
     if gate is not None or not (norm is None or isinstance(norm, nn.Identity)):
@@ -121,8 +123,8 @@ def _why_not_pruned(layer: AttentionLayer) -> str | None:
     return None
 
 
-def _qualified_name(module: nn.Module) -> str:
-    name = qualified(module)
+def _class_name(module: nn.Module) -> str:
+    name = qualified_class_name(module)
     return f"transformers.{name.rpartition('.')[2]}" if name.startswith("transformers.") else name
 
 

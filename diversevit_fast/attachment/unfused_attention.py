@@ -73,7 +73,7 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, softmax: Any) -> Tensor:
     return weights.to(scores.dtype)
 
 
-def watched(module: nn.Module, dropout_p: float | None = None) -> bool:
+def is_watched(module: nn.Module, dropout_p: float | None = None) -> bool:
     """True if ``module`` runs unfused by itself and calls something that fused attention would skip.
 
     That is a hook, a user's module, or a dropout with another probability than ``dropout_p``, which fused
@@ -93,10 +93,10 @@ def watched(module: nn.Module, dropout_p: float | None = None) -> bool:
     drop = getattr(module, "attn_drop", None)
     drops = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
     otherwise = dropout_p is not None and drops != dropout_p
-    return otherwise or any(map(_is_watched, (drop, getattr(module, "softmax", None))))
+    return otherwise or any(map(_child_is_watched, (drop, getattr(module, "softmax", None))))
 
 
-def _is_watched(child: Any) -> bool:
+def _child_is_watched(child: Any) -> bool:
     if not isinstance(child, nn.Module):
         return False
     plain = plain_class(child) in _INERT and "forward" not in vars(child)

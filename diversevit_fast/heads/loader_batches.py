@@ -1,4 +1,4 @@
-"""Batches of a data loader, taken apart into a model's inputs, labels and groups."""
+"""Split the batches of a data loader into a model's inputs, labels and groups."""
 
 import inspect
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from ..errors import usage_error
 
 @dataclass
 class Batch:
-    """What a model is called with, and the labels and groups as they were given."""
+    """The arguments of a model's call, with the labels and groups as the loader returned them."""
 
     args: tuple[Tensor, ...]
     kwargs: dict[str, Tensor] = field(default_factory=dict)
@@ -28,10 +28,10 @@ class Batch:
 
 
 def split_batch(name: str, batch: Any, model: nn.Module, device: torch.device) -> Batch:
-    """``batch`` taken apart, images on ``device``.
+    """Split ``batch`` and move its images to ``device``.
 
     Raises:
-        UsageError: naming the loader ``name``, a batch that cannot be understood.
+        UsageError: the batch, of the loader ``name``, has another form.
     """
     if isinstance(batch, Mapping):
         found = _split_mapping(name, batch, model)
@@ -52,7 +52,7 @@ _LABELS, _GROUPS = ("labels", "label"), ("groups", "group")
 
 
 def _split_mapping(name: str, batch: Mapping[str, Any], model: nn.Module) -> Batch:
-    """A dictionary: labels and groups by their names, and what the model's forward names."""
+    """Split a dictionary into labels, groups and the arguments that the model's forward names."""
     answers = []
     for names in (_LABELS, _GROUPS):
         there = [key for key in names if key in batch]
@@ -87,10 +87,10 @@ def _no_batch(name: str, batch: Any) -> Exception:
 
 
 def class_indices(labels: Any, count: int) -> Tensor:
-    """Labels ``[count]`` on the CPU.
+    """Convert labels to a tensor ``[count]`` on the CPU.
 
     Raises:
-        UsageError: names, fractions, or not one per image.
+        UsageError: they are names or fractions, or not one per image.
     """
     found = _as_tensor(labels)
     if found is None:
@@ -104,10 +104,10 @@ def class_indices(labels: Any, count: int) -> Tensor:
 
 
 def group_names(groups: Any, count: int, named: bool) -> Tensor | list[str]:
-    """Groups ``[count]``: numbers on the CPU, or strings where ``named``.
+    """Convert groups to ``[count]`` numbers on the CPU; where ``named``, strings stay strings.
 
     Raises:
-        UsageError: something else, or not one per image.
+        UsageError: they are something else, or not one per image.
     """
     found = _as_tensor(groups)
     if found is None:
@@ -130,7 +130,7 @@ def group_names(groups: Any, count: int, named: bool) -> Tensor | list[str]:
 
 
 def _as_tensor(given: Any) -> Tensor | None:
-    """On the CPU; None if it holds something else than numbers."""
+    """Convert to a tensor on the CPU; None if it holds anything but numbers."""
     try:
         return torch.as_tensor(given).cpu()
     except (TypeError, ValueError, RuntimeError):
@@ -138,7 +138,7 @@ def _as_tensor(given: Any) -> Tensor | None:
 
 
 def _items(given: Any) -> list[Any]:
-    """Of a list, tuple, array or column; nothing of anything else."""
+    """The items of a list, tuple, array or column; empty for anything else."""
     listed = given.tolist() if hasattr(given, "tolist") else given
     return list(listed) if isinstance(listed, (list, tuple)) else []
 

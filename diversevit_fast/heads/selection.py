@@ -1,4 +1,4 @@
-"""Choosing heads on validation data: which heads of a trained model follow the robust feature."""
+"""Choose heads on validation data: those of a trained model that follow the robust feature."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attachment.attention_modules import AttentionLayer, choose_layers
 from ..attachment.indices import Integers
-from ..attachment.parallel import unwrapped
+from ..attachment.parallel import unwrap
 from ..errors import usage_error
 from ..ops.checks import check_choice
 from .loader_batches import Batch, class_indices, group_names, split_batch
@@ -27,7 +27,7 @@ MAX_CANDIDATES = 4096
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """One candidate: the heads that stay in each layer, and its score on the validation data."""
+    """One candidate: the heads that stay in each layer, and their score on the validation data."""
 
     kept: dict[int, list[int]]
     score: float
@@ -42,13 +42,13 @@ def select_heads(
     search: str = "single",
     reference_loader: Iterable[Any] | None = None,
 ) -> list[HeadChoice]:
-    """Rank choices of heads by how well the model does with only these.
+    """Rank choices of heads by the model's score with only these heads.
 
     The paper's rule is ``layers="last"``, ``search="single"`` and accuracy on labelled out-of-distribution
-    validation data. The model is evaluated in eval mode, as it is found afterwards; its parameters
-    stay. Each batch goes through the whole model once for each chosen layer (once altogether with
-    ``"exhaustive"``); a further candidate costs what follows the first attention it changes
-    (``PrefixCache`` says what is computed again all the same).
+    validation data. The model is evaluated in eval mode and then set back to its mode; its parameters do
+    not change. Each batch goes through the whole model once for each chosen layer (once in total with
+    ``"exhaustive"``). Every further candidate only computes what follows the first attention it changes
+    (see ``PrefixCache`` for what cannot be cached).
 
     Args:
         model: a classifier, images -> logits ``[B, classes]`` or an object with ``.logits``, whose chosen
@@ -93,7 +93,7 @@ def select_heads(
     check_choice("search", search, ("single", "greedy", "exhaustive"))
     if not callable(score):
         check_choice("score", score, tuple(_TALLIES))
-    model = unwrapped(model)
+    model = unwrap(model)
     chosen = choose_layers(model, layers)
     evaluate = _Evaluation(model, chosen, loader, reference_loader, score, search == "greedy")
     if search == "greedy":
@@ -105,7 +105,7 @@ def select_heads(
 
 
 def _single(layers: Sequence[AttentionLayer]) -> list[list[Kept]]:
-    """For each layer, its heads."""
+    """The candidates of each layer: one of its heads alone."""
     return [[{layer.index: [head]} for head in range(layer.num_heads)] for layer in layers]
 
 
@@ -148,10 +148,10 @@ def _greedy(layers: Sequence[AttentionLayer], evaluate: "_Evaluation") -> list[H
 
 
 class _Evaluation:
-    """The scores of candidates, all of them in one run of the loader.
+    """Scores candidates, all of them in one run of the loader.
 
-    Candidates come in groups; within a group what precedes the first layer that they differ in is
-    computed once for a batch. Between batches nothing but tallies is kept.
+    Candidates come in groups. Within a group, what precedes the first layer in which they differ is
+    computed once per batch. Between batches only tallies are kept.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class _Evaluation:
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def __call__(self, groups: Sequence[Sequence[Kept]]) -> list[HeadChoice]:
-        """The candidates of every group with their scores, in order."""
+        """Score the candidates of every group; returns them in order."""
         tallies = [[self._tally() for _ in group] for group in groups]
         training = [m for m in self._model.modules() if m.training]
         self._model.eval()
@@ -226,7 +226,7 @@ class _Evaluation:
             raise usage_error(name, "at least one batch", "none", "pass a list or a DataLoader")
 
     def _answers(self, name: str, batch: Batch) -> tuple[Tensor | None, Tensor | list[str] | None]:
-        """Labels and groups of one batch, where they are looked at."""
+        """The labels and groups of one batch, where the score needs them."""
         if name == "loader" and not self._labelled:
             return None, None
         if batch.labels is None:
@@ -239,7 +239,7 @@ class _Evaluation:
 
 
 class Predictions(NamedTuple):
-    """What was predicted for one batch, on the CPU, and what it is."""
+    """The logits of one batch with its labels and groups, on the CPU."""
 
     logits: Tensor  # [b, classes]
     labels: Tensor | None  # [b]
@@ -329,7 +329,7 @@ class _ThresholdedConfidence(_Confidence):
 
 
 class _Logits:
-    """For a callable, which is given everything at once."""
+    """The tally of a callable score, which takes all logits at once."""
 
     def __init__(self, score: Callable[[Tensor, Tensor, Tensor | None], float]):
         self._score, self._batches = score, []

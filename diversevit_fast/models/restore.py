@@ -1,4 +1,4 @@
-"""From a file's configuration and tensors to a model, or one line that names what does not fit."""
+"""Build a model for a file's configuration, and check that the file's tensors fit it."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,12 @@ def skeleton(
     config: Mapping[str, Any],
     kept: Mapping[int, Sequence[int]] | None = None,
 ) -> "DiverseViT":
-    """A model without storage, already pruned to the ``kept`` heads per layer.
+    """Build a model without storage, pruned to the ``kept`` heads of each layer.
 
     On the meta device initialisation costs nothing and leaves the random generators alone.
 
     Raises:
-        UsageError: sizes or heads that no model has.
+        UsageError: no model has these sizes or heads.
     """
     with torch.device("meta"):
         model = build(**config)
@@ -33,7 +33,7 @@ def skeleton(
 
 
 def check_tensors(path: StrPath, got: Mapping[str, Any], wanted: Mapping[str, torch.Size]) -> None:
-    """``got`` has exactly the keys and shapes ``wanted``, and one floating dtype.
+    """Check that ``got`` has exactly the keys and shapes ``wanted``, and one floating dtype.
 
     Raises:
         UsageError: naming the keys that do not fit.

@@ -1,7 +1,7 @@
-"""Saving and loading our own models: one safetensors file that also says what to build.
+"""Save and load ``DiverseViT`` as one safetensors file that also holds its configuration.
 
-The metadata holds ``config`` (the constructor's arguments) and ``kept_heads`` (layer -> heads, for
-the layers that were pruned), both JSON.
+The metadata hold ``config`` (the constructor's arguments) and ``kept_heads`` (layer -> heads, for the
+layers that were pruned), both as JSON.
 """
 
 import json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def save(model: "DiverseViT", path: StrPath) -> None:
-    """See ``DiverseViT.save``. The file appears complete or not at all."""
+    """Implement ``DiverseViT.save``. The file appears complete or not at all."""
     heads = model.config["num_heads"]
     kept = {layer: kept for layer, kept in model.kept_heads.items() if len(kept) < heads}
     metadata = {"config": json.dumps(model.config), "kept_heads": json.dumps(kept)}
@@ -25,7 +25,7 @@ def save(model: "DiverseViT", path: StrPath) -> None:
 
 
 def load(path: StrPath, build: "type[DiverseViT]") -> "DiverseViT":
-    """See ``DiverseViT.load``. Heads are pruned first, so that the shapes are the file's."""
+    """Implement ``DiverseViT.load``. Heads are pruned first, so that shapes are the file's."""
     hint = "pass a file that DiverseViT.save wrote"
     metadata, tensors = read_tensors(path, hint)
     try:

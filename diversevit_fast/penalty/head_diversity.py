@@ -11,7 +11,7 @@ from ..attachment.attention_modules import AttentionLayer, blocks_from, choose_l
 from ..attachment.class_token import ClassTokenShortcut
 from ..attachment.graph_checks import depends_on, refuse_checkpointing
 from ..attachment.indices import Integers
-from ..attachment.parallel import check_ddp_forward, is_ddp, kept_unsharded, unwrapped
+from ..attachment.parallel import check_ddp_forward, is_ddp, keep_unsharded, unwrap
 from ..attachment.second_order import call_second_order
 from ..attachment.support import refuse
 from ..attachment.unfused_attention import Unfused
@@ -123,7 +123,7 @@ class HeadDiversity(Attachment):
                 "every", "a whole number of at least 1", repr(every), "1 is each step"
             )
         self._in_ddp = is_ddp(model)
-        model = unwrapped(model)
+        model = unwrap(model)
         self._split = SampleSplit(fraction, generator)
         super().__init__(model, choose_layers(model, layers))
         refuse(self.layers, f"wrt={wrt!r}")
@@ -198,7 +198,7 @@ class HeadDiversity(Attachment):
     ) -> tuple[list[HeadGradients], float]:
         """The gradients of all heads, and the factor they are scaled by."""
         tensors = [x for run in runs for x in run.tensors]
-        with kept_unsharded(self.model):
+        with keep_unsharded(self.model):
             return self._scale.apply(tensors, lambda factor: head_gradients(score, runs, factor))
 
     def on_enter(self) -> bool:
