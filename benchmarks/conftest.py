@@ -1,4 +1,4 @@
-"""``pytest benchmarks/``: what each operator and a training step cost, on whatever device is there.
+"""Fixtures of ``pytest benchmarks/``, which measures operators and training steps on the device that is there.
 
     pytest benchmarks/ --benchmark-json=benchmarks/results/<device>.json
     python -m benchmarks.report benchmarks/results/<device>.json
@@ -9,7 +9,7 @@
 import pytest
 import torch
 
-from benchmarks.runner import Board, Case, ReplayClock, machine
+from benchmarks.runner import Case, ReplayClock, Runner, machine
 
 CLOCK = ReplayClock()
 
@@ -21,7 +21,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: runs with --long only")
-    # a row whose gate fails has no number
+    # a row that fails its check has no number
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
 
 
@@ -37,14 +37,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
-def board(request):
-    """The groups of the rows that were selected."""
+def runner(request):
+    """The runner of the rows that were selected."""
     groups: dict[str, list[Case]] = {}
     for item in request.session.items:
         case = getattr(item, "callspec", None) and item.callspec.params.get("case")
         if isinstance(case, Case) and not item.get_closest_marker("skip"):
             groups.setdefault(case.spec.group, []).append(case)
-    return Board(groups, request.config.getoption("--rounds"))
+    return Runner(groups, request.config.getoption("--rounds"))
 
 
 @pytest.fixture(scope="session")
@@ -53,28 +53,27 @@ def machine_info():
 
 
 @pytest.fixture
-def measure(board, benchmark, machine_info):
-    """Checks and measures one row, and hands its times to pytest-benchmark."""
+def measure(runner, benchmark, machine_info):
+    """A function that checks and measures one row, and hands its times to pytest-benchmark."""
 
     def measured(case: Case) -> None:
         like = case.spec.device
-        reason = case.provider.missing(torch.empty(0, device=like))
+        reason = case.implementation.missing(torch.empty(0, device=like))
         if reason:
             pytest.skip(reason)
-        found = board.outcome(case, timed=benchmark.enabled)
+        found = runner.outcome(case, timed=benchmark.enabled)
         benchmark.group = case.spec.group
         benchmark.extra_info.update(
             machine_info,
-            stage=case.spec.stage,
+            workload=case.spec.workload,
             shape=getattr(case.spec, "shapes", [[getattr(case.spec, "batch", 0)]])[0],
             dtype=str(case.spec.dtype).removeprefix("torch."),
             order=case.spec.order,
-            provider=case.provider.name,
-            first_order_only=case.provider.first_order_only,
+            implementation=case.implementation.name,
+            first_order_only=case.implementation.first_order_only,
             peak_bytes=found.peak_bytes,
-            gate="float64 eager, at most twice eager's error",
         )
-        if case.provider.compiled:
+        if case.implementation.compiled:
             benchmark.extra_info["compile_seconds"] = round(found.first_call_seconds, 1)
         CLOCK.load(found.seconds)
         benchmark.pedantic(lambda: None, rounds=max(1, len(found.seconds)))

@@ -4,13 +4,11 @@
 that are slower than PyTorch are among them, and stay in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from .report import Row
+from .orders import BWD, DOUBLE_BWD
+from .records import Row
 
 DEVICES = {"cpu": "CPU", "h200": "H200"}
 """Files of ``benchmarks/results``, and their headings."""
@@ -27,16 +25,16 @@ class Line(NamedTuple):
     operator: str
     dtype: str
     tokens: int | None = None
-    order: str = "d0+d1+d2"
+    order: str = DOUBLE_BWD
     model: str = ""  # of a training step
     graph: bool = False
-    other: str = "eager"  # the provider that is compared with
+    other: str = "eager"  # the implementation that is compared with
 
     def shows(self, row: Row) -> bool:
         """Whether ``row`` is of this line's group."""
         words = row.group.split(" ")
         return (
-            (row.stage, row.order, row.info["dtype"]) == (self.operator, self.order, self.dtype)
+            (row.workload, row.order, row.info["dtype"]) == (self.operator, self.order, self.dtype)
             and (self.tokens is None or row.info["shape"][-2] == self.tokens)
             and (not self.model or self.model in words)
             and ("graph" in words) == self.graph
@@ -73,7 +71,7 @@ LINES = (
     ),
 )
 WITHOUT_PENALTY = LINES[5]._replace(other="stock erm")
-FIRST_ORDER = LINES[1]._replace(order="d0+d1", other="SDPA fused")
+FIRST_ORDER = LINES[1]._replace(order=BWD, other="SDPA fused")
 
 
 def table(results: Mapping[str, Sequence[Row]]) -> str:
@@ -91,7 +89,7 @@ def table(results: Mapping[str, Sequence[Row]]) -> str:
 
 def _cells(line: Line, rows: Sequence[Row]) -> tuple[str, str, str]:
     """Our time, how many times as fast as the other, how many times less memory; empty where not measured."""
-    found = {row.provider: row for row in rows if line.shows(row)}
+    found = {row.implementation: row for row in rows if line.shows(row)}
     if "ours" not in found or line.other not in found:
         return "", "", ""
     ours, other = found["ours"], found[line.other]
@@ -102,7 +100,7 @@ def _cells(line: Line, rows: Sequence[Row]) -> tuple[str, str, str]:
 
 def speed(line: Line, rows: Sequence[Row]) -> float:
     """The other's time over ours, by round."""
-    (ratio,) = [row.ratio for row in rows if line.shows(row) and row.provider == line.other]
+    (ratio,) = [row.ratio for row in rows if line.shows(row) and row.implementation == line.other]
     assert ratio is not None
     return ratio
 

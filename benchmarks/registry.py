@@ -1,7 +1,7 @@
-"""Who computes each stage: ours, and everybody else whom the machine has.
+"""The implementations of each operator that are compared: ours, PyTorch's, and those of other installed packages.
 
-A provider is a function of the stage's inputs, or of a whole workload (the compiled ones). Those that have no
-second derivative are labelled so and get no row in d0+d1+d2.
+An implementation is a function of the operator's inputs. Those without a double backward are labelled so and get no
+row of that order.
 """
 
 import os
@@ -16,15 +16,15 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diversevit_fast as dvf
+from benchmarks.orders import DOUBLE_BWD
 from diversevit_fast.ops import reference
 
-ORDERS = ("d0", "d0+d1", "d0+d1+d2")
 Job = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
-class Provider:
-    """One way to compute a stage."""
+class Implementation:
+    """One way to compute an operator."""
 
     name: str
     function: Callable[..., Tensor]
@@ -37,9 +37,10 @@ class Provider:
         return f"{self.name} (first order only)" if self.first_order_only else self.name
 
     def serves(self, order: str) -> bool:
+        """Whether it has a row of that order."""
         if self.compiled:  # its point is the second order, and compiling takes long
-            return order == "d0+d1+d2"
-        return not (self.first_order_only and order == "d0+d1+d2")
+            return order == DOUBLE_BWD
+        return not (self.first_order_only and order == DOUBLE_BWD)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -99,38 +100,42 @@ def _eager_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias)
 
 
-def _compiled(eager: Callable[..., Tensor]) -> Provider:
-    return Provider("compiled torch.func", eager, compiled=True, missing=_no_compiler)
+def _compiled(eager: Callable[..., Tensor]) -> Implementation:
+    return Implementation("compiled torch.func", eager, compiled=True, missing=_no_compiler)
 
 
-PROVIDERS: dict[str, list[Provider]] = {
+IMPLEMENTATIONS: dict[str, list[Implementation]] = {
     "attention": [
-        Provider("ours", dvf.attention),
-        Provider("eager", eager_attention),
-        Provider("SDPA math", _math),
-        Provider("SDPA fused", _fused, first_order_only=True),
-        Provider("xformers", _xformers, first_order_only=True, missing=_gpu_package("xformers")),
+        Implementation("ours", dvf.attention),
+        Implementation("eager", eager_attention),
+        Implementation("SDPA math", _math),
+        Implementation("SDPA fused", _fused, first_order_only=True),
+        Implementation(
+            "xformers", _xformers, first_order_only=True, missing=_gpu_package("xformers")
+        ),
         _compiled(eager_attention),
     ],
     "layer_norm": [
-        Provider("ours", lambda x, w, b: dvf.layer_norm(x, w.shape, w, b)),
-        Provider("eager", _eager_layer_norm),
-        Provider("Liger", _liger, first_order_only=True, missing=_gpu_package("liger_kernel")),
+        Implementation("ours", lambda x, w, b: dvf.layer_norm(x, w.shape, w, b)),
+        Implementation("eager", _eager_layer_norm),
+        Implementation(
+            "Liger", _liger, first_order_only=True, missing=_gpu_package("liger_kernel")
+        ),
         _compiled(_eager_layer_norm),
     ],
-    "gelu": [Provider("ours", dvf.gelu), Provider("eager", F.gelu), _compiled(F.gelu)],
+    "gelu": [Implementation("ours", dvf.gelu), Implementation("eager", F.gelu), _compiled(F.gelu)],
     "head_penalty": [
-        Provider("ours", lambda grads: _scalar(dvf.head_penalty(grads))),
-        Provider("eager", _eager_penalty),
+        Implementation("ours", lambda grads: _scalar(dvf.head_penalty(grads))),
+        Implementation("eager", _eager_penalty),
         _compiled(_eager_penalty),
     ],
     "routed_head_penalty": [
-        Provider("ours", lambda r, w: _scalar(dvf.routed_head_penalty(r, w))),
-        Provider("eager", _eager_routed),
+        Implementation("ours", lambda r, w: _scalar(dvf.routed_head_penalty(r, w))),
+        Implementation("eager", _eager_routed),
         _compiled(_eager_routed),
     ],
 }
-"""The second of each stage, eager, is also the formula that judges all, in float64."""
+"""Operator -> implementations. Eager's in float64 is the reference of all."""
 
 
 def _scalar(penalty: Any) -> Tensor:
@@ -138,5 +143,10 @@ def _scalar(penalty: Any) -> Tensor:
     return penalty
 
 
-def eager_of(stage: str) -> Callable[..., Tensor]:
-    return next(p.function for p in PROVIDERS[stage] if p.name == "eager")
+def named(operator: str, name: str) -> Implementation:
+    """Return the implementation of an operator that has that name."""
+    return next(one for one in IMPLEMENTATIONS[operator] if one.name == name)
+
+
+def eager_of(operator: str) -> Callable[..., Tensor]:
+    return named(operator, "eager").function

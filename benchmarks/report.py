@@ -1,112 +1,49 @@
-"""Tables and plots of what ``pytest benchmarks/`` recorded.
+"""Make tables and plots of what ``pytest benchmarks/`` recorded.
 
     pytest benchmarks/ --benchmark-json=benchmarks/results/<device>.json
     python -m benchmarks.report benchmarks/results/<device>.json [--readme]
 
-Prints Markdown: a table per stage, times over ours, and the conditions; writes the same, and one picture per stage,
-next to the JSON file. ``--readme`` puts a summary of one line per group between the markers of that device in
-``docs/benchmarks.md``, and the eight rows of ``front_page`` between those of ``README.md``.
+Prints Markdown: a table per operator or step, times over ours, and the conditions. Writes the same and a picture per
+table next to the JSON file, and the JSON file anew with what the tables show and no more. ``--readme`` puts a summary
+of one line per group between the markers of that device in ``docs/benchmarks.md``, and the eight rows of
+``front_page`` between those of ``README.md``.
 """
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from . import front_page
+from . import front_page, records
+from .orders import FWD
+from .records import ReportError, Row
 
 ROOT = Path(__file__).parents[1]
 CONDITIONS = ("device", "cores", "threads", "torch", "triton", "cuda", "python", "commit")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One provider of one group, seconds in all times."""
-
-    stage: str
-    group: str
-    provider: str
-    order: str
-    times: tuple[float, ...]
-    info: dict[str, Any]
-    ratio: float | None  # its time over ours, by round, median; None: ours is not there
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.times)
-
-    @property
-    def fifths(self) -> tuple[float, float]:
-        """p20 and p80."""
-        if len(self.times) < 2:
-            return self.median, self.median
-        cut = statistics.quantiles(self.times, n=5, method="inclusive")
-        return cut[0], cut[-1]
-
-    @property
-    def label(self) -> str:
-        return self.provider + (" (first order only)" if self.info["first_order_only"] else "")
-
-
 def markers(device: str) -> tuple[str, str]:
-    """The lines around the summary of ``benchmarks/results/<device>.json``."""
+    """Return the lines around the summary of ``benchmarks/results/<device>.json``."""
     return f"<!-- {device}:begin -->", f"<!-- {device}:end -->"
 
 
-class ReportError(Exception):
-    """What a user can set right, in one line."""
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a pytest-benchmark JSON file.
-
-    Raises:
-        ReportError: not such a file, or one without rows of ours.
-    """
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReportError(f"{path}: no pytest-benchmark JSON ({type(error).__name__})") from None
-    found = [b for b in recorded if "provider" in b.get("extra_info", {}) and b["stats"]["data"]]
-    if not found:
-        raise ReportError(f"{path}: holds no row of `pytest benchmarks/`")
-    ours = {b["group"]: b["stats"]["data"] for b in found if b["extra_info"]["provider"] == "ours"}
-    return [_row(b, ours.get(b["group"])) for b in found]
-
-
-def _row(b: dict[str, Any], ours: Sequence[float] | None) -> Row:
-    info, times = b["extra_info"], b["stats"]["data"]
-    ratio = None
-    if ours and len(ours) == len(times):  # rounds are interleaved: compare within a round
-        ratio = statistics.median(t / o for t, o in zip(times, ours, strict=True))
-    elif ours:
-        ratio = statistics.median(times) / statistics.median(ours)
-    return Row(
-        info["stage"], b["group"], info["provider"], info["order"], tuple(times), info, ratio
-    )
-
-
 def markdown(rows: Sequence[Row]) -> str:
-    """A table per stage, and one line of conditions."""
+    """Return a table per workload, and one line of conditions."""
     parts = []
-    for stage in dict.fromkeys(row.stage for row in rows):
-        parts += [f"### {stage.replace('_', ' ')}", "", *_table(rows, stage), ""]
+    for workload in dict.fromkeys(row.workload for row in rows):
+        parts += [f"### {workload.replace('_', ' ')}", "", *_table(rows, workload), ""]
     parts.append(conditions(rows))
     return "\n".join(parts) + "\n"
 
 
 def summary(rows: Sequence[Row], full: str) -> str:
-    """A line per group with gradients: our time and everybody else's over it, eager's memory over ours.
+    """Return a line per group with gradients: our time and everybody else's over it, eager's memory over ours.
 
     Args:
         full: where all rows and their spreads are, for the last line.
     """
-    told = [row for row in rows if row.order != "d0"]
-    others = list(dict.fromkeys(row.label for row in told if row.provider != "ours"))
+    told = [row for row in rows if row.order != FWD]
+    others = list(dict.fromkeys(row.label for row in told if row.implementation != "ours"))
     lines = [
         f"| forward and gradients | ours | {' | '.join(others)} | eager's memory |",
         f"|---|---|{'---|' * len(others)}---|",
@@ -129,26 +66,26 @@ def summary(rows: Sequence[Row], full: str) -> str:
 
 
 def _memory_ratio(found: dict[str, Row]) -> str:
-    """Eager's peak over ours in a group of rows by label; empty where one is unknown."""
+    """Return eager's peak over ours in a group of rows by label; empty where one is unknown."""
     eager, ours = (
         found[name].info.get("peak_bytes") if name in found else None for name in ("eager", "ours")
     )
     return f"{eager / ours:.1f}" if eager and ours else ""
 
 
-def _table(rows: Sequence[Row], stage: str) -> list[str]:
+def _table(rows: Sequence[Row], workload: str) -> list[str]:
     lines = [
-        "| shape, dtype, order | provider | median | p20 - p80 | x ours | peak memory |",
+        "| shape, dtype, order | implementation | median | p20 - p80 | x ours | peak memory |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if row.stage != stage:
+        if row.workload != workload:
             continue
         low, high = row.fifths
         compile_time = row.info.get("compile_seconds")
         label = row.label + (f" (compiled in {compile_time:.0f} s)" if compile_time else "")
         cells = [
-            row.group.removeprefix(f"{stage} "),
+            row.group.removeprefix(f"{workload} "),
             label,
             f"{1e3 * row.median:.3g} ms",
             f"{1e3 * low:.3g} - {1e3 * high:.3g}",
@@ -164,7 +101,7 @@ def _size(n: int | None) -> str:
 
 
 def conditions(rows: Sequence[Row]) -> str:
-    """The machine, once; an error where rows of two machines got into one file.
+    """Return what the rows were measured on and how, once for all.
 
     Raises:
         ReportError: rows were measured under different conditions.
@@ -183,15 +120,15 @@ def conditions(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
-    """Bars of time over ours: a picture per stage, a group of bars per shape, dtype and order."""
+    """Draw bars of time over ours: a picture per workload, a group of bars per shape, dtype and order."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     paths = []
-    for stage in dict.fromkeys(row.stage for row in rows):
-        mine = [row for row in rows if row.stage == stage and row.ratio is not None]
+    for workload in dict.fromkeys(row.workload for row in rows):
+        mine = [row for row in rows if row.workload == workload and row.ratio is not None]
         if not mine:
             continue
         groups = list(dict.fromkeys(row.group for row in mine))
@@ -206,13 +143,13 @@ def plot(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
         axes.axvline(1.0, color="black", linewidth=0.8)
         middle = 0.4 - height / 2
         axes.set_yticks([y + middle for y in range(len(groups))])
-        axes.set_yticklabels([group.removeprefix(f"{stage} ") for group in groups], fontsize=8)
+        axes.set_yticklabels([group.removeprefix(f"{workload} ") for group in groups], fontsize=8)
         axes.invert_yaxis()
         axes.set_xlabel("time over ours (longer is slower)")
-        axes.set_title(f"{stage.replace('_', ' ')}, {mine[0].info['device']}", fontsize=10)
+        axes.set_title(f"{workload.replace('_', ' ')}, {mine[0].info['device']}", fontsize=10)
         axes.legend(fontsize=7)
         figure.tight_layout()
-        path = folder / f"{name}_{stage.replace(' ', '_')}.svg"
+        path = folder / f"{name}_{workload.replace(' ', '_')}.svg"
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
         paths.append(path)
@@ -241,7 +178,8 @@ def _rewrite(path: Path, tables: str, name: str) -> None:
 def recorded() -> dict[str, list[Row]]:
     """The rows of every device that the front page shows."""
     return {
-        device: read(ROOT / f"benchmarks/results/{device}.json") for device in front_page.DEVICES
+        device: records.read(ROOT / f"benchmarks/results/{device}.json")
+        for device in front_page.DEVICES
     }
 
 
@@ -256,8 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plots", type=Path, help="folder of the pictures; default: the results'")
     options = parser.parse_args(arguments)
     try:
-        rows = read(options.results)
+        rows = records.read(options.results)
         tables = markdown(rows)
+        records.write(options.results, rows)
         page = options.results.with_suffix(".md")
         page.write_text(tables, encoding="utf-8")
         if options.readme:

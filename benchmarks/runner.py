@@ -1,7 +1,7 @@
-"""Gate, interleave, weigh: how a row of the benchmarks gets its numbers.
+"""The runner of the benchmarks: checks, times and measures the memory of all implementations of a group together.
 
-The first row of a group that is asked for checks every provider, then times those that passed in turn, round
-by round, in this process; pytest-benchmark replays each row's times. Peak memory is a run of its own.
+The first row of a group that is asked for checks every implementation, then times those that passed in turn, round
+by round, in this process; pytest-benchmark is given each row's times. Peak memory is measured in a run of its own.
 """
 
 import ctypes
@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.registry import Job, Provider
+from benchmarks.registry import Implementation, Job
 from benchmarks.steps import StepSpec, StepWorkload
 from benchmarks.timing import conditions, interleaved, seconds_of
-from benchmarks.workloads import Spec, Workload
+from benchmarks.workloads import OperatorSpec, OperatorWorkload
 from diversevit_kernels.cpu.runtime import allocator
 
 FLUSH_BYTES = 256 << 20
@@ -29,19 +29,19 @@ FLUSH_BYTES = 256 << 20
 
 
 class Case(NamedTuple):
-    """One row: what is computed, by whom."""
+    """One row: what is computed, and by which implementation."""
 
-    spec: Spec | StepSpec
-    provider: Provider
+    spec: OperatorSpec | StepSpec
+    implementation: Implementation
 
     @property
     def id(self) -> str:
-        return f"{self.spec.group}-{self.provider.name}-{self.spec.device}".replace(" ", "_")
+        return f"{self.spec.group}-{self.implementation.name}-{self.spec.device}".replace(" ", "_")
 
 
 @dataclass
 class Outcome:
-    """What became of one provider of a group."""
+    """What was found of one implementation of a group."""
 
     failure: BaseException | None = None
     seconds: list[float] = field(default_factory=list)
@@ -49,57 +49,58 @@ class Outcome:
     first_call_seconds: float = 0.0
 
 
-def workload_of(spec: Spec | StepSpec) -> Workload | StepWorkload:
-    return Workload(spec) if isinstance(spec, Spec) else StepWorkload(spec)
+def workload_of(spec: OperatorSpec | StepSpec) -> OperatorWorkload | StepWorkload:
+    return OperatorWorkload(spec) if isinstance(spec, OperatorSpec) else StepWorkload(spec)
 
 
-def gated(workload: Workload | StepWorkload, provider: Provider) -> tuple[Job, float]:
-    """The provider's job, after its results passed the gate, and seconds of its first call.
+def checked(
+    workload: OperatorWorkload | StepWorkload, implementation: Implementation
+) -> tuple[Job, float]:
+    """Return the implementation's job, after its results passed the correctness check, and seconds of its first call.
 
     Raises:
         AssertionError: wrong results.
     """
-    job = workload.job(provider)
-    check = workload.check if isinstance(workload, Workload) else workload.check_of(provider)
+    job = workload.job(implementation)
     begun = time.perf_counter()
     results = job()
     taken = time.perf_counter() - begun
-    check(results)
+    workload.check(implementation, results)
     return job, taken
 
 
-class Board:
-    """The groups of a session, each measured when its first row is asked for."""
+class Runner:
+    """Measures the groups of a session, each when its first row is asked for."""
 
     def __init__(self, groups: Mapping[str, Sequence[Case]], rounds: int | None = None):
         self.groups, self.rounds = groups, rounds
         self._measured: dict[str, dict[str, Outcome]] = {}
 
     def outcome(self, case: Case, timed: bool = True) -> Outcome:
-        """Seconds and memory of a row, its whole group having been measured.
+        """Return seconds and memory of a row, after measuring its whole group.
 
         Raises:
-            Exception: whatever the row's own gate raised.
+            Exception: whatever the row's own check raised.
         """
         group = case.spec.group
         if group not in self._measured:
             self._measured[group] = self._measure(self.groups[group], timed)
-        found = self._measured[group][case.provider.name]
+        found = self._measured[group][case.implementation.name]
         if found.failure is not None:
             raise found.failure
         return found
 
     def _measure(self, cases: Sequence[Case], timed: bool) -> dict[str, Outcome]:
         workload = workload_of(cases[0].spec)
-        able = [c.provider for c in cases if c.provider.missing(workload.like) is None]
-        outcomes = {provider.name: Outcome() for provider in able}
+        able = [c.implementation for c in cases if c.implementation.missing(workload.like) is None]
+        outcomes = {one.name: Outcome() for one in able}
         jobs: dict[str, Job] = {}
-        for provider in able:
+        for one in able:
             try:
-                jobs[provider.name], taken = gated(workload, provider)
-                outcomes[provider.name].first_call_seconds = taken
+                jobs[one.name], taken = checked(workload, one)
+                outcomes[one.name].first_call_seconds = taken
             except Exception as failure:
-                outcomes[provider.name].failure = failure
+                outcomes[one.name].failure = failure
         if not timed:
             return outcomes
         device = torch.device(cases[0].spec.device)
@@ -125,7 +126,7 @@ def _gpu_seconds(job: Callable[[], object]) -> float:
 
 
 def peak_bytes(job: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that one more run takes at its peak, above what is there before; None where unknown."""
+    """Return the bytes that one more run adds at its peak to what is there before; None where unknown."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -137,7 +138,7 @@ def peak_bytes(job: Callable[[], Any], device: torch.device) -> int | None:
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if platform.system() != "Linux" or not clear.exists():
         return None
-    allocator.empty_cache()  # else memory freed by an earlier job is used again, unseen
+    allocator.empty_cache()  # otherwise memory freed by an earlier job is used again, unseen
     ctypes.CDLL(None).malloc_trim(0)
     try:
         clear.write_text("5")
@@ -154,7 +155,7 @@ def _status_bytes(status: Path, key: str) -> int:
 
 
 class ReplayClock:
-    """A timer for pytest-benchmark that tells recorded seconds: each round reads it twice."""
+    """A timer that gives pytest-benchmark recorded seconds: each round reads it twice."""
 
     def __init__(self):
         self._ticks: list[float] = []
@@ -167,7 +168,7 @@ class ReplayClock:
 
 
 def machine(device: str) -> dict[str, object]:
-    """Device, versions and commit a row belongs to."""
+    """Return the device, versions and commit that a row belongs to."""
     try:
         from triton import __version__ as triton
     except ImportError:
@@ -181,9 +182,9 @@ def machine(device: str) -> dict[str, object]:
 
 
 def _commit() -> str:
-    """The checkout's, with ``+`` where files differ from it; a copy without history is ``unknown``.
+    """Return the checkout's commit, with ``+`` where files differ from it, or ``unknown`` in a copy without history.
 
-    Such a copy's rows get their commit from whoever made it: ``DIVERSEVIT_COMMIT``.
+    Whoever makes such a copy sets ``DIVERSEVIT_COMMIT``.
     """
     git = shutil.which("git")
     if git is None:

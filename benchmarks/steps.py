@@ -1,7 +1,7 @@
-"""Training steps as groups of benchmark rows: the paper's setting, and every layer of a small ViT.
+"""Training steps to measure: the paper's setting, and a penalty on every layer of a small ViT.
 
-A job is loss and backward, under autocast where bfloat16 is asked for; parameters stay put, so every round does the
-same. The gate compares loss and gradient with PyTorch's own operators in float64.
+A job is loss and backward, under autocast for bfloat16. Parameters are not updated, so every round computes the same.
+The correctness check compares loss and gradient with PyTorch's own operators in float64.
 """
 
 import copy
@@ -14,91 +14,113 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import diversevit_fast as dvf
-from benchmarks.registry import Job, Provider
-from benchmarks.scripts.paper_step import FusedStock, Stock, published_penalty
+from benchmarks.baselines import Stock, TwiceDifferentiableStock, published_penalty
+from benchmarks.orders import DOUBLE_BWD
+from benchmarks.registry import Implementation, Job
 from diversevit_fast.models import DiverseViT
 
-Loss = Callable[[Any, Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""A step's loss of images and labels."""
+LossOf = Callable[[Any], Loss]
+"""The loss of a model, which it is made for once."""
 WEIGHT = 100
 """Of the penalty, as published."""
 
 
 class StepSpec(NamedTuple):
-    """What a group of steps compares."""
+    """One group of rows: a training step at a batch size and dtype."""
 
-    stage: str  # "paper step" or "all-layers step"
+    step: str  # "paper step" or "all-layers step"
     batch: int
     tiny: bool
     device: str
-    order: str = "d0+d1+d2"
+    order: str = DOUBLE_BWD
     dtype: torch.dtype = torch.float32
     graph: bool = False  # whether the step is captured once as a CUDA graph, and replayed
 
     @property
+    def workload(self) -> str:
+        return self.step
+
+    @property
     def group(self) -> str:
-        model = f" {self.vit}" if self.stage == "all-layers step" else ""
+        model = f" {self.vit}" if self.step == "all-layers step" else ""
         kind = str(self.dtype).removeprefix("torch.")
         how = " CUDA graph" if self.graph else ""
-        return f"{self.stage}{model} batch {self.batch} {kind}{how}"
+        return f"{self.step}{model} batch {self.batch} {kind}{how}"
 
     @property
     def vit(self) -> str:
-        """Of every layer's step: the least, and in bfloat16 the next."""
+        """The model of the step on all layers: the smallest, and in bfloat16 the next."""
         return "ViT-S" if self.dtype == torch.bfloat16 else "ViT-Ti"
 
 
-def _erm(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(model(images), labels)
+def _erm(model: nn.Module) -> Loss:
+    return lambda images, labels: F.cross_entropy(model(images), labels)
 
 
-def _stock(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    with FusedStock():
-        return _erm(model, images, labels)
-
-
-def _ours(layers: str) -> Loss:
-    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        diversity = dvf.HeadDiversity(model, layers=layers)
-        with diversity:
-            logits = model(images)
-        return F.cross_entropy(logits, labels) + WEIGHT * diversity.penalty(logits)
+def _stock_erm(model: nn.Module) -> Loss:
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        with Stock():
+            return F.cross_entropy(model(images), labels)
 
     return loss
 
 
-def _loop(model: DiverseViT, images: Tensor, labels: Tensor) -> Tensor:
-    with torch.device(images.device):  # its masks
+def _penalised(layers: str) -> LossOf:
+    def loss_of(model: nn.Module) -> Loss:
+        diversity = dvf.HeadDiversity(model, layers=layers)
+
+        def loss(images: Tensor, labels: Tensor) -> Tensor:
+            with diversity:
+                logits = model(images)
+            return F.cross_entropy(logits, labels) + WEIGHT * diversity.penalty(logits)
+
+        return loss
+
+    return loss_of
+
+
+def _published_loop(model: DiverseViT) -> Loss:
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
         logits, penalty = published_penalty(model, images)
-    return F.cross_entropy(logits, labels) + WEIGHT * penalty
+        return F.cross_entropy(logits, labels) + WEIGHT * penalty
+
+    return loss
 
 
-def _eager_everywhere(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    with Stock():
-        return _ours("all")(model, images, labels)
+def _eager_on_all_layers(model: nn.Module) -> Loss:
+    ours = _penalised("all")(model)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        with TwiceDifferentiableStock():
+            return ours(images, labels)
+
+    return loss
 
 
-STEPS: dict[str, dict[str, tuple[Loss, Loss]]] = {
+STEPS: dict[str, dict[str, tuple[LossOf, LossOf]]] = {
     "paper step": {
-        "ours": (_ours("last"), _loop),
-        "erm": (_erm, _stock),
-        "stock erm": (_stock, _stock),
-        "published loop": (_loop, _loop),
+        "ours": (_penalised("last"), _published_loop),
+        "erm": (_erm, _stock_erm),
+        "stock erm": (_stock_erm, _stock_erm),
+        "published loop": (_published_loop, _published_loop),
     },
     "all-layers step": {
-        "ours": (_ours("all"), _eager_everywhere),
+        "ours": (_penalised("all"), _eager_on_all_layers),
         "erm": (_erm, _erm),
-        "eager": (_eager_everywhere, _eager_everywhere),
+        "eager": (_eager_on_all_layers, _eager_on_all_layers),
     },
 }
-"""Step -> provider -> its loss, and the one of PyTorch alone that judges it, in float64."""
+"""Step -> implementation -> its loss, and its reference: the loss by PyTorch alone, taken in float64."""
 
 
-def step_providers(stage: str) -> list[Provider]:
-    return [Provider(name, lambda: torch.empty(0)) for name in STEPS[stage]]
+def step_implementations(step: str) -> list[Implementation]:
+    return [Implementation(name, lambda: torch.empty(0)) for name in STEPS[step]]
 
 
 class StepWorkload:
-    """Model, images and labels of a ``StepSpec``; jobs of providers; what they must return."""
+    """Model, images and labels of a ``StepSpec``; jobs of implementations; what they must return."""
 
     def __init__(self, spec: StepSpec):
         self.spec = spec
@@ -107,14 +129,14 @@ class StepWorkload:
         self.model.to(spec.device)
         self.images = torch.rand(spec.batch, 3, *size, device=spec.device)
         self.labels = torch.arange(spec.batch, device=spec.device) % 2
-        self._judged: dict[Loss, tuple[tuple[Tensor, ...], list[float]]] = {}
+        self._references: dict[LossOf, tuple[tuple[Tensor, ...], list[float]]] = {}
 
     @property
     def like(self) -> Tensor:
         return self.images
 
-    def job(self, provider: Provider) -> Job:
-        loss = STEPS[self.spec.stage][provider.name][0]
+    def job(self, implementation: Implementation) -> Job:
+        loss = STEPS[self.spec.step][implementation.name][0](self.model)
         return captured(lambda: self._run(loss)) if self.spec.graph else lambda: self._run(loss)
 
     def _run(self, loss: Loss) -> tuple[Tensor, ...]:
@@ -126,32 +148,31 @@ class StepWorkload:
     def _double(self) -> nn.Module:
         return copy.deepcopy(self.model).double()
 
-    def check_of(self, provider: Provider) -> Callable[[tuple[Tensor, ...]], None]:
-        """The gate of one provider: loss and gradient within 0.1 % of its judge in float64.
+    def check(self, implementation: Implementation, results: tuple[Tensor, ...]) -> None:
+        """Compare loss and gradient with the implementation's reference: they may differ by 0.1 %.
 
-        In bfloat16 besides twice as far off as the judge is in that.
+        In bfloat16 twice the reference's own error in that dtype is allowed in addition.
+
+        Raises:
+            AssertionError: a result is not finite, or wrong.
         """
+        loss_of = STEPS[self.spec.step][implementation.name][1]
+        if loss_of not in self._references:
+            self._references[loss_of] = self._reference(loss_of)
+        exact, budgets = self._references[loss_of]
+        for error, budget in zip(_errors(results, exact), budgets, strict=True):
+            assert error <= budget, f"{implementation.name}: {error:.1e} off its reference"
 
-        def check(results: tuple[Tensor, ...]) -> None:
-            judge = STEPS[self.spec.stage][provider.name][1]
-            if judge not in self._judged:
-                self._judged[judge] = self._judge(judge)
-            exact, budgets = self._judged[judge]
-            for error, budget in zip(_errors(results, exact), budgets, strict=True):
-                assert error <= budget, f"{provider.name}: {error:.1e} off its float64 judge"
-
-        return check
-
-    def _judge(self, judge: Loss) -> tuple[tuple[Tensor, ...], list[float]]:
-        """Its results in float64, and how far off these one may be."""
-        exact = _step(judge, self._double, self.images.double(), self.labels)
+    def _reference(self, loss_of: LossOf) -> tuple[tuple[Tensor, ...], list[float]]:
+        """Results in float64, and the relative error allowed of each."""
+        exact = _step(loss_of(self._double), self._double, self.images.double(), self.labels)
         half = self.spec.dtype == torch.bfloat16
-        rounding = _errors(self._run(judge), exact) if half else [0.0] * len(exact)
+        rounding = _errors(self._run(loss_of(self.model)), exact) if half else [0.0] * len(exact)
         return exact, [1e-3 + 2 * own for own in rounding]
 
 
 def captured(job: Job) -> Job:
-    """``job`` as a CUDA graph: its launches without what Python does between them. Results are overwritten."""
+    """Capture ``job`` as a CUDA graph, whose replay spares Python's part. Results are overwritten."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -170,13 +191,13 @@ def captured(job: Job) -> Job:
 
 
 def _errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
-    """Relative, of each."""
+    """Return the relative error of each result."""
     pairs = zip(results, exact, strict=True)
     return [float((got.double() - right).norm() / right.norm()) for got, right in pairs]
 
 
 def _model(spec: StepSpec) -> tuple[nn.Module, tuple[int, int]]:
-    if spec.stage == "paper step":
+    if spec.step == "paper step":
         small = {"dim": 32, "depth": 2, "num_heads": 2, "head_dim": 8, "mlp_dim": 32}
         return DiverseViT(**(small if spec.tiny else {})), (64, 32)  # pyright: ignore[reportArgumentType]
     side = 32 if spec.tiny else 224
@@ -188,9 +209,9 @@ def _model(spec: StepSpec) -> tuple[nn.Module, tuple[int, int]]:
 
 
 def _step(loss: Loss, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """The loss, and the gradient of all parameters as one vector."""
+    """Return the loss, and the gradient of all parameters as one vector."""
     model.zero_grad()
-    value = loss(model, images, labels)
+    value = loss(images, labels)
     value.backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return value.detach(), torch.cat(grads)

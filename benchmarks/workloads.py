@@ -1,7 +1,8 @@
-"""One group of benchmark rows: a stage at a shape, dtype and order, its inputs and the right answer.
+"""Operators to measure: one operator at a shape, dtype and order of differentiation, with inputs and right results.
 
-d0 is the value; d0+d1 besides its gradients for a cotangent; d0+d1+d2 besides the gradients of these, for
-cotangents of their own, with respect to the inputs and the first cotangent.
+``fwd`` is the forward alone; ``fwd+bwd`` computes the gradients of the inputs from a given cotangent of the output;
+``fwd+bwd+double bwd`` in addition differentiates these gradients, given their cotangents, with respect to the inputs
+and the cotangent of the output.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,23 +13,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Job, Provider, eager_of
-from tests.helpers.oracles import assert_within_budget
+from benchmarks.orders import BWD, FWD
+from benchmarks.registry import Implementation, Job, eager_of
+from diversevit_fast.testing import assert_within_budget
 
 
-class Spec(NamedTuple):
-    """What a group compares."""
+class OperatorSpec(NamedTuple):
+    """One group of rows: an operator at a shape, dtype and order."""
 
-    stage: str
+    operator: str
     shapes: tuple[tuple[int, ...], ...]  # of the inputs
     dtype: torch.dtype
     order: str
     device: str
 
     @property
+    def workload(self) -> str:
+        return self.operator
+
+    @property
     def group(self) -> str:
         shape = "x".join(map(str, self.shapes[0]))
-        return f"{self.stage} {shape} {str(self.dtype).removeprefix('torch.')} {self.order}"
+        return f"{self.operator} {shape} {str(self.dtype).removeprefix('torch.')} {self.order}"
 
 
 @dataclass
@@ -48,12 +54,12 @@ class Tensors:
 
 
 def run(f: Callable[..., Tensor], t: Tensors, order: str) -> tuple[Tensor, ...]:
-    """The results of ``order``, by autograd through ``f``."""
-    if order == "d0":
+    """Return the results of ``order``, by autograd through ``f``."""
+    if order == FWD:
         with torch.no_grad():
             return (f(*t.inputs),)
     y = f(*t.inputs)
-    if order == "d0+d1":
+    if order == BWD:
         return torch.autograd.grad(y, t.inputs, t.do)
     inner = torch.autograd.grad(y, t.inputs, t.do, create_graph=True)
     found = torch.autograd.grad(inner, [*t.inputs, t.do], t.dd, materialize_grads=True)
@@ -61,7 +67,7 @@ def run(f: Callable[..., Tensor], t: Tensors, order: str) -> tuple[Tensor, ...]:
 
 
 def run_compiled(f: Callable[..., Tensor], t: Tensors) -> Job:
-    """d0+d1+d2 as one compiled graph: torch.func.grad of a function that holds torch.func.grad."""
+    """Return all three orders as one compiled graph: torch.func.grad of a function that holds torch.func.grad."""
     which = tuple(range(len(t.inputs)))
 
     def inner(inputs: Sequence[Tensor], do: Tensor, dd: Sequence[Tensor]) -> Tensor:
@@ -78,10 +84,10 @@ def run_compiled(f: Callable[..., Tensor], t: Tensors) -> Job:
     return lambda: compiled(inputs, do, t.dd)
 
 
-class Workload:
-    """The tensors of a ``Spec``; jobs of providers on them; what they must return."""
+class OperatorWorkload:
+    """The tensors of an ``OperatorSpec``; jobs of implementations on them; what they must return."""
 
-    def __init__(self, spec: Spec):
+    def __init__(self, spec: OperatorSpec):
         self.spec = spec
         generator = torch.Generator(spec.device).manual_seed(0)
 
@@ -91,7 +97,7 @@ class Workload:
 
         inputs = [draw(shape) for shape in spec.shapes]
         with torch.no_grad():
-            y = eager_of(spec.stage)(*inputs)
+            y = eager_of(spec.operator)(*inputs)
         do = draw(y.shape).to(y.dtype).requires_grad_()
         dd = [draw(shape) for shape in spec.shapes]
         self.tensors = Tensors([x.requires_grad_() for x in inputs], do, dd)
@@ -101,11 +107,11 @@ class Workload:
     def _correlate(self) -> None:
         """Make the cotangents of a scalar's gradients resemble these.
 
-        Else the gradient of the scalar's cotangent, their inner product, cancels to rounding errors
-        that say nothing about a provider.
+        Otherwise the gradient of the scalar's cotangent, their inner product, cancels to rounding errors, which say
+        nothing about an implementation.
         """
         t = self.tensors.to(torch.float64)
-        gradients = run(eager_of(self.spec.stage), t, "d0+d1")
+        gradients = run(eager_of(self.spec.operator), t, BWD)
         for cotangent, g in zip(self.tensors.dd, gradients, strict=True):
             cotangent += (g * (g.numel() ** 0.5 / g.norm())).to(cotangent.dtype)
 
@@ -113,25 +119,27 @@ class Workload:
     def like(self) -> Tensor:
         return self.tensors.inputs[0]
 
-    def job(self, provider: Provider) -> Job:
-        if provider.compiled:
-            return run_compiled(provider.function, self.tensors)
-        return lambda: run(provider.function, self.tensors, self.spec.order)
+    def job(self, implementation: Implementation) -> Job:
+        if implementation.compiled:
+            return run_compiled(implementation.function, self.tensors)
+        return lambda: run(implementation.function, self.tensors, self.spec.order)
 
     @cached_property
-    def _judges(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Eager's results in the row's dtype, and in float64 on the same, already rounded inputs."""
-        eager = eager_of(self.spec.stage)
+    def _references(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Eager's results in the row's dtype, and in float64 from the same, already rounded inputs."""
+        eager = eager_of(self.spec.operator)
         exact = run(eager, self.tensors.to(torch.float64), self.spec.order)
         return run(eager, self.tensors, self.spec.order), exact
 
-    def check(self, results: tuple[Tensor, ...]) -> None:
-        """The gate: at most twice eager's error against float64, or there is no number.
+    def check(self, implementation: Implementation, results: tuple[Tensor, ...]) -> None:
+        """Compare results with eager's in float64, by the error budget of ``diversevit_fast.testing``.
 
         Raises:
             AssertionError: a result is missing, not finite, or wrong.
         """
-        eager, exact = self._judges
+        eager, exact = self._references
         terms = max(map(max, self.spec.shapes))
-        for got, theirs, right in zip(results, eager, exact, strict=True):
-            assert_within_budget(got, theirs, right, terms=terms)
+        for i, (got, theirs, right) in enumerate(zip(results, eager, exact, strict=True)):
+            assert_within_budget(
+                got, theirs, right, terms=terms, name=f"{implementation.name}, result {i}"
+            )

@@ -16,7 +16,7 @@ The folders, in the order in which a training step goes through them:
 * ``integrations``: extension points of timm, transformers and xformers. ``experiment``: the command line.
 """
 
-from . import data, integrations, models, nn
+from . import data, integrations, models, nn, testing
 from .attachment.capture import capture_heads
 from .attachment.compile_loss import compile_loss
 from .attachment.support import LayerSupport, supported
@@ -57,6 +57,7 @@ __all__ = [
     "save_pruned",
     "select_heads",
     "supported",
+    "testing",
     "use_backend",
     "warmup",
 ]

@@ -16,6 +16,7 @@ LEAVES = {"errors", "files", "version"}
 # folder or module of diversevit_fast -> those it may import from, besides itself and the leaves
 ALLOWED = {
     "errors": set(),
+    "testing": set(),
     "version": set(),
     "files": set(),
     "weight_files": set(),

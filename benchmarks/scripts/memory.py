@@ -1,4 +1,4 @@
-"""Peak memory of the penalty: a training step with every layer regularised, and attention at 4097 tokens.
+"""Measure peak memory: of a training step with a penalty on every layer, and of attention at 4097 tokens.
 
 ``python -m benchmarks.scripts.memory`` measures each row in a process of its own, prints the table and stores
 ``benchmarks/results/memory.json``: what one run adds at its peak to the resident memory of a process that has
@@ -19,38 +19,39 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.registry import PROVIDERS
+from benchmarks.orders import DOUBLE_BWD
+from benchmarks.registry import named
 from benchmarks.runner import peak_bytes
-from benchmarks.steps import StepSpec, StepWorkload, step_providers
+from benchmarks.steps import StepSpec, StepWorkload, step_implementations
 from benchmarks.timing import conditions, write
-from benchmarks.workloads import Spec, Workload
+from benchmarks.workloads import OperatorSpec, OperatorWorkload
 
 STEP, ATTENTION = "all-layers step", "attention"
 ROWS = {
     STEP: ("erm", "ours", "eager"),
     ATTENTION: ("eager", "ours"),
 }
-"""Workload -> providers, the first of which is what the others are compared with."""
+"""Workload -> implementations; the others are compared with the first."""
 MEASURES: dict[str, dict[str, str]] = {
     "peak": {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)},
     "resident": {},
 }
-"""How it is measured -> environment of the process. The value is glibc's initial one: setting it keeps it there."""
+"""Measure -> environment of the process. The value is glibc's initial one: setting it keeps it there."""
 
 
 class Size(NamedTuple):
-    """Of the workloads."""
+    """Sizes of the workloads."""
 
     batch: int = 8  # of the step
     tokens: int = 4097  # of attention
     tiny: bool = False  # the step of a model of 2 layers and 32 x 32 pixels
 
 
-def job_of(workload: str, provider: str, size: Size) -> Callable[[], object]:
-    """One run of a provider; it leaves nothing behind."""
+def job_of(workload: str, implementation: str, size: Size) -> Callable[[], object]:
+    """Return one run of an implementation; it leaves nothing behind."""
     if workload == STEP:
         step = StepWorkload(StepSpec(STEP, size.batch, size.tiny, "cpu"))
-        once = step.job(next(p for p in step_providers(STEP) if p.name == provider))
+        once = step.job(next(p for p in step_implementations(STEP) if p.name == implementation))
 
         def job() -> None:
             once()
@@ -58,17 +59,24 @@ def job_of(workload: str, provider: str, size: Size) -> Callable[[], object]:
 
         return job
     shape = (1, 12, size.tokens, 64)
-    spec = Spec(ATTENTION, (shape, shape, shape), torch.float32, "d0+d1+d2", "cpu")
-    return Workload(spec).job(next(p for p in PROVIDERS[ATTENTION] if p.name == provider))
+    spec = OperatorSpec(ATTENTION, (shape,) * 3, torch.float32, DOUBLE_BWD, "cpu")
+    return OperatorWorkload(spec).job(named(ATTENTION, implementation))
 
 
-def peak(workload: str, provider: str, size: Size, environment: Mapping[str, str]) -> int:
-    """Bytes, measured in a fresh process.
+def peak(workload: str, implementation: str, size: Size, environment: Mapping[str, str]) -> int:
+    """Return peak bytes, measured in a fresh process.
 
     Raises:
         RuntimeError: the process failed; its last line.
     """
-    command = [sys.executable, "-m", "benchmarks.scripts.memory", "--only", workload, provider]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.scripts.memory",
+        "--only",
+        workload,
+        implementation,
+    ]
     command += ["--batch", str(size.batch), "--tokens", str(size.tokens)]
     command += ["--tiny"] * size.tiny
     done = subprocess.run(
@@ -76,20 +84,20 @@ def peak(workload: str, provider: str, size: Size, environment: Mapping[str, str
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise RuntimeError(f"{workload}, {provider}: {last}")
+        raise RuntimeError(f"{workload}, {implementation}: {last}")
     return int(done.stdout)
 
 
 def table(results: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
-    """MiB and ratio to a workload's first provider, by measure."""
-    lines = [f"{'':26}" + "".join(f"{name + ' MiB':>14}{'ratio':>8}" for name in results)]
-    for workload, providers in ROWS.items():
-        for provider in providers:
+    """Return MiB and the ratio to a workload's first implementation, by measure."""
+    lines = [f"{'':26}" + "".join(f"{measure + ' MiB':>14}{'ratio':>8}" for measure in results)]
+    for workload, names in ROWS.items():
+        for name in names:
             cells = ""
             for found in results.values():
-                bytes_, base = found[workload][provider], found[workload][providers[0]]
+                bytes_, base = found[workload][name], found[workload][names[0]]
                 cells += f"{bytes_ / 2**20:>14.0f}{bytes_ / base:>8.2f}"
-            lines.append(f"{workload:16}{provider:10}{cells}")
+            lines.append(f"{workload:16}{name:10}{cells}")
     return "\n".join(lines)
 
 
@@ -100,19 +108,19 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=Size().batch, help="of the step")
     parser.add_argument("--tokens", type=int, default=Size().tokens, help="of attention")
     parser.add_argument("--tiny", action="store_true", help="the step of a very small model")
-    parser.add_argument("--only", nargs=2, metavar=("WORKLOAD", "PROVIDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs=2, metavar=("WORKLOAD", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     size = Size(options.batch, options.tokens, options.tiny)
     if options.only:
-        workload, provider = options.only
-        job = job_of(workload, provider, size)
+        workload, name = options.only
+        job = job_of(workload, name, size)
         job()
         print(peak_bytes(job, torch.device("cpu")))
         return 0
     results = {
         measure: {
-            workload: {name: peak(workload, name, size, environment) for name in providers}
-            for workload, providers in ROWS.items()
+            workload: {name: peak(workload, name, size, environment) for name in names}
+            for workload, names in ROWS.items()
         }
         for measure, environment in MEASURES.items()
     }

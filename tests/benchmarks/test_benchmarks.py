@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: gates bite, rounds interleave, reports hold the recorded numbers."""
+"""The benchmarks measure what they say: checks bite, rounds interleave, reports hold the recorded numbers."""
 
 import json
 import os
@@ -10,42 +10,51 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import records, report, steps
 from benchmarks.cases import all_cases, operator_cases, step_cases
-from benchmarks.registry import PROVIDERS, Provider
-from benchmarks.runner import Board, Case, ReplayClock, gated, interleaved, peak_bytes, workload_of
+from benchmarks.orders import BWD, DOUBLE_BWD, FWD
+from benchmarks.registry import IMPLEMENTATIONS, Implementation
+from benchmarks.runner import (
+    Case,
+    ReplayClock,
+    Runner,
+    checked,
+    interleaved,
+    peak_bytes,
+    workload_of,
+)
 
 ROOT = Path(__file__).parents[2]
-TINY = [case for case in all_cases(tiny=True) if not case.provider.compiled]
+TINY = [case for case in all_cases(tiny=True) if not case.implementation.compiled]
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
-def test_every_row_runs_and_passes_its_gate(case):
-    if case.spec.stage == "all-layers step":
+def test_every_row_runs_and_passes_its_check(case):
+    if case.spec.workload == "all-layers step":
         pytest.importorskip("timm")
     workload = workload_of(case.spec)
-    if reason := case.provider.missing(workload.like):
+    if reason := case.implementation.missing(workload.like):
         pytest.skip(reason)
-    gated(workload, case.provider)
+    checked(workload, case.implementation)
 
 
 @pytest.mark.slow
-def test_the_compiled_row_runs_and_passes_its_gate():
+def test_the_compiled_row_runs_and_passes_its_check():
     (case,) = [
         c
         for c in operator_cases("attention", dtypes=[torch.float32], tiny=True)
-        if c.provider.compiled
+        if c.implementation.compiled
     ]
     workload = workload_of(case.spec)
-    if reason := case.provider.missing(workload.like):
+    if reason := case.implementation.missing(workload.like):
         pytest.skip(reason)
-    gated(workload, case.provider)
+    checked(workload, case.implementation)
 
 
-def row_of(stage: str, order: str) -> Case:
-    rows = operator_cases(stage, dtypes=[torch.float32], tiny=True)
-    return next(c for c in rows if c.spec.order == order and c.provider.name == "ours")
+def row_of(operator: str, order: str) -> Case:
+    rows = operator_cases(operator, dtypes=[torch.float32], tiny=True)
+    return next(c for c in rows if c.spec.order == order and c.implementation.name == "ours")
 
 
 WRONG = {
@@ -56,59 +65,57 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("stage", ["attention", "layer_norm", "gelu"])
-@pytest.mark.parametrize("order", ["d0+d1", "d0+d1+d2"])
+@pytest.mark.parametrize("operator", ["attention", "layer_norm", "gelu"])
+@pytest.mark.parametrize("order", [BWD, DOUBLE_BWD])
 @pytest.mark.parametrize("how", WRONG)
-def test_the_gate_bites(stage, order, how):
-    case = row_of(stage, order)
-    wrong = replace(case.provider, function=WRONG[how](case.provider.function))
+def test_the_check_bites(operator, order, how):
+    case = row_of(operator, order)
+    wrong = replace(case.implementation, function=WRONG[how](case.implementation.function))
     workload = workload_of(case.spec)
-    gated(workload, case.provider)
+    checked(workload, case.implementation)
     with pytest.raises(AssertionError):
-        gated(workload, wrong)
+        checked(workload, wrong)
 
 
 @pytest.mark.parametrize("missing", range(4), ids=["gq", "gk", "gv", "gdo"])
-def test_the_gate_wants_every_result(missing):
-    case = row_of("attention", "d0+d1+d2")
+def test_the_check_wants_every_result(missing):
+    case = row_of("attention", DOUBLE_BWD)
     workload = workload_of(case.spec)
-    results = list(workload.job(case.provider)())
-    workload.check(tuple(results))
+    results = list(workload.job(case.implementation)())
+    workload.check(case.implementation, tuple(results))
     with pytest.raises(ValueError, match="zip"):
-        workload.check(tuple(results[:3]))
+        workload.check(case.implementation, tuple(results[:3]))
     results[missing] = torch.zeros_like(results[missing])
     with pytest.raises(AssertionError, match="exceeds budget"):
-        workload.check(tuple(results))
+        workload.check(case.implementation, tuple(results))
 
 
-def test_the_gate_of_steps_bites(monkeypatch):
-    from benchmarks import steps as step_workload
-
+def test_the_check_of_steps_bites(monkeypatch):
     (ours, *_) = step_cases("paper step", tiny=True)
     workload = workload_of(ours.spec)
-    gated(workload, ours.provider)
-    losses = step_workload.STEPS["paper step"]
+    checked(workload, ours.implementation)
+    losses = steps.STEPS["paper step"]
     assert losses["ours"][1] is losses["published loop"][0]
     monkeypatch.setitem(losses, "ours", (losses["erm"][0], losses["ours"][1]))
     with pytest.raises(AssertionError, match="ours"):
-        gated(workload, ours.provider)
+        checked(workload, ours.implementation)
 
 
-def test_a_wrong_provider_has_no_number_and_the_others_do():
-    case = row_of("gelu", "d0")
-    wrong = Case(case.spec, Provider("wrong", torch.relu))
-    board = Board({case.spec.group: [case, wrong]}, rounds=3)
+def test_a_wrong_implementation_has_no_number_and_the_others_do():
+    case = row_of("gelu", FWD)
+    wrong = Case(case.spec, Implementation("wrong", torch.relu))
+    runner = Runner({case.spec.group: [case, wrong]}, rounds=3)
     with pytest.raises(AssertionError):
-        board.outcome(wrong)
-    found = board.outcome(case)
+        runner.outcome(wrong)
+    found = runner.outcome(case)
     assert len(found.seconds) == 3
     assert all(taken > 0 for taken in found.seconds)
 
 
-def test_first_order_providers_have_no_second_order_row():
+def test_first_order_implementations_have_no_second_order_row():
     for case in TINY:
-        assert not (case.provider.first_order_only and case.spec.order == "d0+d1+d2")
-    assert any(p.first_order_only for p in PROVIDERS["attention"])
+        assert not (case.implementation.first_order_only and case.spec.order == DOUBLE_BWD)
+    assert any(p.first_order_only for p in IMPLEMENTATIONS["attention"])
 
 
 def test_rounds_interleave_after_a_warm_up():
@@ -138,14 +145,14 @@ def test_peak_memory_is_what_a_job_takes():
 
 
 def recorded(**changes) -> dict:
-    """A pytest-benchmark file of two providers and three rounds."""
+    """A pytest-benchmark file of two implementations and three rounds."""
 
-    def row(provider: str, data: list[float], first_order_only: bool = False) -> dict:
+    def row(name: str, data: list[float], first_order_only: bool = False) -> dict:
         info = {
-            **{"stage": "gelu", "provider": provider, "order": "d0", "device": "chip"},
+            **{"workload": "gelu", "implementation": name, "order": FWD, "device": "chip"},
             **{"first_order_only": first_order_only, "peak_bytes": 3 << 20, "torch": "2"},
         }
-        return {"group": "gelu 2x3 float32 d0", "stats": {"data": data}, "extra_info": info}
+        return {"group": "gelu 2x3 float32 fwd", "stats": {"data": data}, "extra_info": info}
 
     rows = [row("ours", [0.001, 0.002, 0.004]), row("eager", [0.003, 0.004, 0.012], True)]
     rows[1]["extra_info"].update(changes)
@@ -159,25 +166,25 @@ def stored(tmp_path: Path, content: object) -> Path:
 
 
 def test_the_table_holds_the_recorded_numbers(tmp_path):
-    text = report.markdown(report.read(stored(tmp_path, recorded())))
-    assert "| 2x3 float32 d0 | ours | 2 ms | 1.4 - 3.2 | 1.00 | 3.0 MiB |" in text
+    text = report.markdown(records.read(stored(tmp_path, recorded())))
+    assert "| 2x3 float32 fwd | ours | 2 ms | 1.4 - 3.2 | 1.00 | 3.0 MiB |" in text
     # the ratio is the median over rounds, 3, and not the ratio of medians, 2
     assert (
-        "| 2x3 float32 d0 | eager (first order only) | 4 ms | 3.4 - 8.8 | 3.00 | 3.0 MiB |" in text
+        "| 2x3 float32 fwd | eager (first order only) | 4 ms | 3.4 - 8.8 | 3.00 | 3.0 MiB |" in text
     )
     assert "3 interleaved rounds" in text
     assert "device chip" in text
 
 
 def test_compile_time_is_told(tmp_path):
-    text = report.markdown(report.read(stored(tmp_path, recorded(compile_seconds=21.4))))
+    text = report.markdown(records.read(stored(tmp_path, recorded(compile_seconds=21.4))))
     assert "(compiled in 21 s)" in text
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ([], "no pytest-benchmark JSON"),
+        ([], "no results of benchmarks"),
         ({"benchmarks": []}, "holds no row"),
         (recorded(device="another"), "different conditions"),
     ],
@@ -189,6 +196,34 @@ def test_what_cannot_be_reported_is_one_line(tmp_path, capsys, content, said):
     assert said in err
     assert err.count("\n") == 1
     assert not out
+
+
+def test_a_report_leaves_a_compact_file(tmp_path, capsys):
+    """A row per line with what tables show, from which the same tables are made."""
+    raw = recorded(compile_seconds=21.4)
+    raw["benchmarks"][0]["stats"] |= {"mean": 0.1, "data": [0.00123456789, 0.002, 0.004]}
+    path = stored(tmp_path, raw)
+    before = records.read(path)
+    assert report.main([str(path)]) == 0
+    printed, text = capsys.readouterr().out, path.read_text()
+    assert len(text.splitlines()) == len(records.MACHINE) + 8
+    assert "[0.00123457, 0.002, 0.004]" in text
+    assert text.count("chip") == 1
+    assert "mean" not in text
+    for row, again in zip(before, records.read(path), strict=True):
+        assert again.info == {**dict.fromkeys(records.MACHINE), **row.info}
+        assert again.times == pytest.approx(row.times, rel=1e-5)
+        assert (again.group, again.label, again.order) == (row.group, row.label, row.order)
+    assert report.main([str(path)]) == 0
+    assert capsys.readouterr().out == printed
+    assert path.read_text() == text
+
+
+def test_what_cannot_be_reported_stays_as_it_is(tmp_path):
+    path = stored(tmp_path, recorded(device="another"))
+    before = path.read_text()
+    assert report.main([str(path)]) == 1
+    assert path.read_text() == before
 
 
 BEGIN, END = report.markers("chip")
@@ -228,15 +263,15 @@ def test_the_suite_writes_what_the_report_reads(tmp_path):
     """One operator, one round, through pytest-benchmark's own JSON."""
     path = tmp_path / "here.json"
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks/test_gelu.py", "-p", "no:xdist"]
-    command += ["-k", "float32 and d0 and not d1 and not compiled", "--rounds", "2"]
+    command += ["-k", "float32 and fwd and not bwd and not compiled", "--rounds", "2"]
     # pytest-benchmark refuses to measure in a worker of xdist, which it knows by these variables
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [*command, f"--benchmark-json={path}"], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = report.read(path)
-    assert {row.provider for row in rows} == {"ours", "eager"}
+    rows = records.read(path)
+    assert {row.implementation for row in rows} == {"ours", "eager"}
     assert all(len(row.times) == 2 and row.median > 0 for row in rows)
     assert all(row.info["commit"] and row.info["shape"] and row.info["dtype"] for row in rows)
     assert report.markdown(rows).count("| ours |") == 1

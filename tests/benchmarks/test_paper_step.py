@@ -6,7 +6,7 @@ from benchmarks.scripts.paper_step import steps
 from benchmarks.timing import interleaved, summary
 
 
-def test_providers_agree():
+def test_implementations_agree():
     torch.manual_seed(0)
     jobs = steps(batch=3)
     ours, loop = (

@@ -6,7 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import front_page, report
+from benchmarks import front_page, records, report
+from benchmarks.orders import DOUBLE_BWD
 from tests.helpers.pages import PAGES, ROOT
 from tools.docs import pipeline, support
 
@@ -53,7 +54,7 @@ def test_amortised_table_is_the_recorded_result():
 
 @pytest.mark.parametrize("device", ["cpu", "h200"])
 def test_benchmark_summary_is_the_recorded_result(device):
-    rows = report.read(ROOT / f"benchmarks/results/{device}.json")
+    rows = records.read(ROOT / f"benchmarks/results/{device}.json")
     told = between(BENCHMARKS, device)
     assert told == "\n" + report.summary(rows, f"benchmarks/results/{device}.md")
 
@@ -81,9 +82,9 @@ def test_front_page_shows_what_is_slower():
 def test_figures_of_the_gpu_page_are_the_recorded_ones():
     """What the prose says of the H200: memory, speed, and the step in a CUDA graph."""
     text = " ".join(PAGES["docs/gpu.md"].split())
-    rows = report.read(ROOT / "benchmarks/results/h200.json")
+    rows = records.read(ROOT / "benchmarks/results/h200.json")
     graph = {
-        row.provider: 1e3 * row.median
+        row.implementation: 1e3 * row.median
         for row in rows
         if row.group.endswith("CUDA graph") and "ViT-S" in row.group
     }
@@ -93,8 +94,8 @@ def test_figures_of_the_gpu_page_are_the_recorded_ones():
     )
     speeds = {}
     for row in rows:
-        if row.provider == "eager" and row.order == "d0+d1+d2":
-            speeds.setdefault(row.stage, []).append(row.ratio)
+        if row.implementation == "eager" and row.order == DOUBLE_BWD:
+            speeds.setdefault(row.workload, []).append(row.ratio)
     routed, norm = speeds["routed_head_penalty"], speeds["layer_norm"]
     assert f"The routed penalty takes 1/{min(routed):.1f} to 1/{max(routed):.1f}" in text
     assert f"LayerNorm 1/{min(norm):.1f} to 1/{max(norm):.1f}" in text

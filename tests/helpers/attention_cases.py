@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
-from tests.helpers.oracles import assert_within_budget
+from diversevit_fast.testing import assert_within_budget
 
 ops = importlib.import_module("diversevit_fast.ops.attention")
 

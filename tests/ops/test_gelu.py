@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
+from diversevit_fast.testing import assert_within_budget
 from diversevit_kernels.cpu.gelu import blocked as cpu
 from diversevit_kernels.cpu.gelu import native as gelu_native
-from tests.helpers.oracles import assert_within_budget
 from tests.helpers.second_order import TAILS, WAYS
 
 ops = importlib.import_module("diversevit_fast.ops.gelu")

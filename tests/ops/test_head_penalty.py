@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
+from diversevit_fast.testing import assert_within_budget
 from diversevit_kernels.cpu.head_penalty import cosine
 from diversevit_kernels.cpu.head_penalty import plain as cpu
-from tests.helpers.oracles import assert_within_budget
 from tests.helpers.second_order import TAILS, WAYS
 
 ops = importlib.import_module("diversevit_fast.ops.head_penalty")

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
+from diversevit_fast.testing import assert_within_budget
 from diversevit_kernels.cpu.layer_norm import blocked as cpu
 from diversevit_kernels.cpu.layer_norm import native as layer_norm_native
-from tests.helpers.oracles import assert_within_budget
 from tests.helpers.second_order import TAILS, WAYS
 
 ops = importlib.import_module("diversevit_fast.ops.layer_norm")

@@ -23,7 +23,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -33,11 +33,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks import timing
-from benchmarks.cases import ORDERS
-from benchmarks.registry import PROVIDERS, Provider
+from benchmarks.orders import ORDERS
+from benchmarks.registry import Implementation, named
 from benchmarks.runner import workload_of
-from benchmarks.steps import StepSpec, step_providers
-from benchmarks.workloads import Spec
+from benchmarks.steps import StepSpec, step_implementations
+from benchmarks.workloads import OperatorSpec
 from diversevit_fast.ops import backends
 from diversevit_kernels.cpu.attention import native as attention_native
 from diversevit_kernels.cpu.gelu import native as gelu_native
@@ -179,26 +179,36 @@ def counting() -> Iterator[Counts]:
         yield counts
 
 
-def rows(tiny: bool = False) -> Iterator[tuple[str, Spec | StepSpec, Provider, Provider]]:
-    """Name, what is computed, ours and its baseline."""
-    for stage, shapes in SHAPES.items():
-        ours, eager = PROVIDERS[stage][:2]
+class Comparison(NamedTuple):
+    """One row: what is computed, and by which two implementations."""
+
+    name: str
+    spec: OperatorSpec | StepSpec
+    ours: Implementation
+    baseline: Implementation
+
+
+def rows(tiny: bool = False) -> Iterator[Comparison]:
+    """Yield every row: operators to first and to second order, and training steps."""
+    for operator, shapes in SHAPES.items():
+        ours, eager = (named(operator, name) for name in ("ours", "eager"))
         shapes = tuple(tuple(min(n, 8) for n in s) for s in shapes) if tiny else shapes
         for order in ORDERS[1:]:
-            yield f"{stage} {order}", Spec(stage, shapes, torch.float32, order, "cpu"), ours, eager
-    for stage, (baseline, batch) in STEPS.items():
-        by_name = {p.name: p for p in step_providers(stage)}
-        spec = StepSpec(stage, batch, tiny, "cpu")
-        yield f"{stage} over {baseline}", spec, by_name["ours"], by_name[baseline]
+            spec = OperatorSpec(operator, shapes, torch.float32, order, "cpu")
+            yield Comparison(f"{operator} {order}", spec, ours, eager)
+    for step, (baseline, batch) in STEPS.items():
+        by_name = {one.name: one for one in step_implementations(step)}
+        spec = StepSpec(step, batch, tiny, "cpu")
+        yield Comparison(f"{step} over {baseline}", spec, by_name["ours"], by_name[baseline])
 
 
 def ratios(tiny: bool = False) -> dict[str, dict[str, float]]:
-    """Ours over its baseline, for every row and count."""
+    """Count every row; return ours over its baseline."""
     found = {}
-    for name, spec, ours, baseline in rows(tiny):
-        workload = workload_of(spec)
-        counts = [_counted(workload.job(provider)) for provider in (ours, baseline)]
-        found[name] = {
+    for row in rows(tiny):
+        workload = workload_of(row.spec)
+        counts = [_counted(workload.job(one)) for one in (row.ours, row.baseline)]
+        found[row.name] = {
             what: round(counts[0][what] / counts[1][what], 4) for what in COUNTS if counts[1][what]
         }
     return found
@@ -230,10 +240,10 @@ def slower(
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
-    lines = [f"{'ours / baseline':32}" + "".join(f"{what:>10}" for what in COUNTS)]
+    lines = [f"{'ours / baseline':36}" + "".join(f"{what:>10}" for what in COUNTS)]
     for name, row in found.items():
         cells = (f"{row[what]:>10.3f}" if what in row else " " * 10 for what in COUNTS)
-        lines.append(f"{name:32}" + "".join(cells))
+        lines.append(f"{name:36}" + "".join(cells))
     return "\n".join(lines)
 
 

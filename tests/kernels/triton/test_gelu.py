@@ -8,8 +8,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
+from diversevit_fast.testing import assert_within_budget
 from tests.helpers.layouts import LAYOUTS
-from tests.helpers.oracles import assert_within_budget
 from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
 from tools.kernel_analysis import traffic

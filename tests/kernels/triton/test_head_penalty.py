@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError
 from diversevit_fast.ops import reference
-from tests.helpers.oracles import assert_within_budget
+from diversevit_fast.testing import assert_within_budget
 from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
 from tests.ops import test_head_penalty as definition

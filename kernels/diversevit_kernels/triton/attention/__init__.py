@@ -1,6 +1,6 @@
-"""Attention on a GPU to second order: the three functions of the stage, a file for each.
+"""Attention on a GPU to second order: forward, backward and double backward, a file for each.
 
-``attention_tiles`` holds what the kernels share; equations (1)-(9) of kernels/README.md.
+``tiles`` holds what the kernels share; equations (1)-(9) of kernels/README.md.
 """
 
 from torch import Tensor

@@ -2,8 +2,8 @@
 
 Traffic  a row tile reads its q, do once and all k, v of its head; a column tile its k, v once and all q, do.
          Outputs are written once. With few queries one program does both and reads everything once.
-D        is summed from P ∘ dP where a tile holds whole rows, else is rowsum(do ∘ o); row programs write it for
-         the column programs.
+Δ        is summed from P ∘ dP where a tile holds all keys of its rows, else it is rowsum(dO ∘ O); row programs
+         write it for the column programs.
 Source   FlashAttention-2 (arXiv 2307.08691).
 """
 
@@ -13,82 +13,88 @@ from torch import Tensor
 
 from ..runtime.configurations import fits
 from ..runtime.launch import cdiv, launch
-from ..runtime.tiles import add_dot, scale_split, zeros_split
+from ..runtime.tiles import add_dot, scale_split
 from .mask_gradient import mask_gradient
 from .tiles import (
     FEW_QUERIES,
+    RowStatistics,
+    arguments,
     as_number,
     empty_heads,
     empty_statistic,
-    few_delta,
     first_row_tile,
     indices,
     last_key,
-    load_rows,
+    load_qk,
     load_softmax,
     load_statistic,
+    load_v,
     operand,
     probabilities,
-    problem,
-    product,
+    probabilities_of_all_keys,
     program_tile,
     row_delta,
-    store_rows,
+    row_delta_of_few_queries,
+    store_qk,
     store_statistic,
-    whole_probabilities,
+    store_v,
+    value_product,
+    widest,
+    zeros_qk,
+    zeros_v,
 )
 
 
 @triton.jit
-def _rows_kernel(
-    P,  # Problem
-    dq,  # Operand like q
-    delta_ptr,  # [B, H, Nq], dense: D, written
+def attention_backward_rows_kernel(
+    args,  # Arguments
+    dq,  # Operand like q, written
+    stats,  # RowStatistics: delta, written
     scale: tl.float64,
-    S: tl.constexpr,  # Static
-    WHOLE: tl.constexpr,  # BLOCK_N holds all keys
+    const: tl.constexpr,  # Constants
+    ALL_KEYS_IN_TILE: tl.constexpr,  # BLOCK_N holds all keys
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """(3)-(5), dq. One program owns BLOCK_M query rows of one head and walks its keys BLOCK_N at a time."""
-    b, h, tile = program_tile(tl.cdiv(P.Nq, BLOCK_M), P.H)
-    scale = as_number(scale, S.ACC)
-    rows = indices(tile * BLOCK_M, BLOCK_M, S)
-    q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-    do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    top, share = load_softmax(P, b, h, rows)
-    sums = zeros_split(BLOCK_M, S.WIDTHS, S.ACC)
-    if WHOLE:
-        cols = indices(0, BLOCK_N, S)
-        k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
-        v = load_rows(P.v, b, h // S.GROUP, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        p = whole_probabilities(q, k, top[:, None], P, b, h, rows[:, None], cols[None, :], scale, S)
-        dp = product(do, v, S.VALUE_WIDTH, S)
+    b, h, tile = program_tile(tl.cdiv(args.Nq, BLOCK_M), args.H)
+    scale = as_number(scale, const.ACC)
+    rows = indices(tile * BLOCK_M, BLOCK_M, const)
+    i, key_head = rows[:, None], h // const.GROUP
+    q = load_qk(args.q, b, h, rows, args.Nq, const)
+    do = load_v(args.do, b, h, rows, args.Nq, const)
+    top, share = load_softmax(args, b, h, rows)
+    top, share = top[:, None], share[:, None]
+    sums = zeros_qk(BLOCK_M, const)
+    if ALL_KEYS_IN_TILE:
+        cols = indices(0, BLOCK_N, const)
+        k = load_qk(args.k, b, key_head, cols, args.Nk, const)
+        v = load_v(args.v, b, key_head, cols, args.Nk, const)
+        p = probabilities_of_all_keys(q, k, top, args, b, h, i, cols[None, :], scale, const)
+        dp = value_product(do, v, const)
         delta = tl.sum(p * dp, 1)
-        store_statistic(delta_ptr, P, b, h, rows, delta)
-        sums = add_dot(sums, p * (dp - delta[:, None]), k.tile, S.PRECISION)
+        store_statistic(stats.delta, args, b, h, rows, delta)
+        sums = add_dot(sums, p * (dp - delta[:, None]), k.tile, const.PRECISION)
     else:
-        delta = row_delta(P, delta_ptr, do, b, h, rows, S)[:, None]
-        for start in range(0, last_key(tile, P, BLOCK_M, S), BLOCK_N):
-            cols = indices(start, BLOCK_N, S)
-            k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
-            v = load_rows(P.v, b, h // S.GROUP, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-            p = probabilities(
-                q, k, top[:, None], share[:, None], P, b, h, rows[:, None], cols[None, :], scale, S
-            )
-            ds = p * (product(do, v, S.VALUE_WIDTH, S) - delta)
-            sums = add_dot(sums, ds, k.tile, S.PRECISION)
-    store_rows(dq, b, h, rows, P.Nq, scale_split(sums, scale), S.WIDTH, S.WIDTHS)
+        delta = row_delta(args, stats, do, b, h, rows, const)[:, None]
+        for start in range(0, last_key(tile, args, BLOCK_M, const), BLOCK_N):
+            cols = indices(start, BLOCK_N, const)
+            k = load_qk(args.k, b, key_head, cols, args.Nk, const)
+            v = load_v(args.v, b, key_head, cols, args.Nk, const)
+            p = probabilities(q, k, top, share, args, b, h, i, cols[None, :], scale, const)
+            ds = p * (value_product(do, v, const) - delta)
+            sums = add_dot(sums, ds, k.tile, const.PRECISION)
+    store_qk(dq, b, h, rows, args.Nq, scale_split(sums, scale), const)
 
 
 @triton.jit
-def _columns_kernel(
-    P,  # Problem
-    dk,  # Operand like k
-    dv,  # Operand like v
-    delta_ptr,  # [B, H, Nq], dense: D
+def attention_backward_columns_kernel(
+    args,  # Arguments
+    dk,  # Operand like k, written
+    dv,  # Operand like v, written
+    stats,  # RowStatistics: delta
     scale: tl.float64,
-    S: tl.constexpr,  # Static
+    const: tl.constexpr,  # Constants
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -96,79 +102,76 @@ def _columns_kernel(
 
     It walks the query rows of every query head of its group, BLOCK_M at a time.
     """
-    b, key_head, tile = program_tile(tl.cdiv(P.Nk, BLOCK_N), P.H // S.GROUP)
-    scale = as_number(scale, S.ACC)
-    cols = indices(tile * BLOCK_N, BLOCK_N, S)
-    k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
-    v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    dk_sums = zeros_split(BLOCK_N, S.WIDTHS, S.ACC)
-    dv_sums = zeros_split(BLOCK_N, S.VALUE_WIDTHS, S.ACC)
-    first = first_row_tile(tile, BLOCK_M, BLOCK_N, S)
-    for member in range(S.GROUP):
-        h = key_head * S.GROUP + member
-        for start in range(first * BLOCK_M, P.Nq, BLOCK_M):
-            rows = indices(start, BLOCK_M, S)
-            q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-            do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-            top, share = load_softmax(P, b, h, rows)
-            delta = load_statistic(delta_ptr, P, b, h, rows, 0.0)[None, :]
+    b, key_head, tile = program_tile(tl.cdiv(args.Nk, BLOCK_N), args.H // const.GROUP)
+    scale = as_number(scale, const.ACC)
+    cols = indices(tile * BLOCK_N, BLOCK_N, const)
+    k = load_qk(args.k, b, key_head, cols, args.Nk, const)
+    v = load_v(args.v, b, key_head, cols, args.Nk, const)
+    dk_sums = zeros_qk(BLOCK_N, const)
+    dv_sums = zeros_v(BLOCK_N, const)
+    first = first_row_tile(tile, BLOCK_M, BLOCK_N, const)
+    for member in range(const.GROUP):
+        h = key_head * const.GROUP + member
+        for start in range(first * BLOCK_M, args.Nq, BLOCK_M):
+            rows = indices(start, BLOCK_M, const)
+            i, j = rows[None, :], cols[:, None]
+            q = load_qk(args.q, b, h, rows, args.Nq, const)
+            do = load_v(args.do, b, h, rows, args.Nq, const)
+            top, share = load_softmax(args, b, h, rows)
             top, share = top[None, :], share[None, :]
-            p = probabilities(k, q, top, share, P, b, h, rows[None, :], cols[:, None], scale, S)
-            ds = p * (product(v, do, S.VALUE_WIDTH, S) - delta)
-            dv_sums = add_dot(dv_sums, p, do.tile, S.PRECISION)
-            dk_sums = add_dot(dk_sums, ds, q.tile, S.PRECISION)
-    dk_tile = scale_split(dk_sums, scale)
-    store_rows(dk, b, key_head, cols, P.Nk, dk_tile, S.WIDTH, S.WIDTHS)
-    store_rows(dv, b, key_head, cols, P.Nk, dv_sums, S.VALUE_WIDTH, S.VALUE_WIDTHS)
+            delta = load_statistic(stats.delta, args, b, h, rows)[None, :]
+            p = probabilities(k, q, top, share, args, b, h, i, j, scale, const)
+            ds = p * (value_product(v, do, const) - delta)
+            dv_sums = add_dot(dv_sums, p, do.tile, const.PRECISION)
+            dk_sums = add_dot(dk_sums, ds, q.tile, const.PRECISION)
+    store_qk(dk, b, key_head, cols, args.Nk, scale_split(dk_sums, scale), const)
+    store_v(dv, b, key_head, cols, args.Nk, dv_sums, const)
 
 
 @triton.jit
-def _few_kernel(
-    P,  # Problem, Nq at most BLOCK_M, GROUP 1
-    dq,  # Operand like q
-    dk,  # Operand like k
-    dv,  # Operand like v
-    delta_ptr,  # [B, H, Nq], dense: D, written
+def attention_backward_few_queries_kernel(
+    args,  # Arguments, Nq at most BLOCK_M, GROUP 1
+    dq,  # Operand like q, written
+    dk,  # Operand like k, written
+    dv,  # Operand like v, written
+    stats,  # RowStatistics: delta, written
     scale: tl.float64,
-    S: tl.constexpr,  # Static
-    WHOLE: tl.constexpr,  # BLOCK_N holds all keys
+    const: tl.constexpr,  # Constants
+    ALL_KEYS_IN_TILE: tl.constexpr,  # BLOCK_N holds all keys
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """(3)-(5). One program owns one head whose queries all fit BLOCK_M rows, and walks its keys once."""
-    b, h, _ = program_tile(1, P.H)
-    scale = as_number(scale, S.ACC)
-    rows = indices(0, BLOCK_M, S)
-    q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-    do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    top, share = load_softmax(P, b, h, rows)
-    if not WHOLE:
-        delta = few_delta(P, delta_ptr, do, b, h, rows, S)[:, None]
-    sums = zeros_split(BLOCK_M, S.WIDTHS, S.ACC)
-    for start in range(0, P.Nk, BLOCK_N):
-        cols = indices(start, BLOCK_N, S)
-        k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
-        v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
+    b, h, _ = program_tile(1, args.H)
+    scale = as_number(scale, const.ACC)
+    rows = indices(0, BLOCK_M, const)
+    q = load_qk(args.q, b, h, rows, args.Nq, const)
+    do = load_v(args.do, b, h, rows, args.Nq, const)
+    top, share = load_softmax(args, b, h, rows)
+    top, share = top[:, None], share[:, None]
+    if not ALL_KEYS_IN_TILE:
+        delta = row_delta_of_few_queries(args, stats, do, b, h, rows, const)
+    sums = zeros_qk(BLOCK_M, const)
+    for start in range(0, args.Nk, BLOCK_N):
+        cols = indices(start, BLOCK_N, const)
         i, j = rows[:, None], cols[None, :]
-        if WHOLE:
-            p = whole_probabilities(q, k, top[:, None], P, b, h, i, j, scale, S)
+        k = load_qk(args.k, b, h, cols, args.Nk, const)
+        v = load_v(args.v, b, h, cols, args.Nk, const)
+        if ALL_KEYS_IN_TILE:
+            p = probabilities_of_all_keys(q, k, top, args, b, h, i, j, scale, const)
+            dp = value_product(do, v, const)
+            own_delta = tl.sum(p * dp, 1)
+            store_statistic(stats.delta, args, b, h, rows, own_delta)
+            ds = p * (dp - own_delta[:, None])
         else:
-            p = probabilities(q, k, top[:, None], share[:, None], P, b, h, i, j, scale, S)
-        dp = product(do, v, S.VALUE_WIDTH, S)
-        if WHOLE:
-            total = tl.sum(p * dp, 1)
-            store_statistic(delta_ptr, P, b, h, rows, total)
-            ds = p * (dp - total[:, None])
-        else:
-            ds = p * (dp - delta)
-        sums = add_dot(sums, ds, k.tile, S.PRECISION)
-        dk_tile = add_dot(zeros_split(BLOCK_N, S.WIDTHS, S.ACC), tl.trans(ds), q.tile, S.PRECISION)
-        dk_tile = scale_split(dk_tile, scale)
-        dv_tile = zeros_split(BLOCK_N, S.VALUE_WIDTHS, S.ACC)
-        dv_tile = add_dot(dv_tile, tl.trans(p), do.tile, S.PRECISION)
-        store_rows(dk, b, h, cols, P.Nk, dk_tile, S.WIDTH, S.WIDTHS)
-        store_rows(dv, b, h, cols, P.Nk, dv_tile, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    store_rows(dq, b, h, rows, P.Nq, scale_split(sums, scale), S.WIDTH, S.WIDTHS)
+            p = probabilities(q, k, top, share, args, b, h, i, j, scale, const)
+            ds = p * (value_product(do, v, const) - delta[:, None])
+        sums = add_dot(sums, ds, k.tile, const.PRECISION)
+        dk_tile = add_dot(zeros_qk(BLOCK_N, const), tl.trans(ds), q.tile, const.PRECISION)
+        dv_tile = add_dot(zeros_v(BLOCK_N, const), tl.trans(p), do.tile, const.PRECISION)
+        store_qk(dk, b, h, cols, args.Nk, scale_split(dk_tile, scale), const)
+        store_v(dv, b, h, cols, args.Nk, dv_tile, const)
+    store_qk(dq, b, h, rows, args.Nq, scale_split(sums, scale), const)
 
 
 def attention_backward(
@@ -188,48 +191,58 @@ def attention_backward(
 
     ``softmax`` is (1a). ``into``: where to write the first three.
     """
-    (B, H, Nq, _), Nk = q.shape, k.shape[2]
-    reads, static = problem(q, k, v, mask, is_causal, softmax, o=o, do=do)
-    width = max(static.WIDTH, static.VALUE_WIDTH)
+    (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
+    args, const = arguments(q, k, v, mask, is_causal, softmax, o=o, do=do)
+    width = widest(q, v)
     dq, dk, dv = into or map(empty_heads, (q, k, v))
-    delta = empty_statistic(q)
-    if Nq <= FEW_QUERIES and static.GROUP == 1:
-        results = operand(dq), operand(dk), operand(dv), delta
-        heads = B * H
+    stats = RowStatistics(empty_statistic(q))
+    if Nq <= FEW_QUERIES and const.GROUP == 1:
         name = "attention_backward_few"
-        whole = fits(name, q, width, "BLOCK_N", Nk)
-        common = (q, width, reads, *results, scale)
-        launch(name, _few_kernel, lambda _: heads, *common, S=static, WHOLE=whole)
+        launch(
+            name,
+            attention_backward_few_queries_kernel,
+            lambda _: B * H,
+            q,
+            width,
+            args,
+            operand(dq),
+            operand(dk),
+            operand(dv),
+            stats,
+            scale,
+            const=const,
+            ALL_KEYS_IN_TILE=fits(name, q, width, "BLOCK_N", Nk),
+        )
     else:
         name = "attention_backward_rows_whole"
-        whole = fits(name, q, width, "BLOCK_N", Nk)
+        all_keys_in_tile = fits(name, q, width, "BLOCK_N", Nk)
         launch(
-            name if whole else "attention_backward_rows",
-            _rows_kernel,
+            name if all_keys_in_tile else "attention_backward_rows",
+            attention_backward_rows_kernel,
             lambda c: B * H * cdiv(Nq, c["BLOCK_M"]),
             q,
             width,
-            reads,
+            args,
             operand(dq),
-            delta,
+            stats,
             scale,
-            S=static,
-            WHOLE=whole,
+            const=const,
+            ALL_KEYS_IN_TILE=all_keys_in_tile,
         )
         launch(
             "attention_backward_columns",
-            _columns_kernel,
-            lambda c: B * k.shape[1] * cdiv(Nk, c["BLOCK_N"]),
+            attention_backward_columns_kernel,
+            lambda c: B * key_heads * cdiv(Nk, c["BLOCK_N"]),
             q,
             width,
-            reads,
+            args,
             operand(dk),
             operand(dv),
-            delta,
+            stats,
             scale,
-            S=static,
+            const=const,
         )
     dmask = None
     if mask_grad and mask is not None:
-        dmask = mask_gradient(reads, static, mask, delta, None, None, scale, q)
+        dmask = mask_gradient(args, const, mask, stats, scale, q)
     return dq, dk, dv, dmask

@@ -1,176 +1,180 @@
-"""The double backward of one row tile and of one column tile, (6)-(9), as device functions.
+"""Device functions for the double backward of one row tile and of one column tile, (6)-(9).
 
-Arguments  P a Problem, R the Results, b and h sample and head, S a Static (see ``attention_tiles``).
+Names    as in ``tiles``; ``out`` is a ``Gradients`` of ``double_backward``.
 """
 
 import triton
 import triton.language as tl
 
-from ..runtime.tiles import add_dot, scale_split, subtract_split, zeros_split
+from ..runtime.tiles import add_dot, scale_split, subtract_split
 from .tiles import (
     first_row_tile,
     indices,
     last_key,
-    load_rows,
+    load_qk,
     load_softmax,
     load_statistic,
+    load_v,
     probabilities,
-    product,
+    probabilities_of_all_keys,
     row_delta,
     score_cotangent,
-    store_rows,
+    store_qk,
     store_statistic,
-    whole_probabilities,
+    store_v,
+    value_product,
+    zeros_qk,
+    zeros_v,
 )
 
 
 @triton.jit
-def rows_of_tile(
-    P, R, b, h, tile, scale, S: tl.constexpr, WHOLE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+def rows_with_all_keys(
+    args, out, stats, b, h, tile, scale, const: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):
-    """gq, gdo, D, x and t of M query rows: with all keys at once if WHOLE, else N at a time."""
-    if WHOLE:
-        rows_of_whole_tile(P, R, b, h, tile, scale, S, M, N)
-    else:
-        rows_in_one_pass(P, R, b, h, tile, scale, S, M, N)
+    """(3)-(9) for ROWS query rows and all their keys, at most KEYS: gq, gdo, and ``stats`` for the column tiles.
 
-
-@triton.jit
-def rows_of_whole_tile(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """(3)-(9) for M query rows and all their keys, at most N: gq, gdo; D, x, t for the column tiles.
-
-    All row sums come from tiles: D from P ∘ dP, x from P ∘ X, t from R'.
+    All row sums come from tiles: Δ from P ∘ dP, η from P ∘ ddS, t from A.
     """
-    rows, cols = indices(tile * M, M, S), indices(0, N, S)
-    i, j, key_head = rows[:, None], cols[None, :], h // S.GROUP
-    q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-    k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
-    top, _ = load_softmax(P, b, h, rows)
-    p = whole_probabilities(q, k, top[:, None], P, b, h, i, j, scale, S)
+    rows, cols = indices(tile * ROWS, ROWS, const), indices(0, KEYS, const)
+    i, j, key_head = rows[:, None], cols[None, :], h // const.GROUP
+    q = load_qk(args.q, b, h, rows, args.Nq, const)
+    k = load_qk(args.k, b, key_head, cols, args.Nk, const)
+    top, _ = load_softmax(args, b, h, rows)
+    p = probabilities_of_all_keys(q, k, top[:, None], args, b, h, i, j, scale, const)
 
-    do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    dp = product(do, v, S.VALUE_WIDTH, S)
+    do = load_v(args.do, b, h, rows, args.Nq, const)
+    v = load_v(args.v, b, key_head, cols, args.Nk, const)
+    dp = value_product(do, v, const)
     delta = tl.sum(p * dp, 1)
-    store_statistic(R.delta, P, b, h, rows, delta)
+    store_statistic(stats.delta, args, b, h, rows, delta)
     ds = p * (dp - delta[:, None])
 
-    gq = zeros_split(M, S.WIDTHS, S.ACC)
-    gdo = zeros_split(M, S.VALUE_WIDTHS, S.ACC)
-    r = tl.zeros([M, N], S.ACC)
-    ddk = load_rows(P.ddk, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
+    gq, gdo = zeros_qk(ROWS, const), zeros_v(ROWS, const)
+    a = tl.zeros([ROWS, KEYS], const.ACC)
+    ddk = load_qk(args.ddk, b, key_head, cols, args.Nk, const)
     if ddk is not None:
-        gq = add_dot(gq, ds, ddk.tile, S.PRECISION)
-    if S.HAS_X:
-        ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-        x_tile = score_cotangent(ddq, k, q, ddk, P, b, h, i, j, scale, S)
-        x = tl.sum(p * x_tile, 1)
-        store_statistic(R.x, P, b, h, rows, x)
-        x_tile -= x[:, None]
-        gdo = add_dot(gdo, p * x_tile, v.tile, S.PRECISION)
-        r = ds * x_tile
-    if P.ddv is not None:
-        ddv = load_rows(P.ddv, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        r += p * product(do, ddv, S.VALUE_WIDTH, S)
-        gdo = add_dot(gdo, p, ddv.tile, S.PRECISION)
-    t = tl.sum(r, 1)
-    store_statistic(R.t, P, b, h, rows, t)
-    gq = add_dot(gq, r - p * t[:, None], k.tile, S.PRECISION)
-    store_rows(R.gq, b, h, rows, P.Nq, scale_split(gq, scale), S.WIDTH, S.WIDTHS)
-    store_rows(R.gdo, b, h, rows, P.Nq, gdo, S.VALUE_WIDTH, S.VALUE_WIDTHS)
+        gq = add_dot(gq, ds, ddk.tile, const.PRECISION)
+    if const.HAS_DDS:
+        ddq = load_qk(args.ddq, b, h, rows, args.Nq, const)
+        dds = score_cotangent(ddq, k, q, ddk, args, b, h, i, j, scale, const)
+        eta = tl.sum(p * dds, 1)
+        store_statistic(stats.eta, args, b, h, rows, eta)
+        dds -= eta[:, None]
+        gdo = add_dot(gdo, p * dds, v.tile, const.PRECISION)
+        a = ds * dds
+    if args.ddv is not None:
+        ddv = load_v(args.ddv, b, key_head, cols, args.Nk, const)
+        a += p * value_product(do, ddv, const)
+        gdo = add_dot(gdo, p, ddv.tile, const.PRECISION)
+    t = tl.sum(a, 1)
+    store_statistic(stats.t, args, b, h, rows, t)
+    gq = add_dot(gq, a - p * t[:, None], k.tile, const.PRECISION)
+    store_qk(out.gq, b, h, rows, args.Nq, scale_split(gq, scale), const)
+    store_v(out.gdo, b, h, rows, args.Nq, gdo, const)
 
 
 @triton.jit
-def rows_in_one_pass(P, R, b, h, tile, scale, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """(46)-(48) for M query rows, N keys at a time: gq, gdo; D, x and t for the column tiles.
+def rows_in_one_pass(
+    args, out, stats, b, h, tile, scale, const: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
+):
+    """(46)-(48) for ROWS query rows, KEYS keys at a time: gq, gdo, and ``stats`` for the column tiles.
 
-    x and t are known only after the last key, so the sums are taken without them and corrected at the end
+    η and t are known only after the last key, so the sums are taken without them and corrected at the end
     with rows that are already there: o, dq and P K.
     """
-    rows = indices(tile * M, M, S)
-    i, key_head = rows[:, None], h // S.GROUP
-    q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-    do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-    top, share = load_softmax(P, b, h, rows)
-    delta = row_delta(P, R.delta, do, b, h, rows, S)[:, None]
-    gq = zeros_split(M, S.WIDTHS, S.ACC)
-    gdo = zeros_split(M, S.VALUE_WIDTHS, S.ACC)
-    pk = zeros_split(M, S.WIDTHS, S.ACC)
-    x = tl.zeros([M], S.ACC)
-    t = tl.zeros([M], S.ACC)
-    for start in range(0, last_key(tile, P, M, S), N):
-        cols = indices(start, N, S)
+    rows = indices(tile * ROWS, ROWS, const)
+    i, key_head = rows[:, None], h // const.GROUP
+    q = load_qk(args.q, b, h, rows, args.Nq, const)
+    do = load_v(args.do, b, h, rows, args.Nq, const)
+    ddq = load_qk(args.ddq, b, h, rows, args.Nq, const)
+    top, share = load_softmax(args, b, h, rows)
+    top, share = top[:, None], share[:, None]
+    delta = row_delta(args, stats, do, b, h, rows, const)[:, None]
+    gq, gdo = zeros_qk(ROWS, const), zeros_v(ROWS, const)
+    mean_key = zeros_qk(ROWS, const)
+    eta, t = tl.zeros([ROWS], const.ACC), tl.zeros([ROWS], const.ACC)
+    for start in range(0, last_key(tile, args, ROWS, const), KEYS):
+        cols = indices(start, KEYS, const)
         j = cols[None, :]
-        k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
-        v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        p = probabilities(q, k, top[:, None], share[:, None], P, b, h, i, j, scale, S)
-        ds = p * (product(do, v, S.VALUE_WIDTH, S) - delta)
-        r = tl.zeros([M, N], S.ACC)
-        ddk = load_rows(P.ddk, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
+        k = load_qk(args.k, b, key_head, cols, args.Nk, const)
+        v = load_v(args.v, b, key_head, cols, args.Nk, const)
+        p = probabilities(q, k, top, share, args, b, h, i, j, scale, const)
+        ds = p * (value_product(do, v, const) - delta)
+        a = tl.zeros([ROWS, KEYS], const.ACC)
+        ddk = load_qk(args.ddk, b, key_head, cols, args.Nk, const)
         if ddk is not None:
-            gq = add_dot(gq, ds, ddk.tile, S.PRECISION)
-        if S.HAS_X:
-            x_tile = score_cotangent(ddq, k, q, ddk, P, b, h, i, j, scale, S)
-            r = ds * x_tile
-            x_tile *= p
-            x += tl.sum(x_tile, 1)
-            gdo = add_dot(gdo, x_tile, v.tile, S.PRECISION)
-        if P.ddv is not None:
-            ddv = load_rows(P.ddv, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-            r += p * product(do, ddv, S.VALUE_WIDTH, S)
-            gdo = add_dot(gdo, p, ddv.tile, S.PRECISION)
-        t += tl.sum(r, 1)
-        gq = add_dot(gq, r, k.tile, S.PRECISION)
-        pk = add_dot(pk, p, k.tile, S.PRECISION)
-    store_statistic(R.t, P, b, h, rows, t)
-    gq = scale_split(subtract_split(gq, pk, t[:, None]), scale)
-    if S.HAS_X:
-        store_statistic(R.x, P, b, h, rows, x)
-        dq = load_rows(P.dq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-        gq = subtract_split(gq, dq.tile, x[:, None])
-        o = load_rows(P.o, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        gdo = subtract_split(gdo, o.tile, x[:, None])
-    store_rows(R.gq, b, h, rows, P.Nq, gq, S.WIDTH, S.WIDTHS)
-    store_rows(R.gdo, b, h, rows, P.Nq, gdo, S.VALUE_WIDTH, S.VALUE_WIDTHS)
+            gq = add_dot(gq, ds, ddk.tile, const.PRECISION)
+        if const.HAS_DDS:
+            dds = score_cotangent(ddq, k, q, ddk, args, b, h, i, j, scale, const)
+            a = ds * dds
+            dds *= p
+            eta += tl.sum(dds, 1)
+            gdo = add_dot(gdo, dds, v.tile, const.PRECISION)
+        if args.ddv is not None:
+            ddv = load_v(args.ddv, b, key_head, cols, args.Nk, const)
+            a += p * value_product(do, ddv, const)
+            gdo = add_dot(gdo, p, ddv.tile, const.PRECISION)
+        t += tl.sum(a, 1)
+        gq = add_dot(gq, a, k.tile, const.PRECISION)
+        mean_key = add_dot(mean_key, p, k.tile, const.PRECISION)
+    store_statistic(stats.t, args, b, h, rows, t)
+    gq = scale_split(subtract_split(gq, mean_key, t[:, None]), scale)
+    if const.HAS_DDS:
+        store_statistic(stats.eta, args, b, h, rows, eta)
+        dq = load_qk(args.dq, b, h, rows, args.Nq, const)
+        gq = subtract_split(gq, dq.tile, eta[:, None])
+        o = load_v(args.o, b, h, rows, args.Nq, const)
+        gdo = subtract_split(gdo, o.tile, eta[:, None])
+    store_qk(out.gq, b, h, rows, args.Nq, gq, const)
+    store_v(out.gdo, b, h, rows, args.Nq, gdo, const)
 
 
 @triton.jit
-def columns_of_tile(
-    P, R, b, key_head, tile, scale, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+def columns(
+    args,
+    out,
+    stats,
+    b,
+    hk,
+    tile,
+    scale,
+    const: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
-    """(49) for N keys, M query rows at a time in transposed tiles: gk, gv. Reads D, x and t."""
-    cols = indices(tile * N, N, S)
+    """(49) for KEYS keys of key head ``hk``, ROWS queries at a time in transposed tiles: gk, gv. Reads ``stats``."""
+    cols = indices(tile * KEYS, KEYS, const)
     j = cols[:, None]
-    k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
-    v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    ddk = load_rows(P.ddk, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
-    ddv = load_rows(P.ddv, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    gk = zeros_split(N, S.WIDTHS, S.ACC)
-    gv = zeros_split(N, S.VALUE_WIDTHS, S.ACC)
-    first = first_row_tile(tile, M, N, S)
-    for member in range(S.GROUP):
-        h = key_head * S.GROUP + member
-        for start in range(first * M, P.Nq, M):
-            rows = indices(start, M, S)
+    k = load_qk(args.k, b, hk, cols, args.Nk, const)
+    v = load_v(args.v, b, hk, cols, args.Nk, const)
+    ddk = load_qk(args.ddk, b, hk, cols, args.Nk, const)
+    ddv = load_v(args.ddv, b, hk, cols, args.Nk, const)
+    gk, gv = zeros_qk(KEYS, const), zeros_v(KEYS, const)
+    first = first_row_tile(tile, ROWS, KEYS, const)
+    for member in range(const.GROUP):
+        h = hk * const.GROUP + member
+        for start in range(first * ROWS, args.Nq, ROWS):
+            rows = indices(start, ROWS, const)
             i = rows[None, :]
-            q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-            do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-            ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-            top, share = load_softmax(P, b, h, rows)
-            delta = load_statistic(R.delta, P, b, h, rows, 0.0)[None, :]
-            p = probabilities(k, q, top[None, :], share[None, :], P, b, h, i, j, scale, S)
-            ds = p * (product(v, do, S.VALUE_WIDTH, S) - delta)
+            q = load_qk(args.q, b, h, rows, args.Nq, const)
+            do = load_v(args.do, b, h, rows, args.Nq, const)
+            ddq = load_qk(args.ddq, b, h, rows, args.Nq, const)
+            top, share = load_softmax(args, b, h, rows)
+            top, share = top[None, :], share[None, :]
+            delta = load_statistic(stats.delta, args, b, h, rows)[None, :]
+            p = probabilities(k, q, top, share, args, b, h, i, j, scale, const)
+            ds = p * (value_product(v, do, const) - delta)
             if ddq is not None:
-                gk = add_dot(gk, ds, ddq.tile, S.PRECISION)
-            r = p * -load_statistic(R.t, P, b, h, rows, 0.0)[None, :]
+                gk = add_dot(gk, ds, ddq.tile, const.PRECISION)
+            gs = p * -load_statistic(stats.t, args, b, h, rows)[None, :]
             if ddv is not None:
-                r += p * product(ddv, do, S.VALUE_WIDTH, S)
-            if S.HAS_X:
-                x_tile = score_cotangent(k, ddq, ddk, q, P, b, h, i, j, scale, S)
-                x_tile -= load_statistic(R.x, P, b, h, rows, 0.0)[None, :]
-                gv = add_dot(gv, p * x_tile, do.tile, S.PRECISION)
-                r += ds * x_tile
-            gk = add_dot(gk, r, q.tile, S.PRECISION)
-    store_rows(R.gk, b, key_head, cols, P.Nk, scale_split(gk, scale), S.WIDTH, S.WIDTHS)
-    store_rows(R.gv, b, key_head, cols, P.Nk, gv, S.VALUE_WIDTH, S.VALUE_WIDTHS)
+                gs += p * value_product(ddv, do, const)
+            if const.HAS_DDS:
+                dds = score_cotangent(k, ddq, ddk, q, args, b, h, i, j, scale, const)
+                dds -= load_statistic(stats.eta, args, b, h, rows)[None, :]
+                gv = add_dot(gv, p * dds, do.tile, const.PRECISION)
+                gs += ds * dds
+            gk = add_dot(gk, gs, q.tile, const.PRECISION)
+    store_qk(out.gk, b, hk, cols, args.Nk, scale_split(gk, scale), const)
+    store_v(out.gv, b, hk, cols, args.Nk, gv, const)

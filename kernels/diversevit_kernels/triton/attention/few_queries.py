@@ -1,107 +1,113 @@
-"""The double backward of one head with few queries, (6)-(9), as a device function: no second launch.
+"""Device functions for the double backward of a head with few queries, (6)-(9), in one launch.
 
-Arguments  as in ``attention_curvature``.
+Names    as in ``double_backward_tiles``.
 """
 
 import triton
 import triton.language as tl
 
-from ..runtime.tiles import add_dot, scale_split, zeros_split
+from ..runtime.tiles import add_dot, scale_split
 from .tiles import (
     indices,
-    load_rows,
+    load_qk,
     load_softmax,
+    load_v,
     probabilities,
-    product,
     score_cotangent,
     share_of,
-    store_rows,
+    store_qk,
     store_statistic,
+    store_v,
+    value_product,
+    zeros_qk,
+    zeros_v,
 )
 
 
 @triton.jit
-def _score_tiles(q, do, ddq, ddk, ddv, top, share, P, b, h, rows, cols, scale, S: tl.constexpr):
-    """(3)-(8) for one key tile: keys and values, and the tiles P, dP, X and P ∘ Y (zeros if absent)."""
+def _score_tiles(
+    q, do, ddq, ddk, ddv, top, share, args, b, h, rows, cols, scale, const: tl.constexpr
+):
+    """(3)-(8) for one key tile: keys and values, and the tiles P, dP, ddS and P ∘ Y (zeros if absent)."""
     i, j = rows[:, None], cols[None, :]
-    k = load_rows(P.k, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
-    v = load_rows(P.v, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    p = probabilities(q, k, top[:, None], share[:, None], P, b, h, i, j, scale, S)
-    dp = product(do, v, S.VALUE_WIDTH, S)
-    x = tl.zeros_like(p)
-    if S.HAS_X:
-        x = score_cotangent(ddq, k, q, ddk, P, b, h, i, j, scale, S)
+    k = load_qk(args.k, b, h, cols, args.Nk, const)
+    v = load_v(args.v, b, h, cols, args.Nk, const)
+    p = probabilities(q, k, top[:, None], share[:, None], args, b, h, i, j, scale, const)
+    dp = value_product(do, v, const)
+    dds = tl.zeros_like(p)
+    if const.HAS_DDS:
+        dds = score_cotangent(ddq, k, q, ddk, args, b, h, i, j, scale, const)
     py = tl.zeros_like(p)
     if ddv is not None:
-        py = p * product(do, ddv, S.VALUE_WIDTH, S)
-    return k, v, p, dp, x, py
+        py = p * value_product(do, ddv, const)
+    return k, v, p, dp, dds, py
 
 
 @triton.jit
-def few_queries(P, R, b, h, scale, S: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """(6)-(9) for a head whose queries all fit M rows, N keys at a time, twice: first D, x and t, then all results.
+def head_with_few_queries(
+    args, out, stats, b, h, scale, const: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
+):
+    """(6)-(9) for a head whose queries all fit ROWS rows; walks its keys twice, KEYS at a time.
 
-    With D = rowsum(P ∘ dP), rowsum(dS ∘ X) is rowsum(P ∘ dP ∘ X) − D x, so that one walk gives all three; where one key
-    takes all, that difference is exactly zero, and must be before P ∘ Y is added. All are means under P, over its
-    own sum. The second walk finds its keys in the L2 cache. Writes gq, gk, gv, gdo, D, x and t.
+    The first walk gives ``stats``, the second the gradients; it finds the keys in the L2 cache. One walk gives all of
+    ``stats`` because with Δ = rowsum(P ∘ dP), rowsum(dS ∘ ddS) is rowsum(P ∘ dP ∘ ddS) − Δ η. Where one key has all the
+    weight, that difference is exactly zero; it must be taken before P ∘ Y is added. All are means under P.
     """
-    rows = indices(0, M, S)
-    q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-    do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-    top, share = load_softmax(P, b, h, rows)
-    total = tl.zeros([M], S.ACC)
-    delta = tl.zeros([M], S.ACC)
-    x = tl.zeros([M], S.ACC)
-    weighted = tl.zeros([M], S.ACC)
-    t = tl.zeros([M], S.ACC)
-    for start in range(0, P.Nk, N):
-        cols = indices(start, N, S)
-        ddk = load_rows(P.ddk, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
-        ddv = load_rows(P.ddv, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        _, _, p, dp, x_tile, py = _score_tiles(
-            q, do, ddq, ddk, ddv, top, share, P, b, h, rows, cols, scale, S
+    rows = indices(0, ROWS, const)
+    q = load_qk(args.q, b, h, rows, args.Nq, const)
+    do = load_v(args.do, b, h, rows, args.Nq, const)
+    ddq = load_qk(args.ddq, b, h, rows, args.Nq, const)
+    top, share = load_softmax(args, b, h, rows)
+    total = tl.zeros([ROWS], const.ACC)
+    delta = tl.zeros([ROWS], const.ACC)
+    eta = tl.zeros([ROWS], const.ACC)
+    dp_dds = tl.zeros([ROWS], const.ACC)
+    t = tl.zeros([ROWS], const.ACC)
+    for start in range(0, args.Nk, KEYS):
+        cols = indices(start, KEYS, const)
+        ddk = load_qk(args.ddk, b, h, cols, args.Nk, const)
+        ddv = load_v(args.ddv, b, h, cols, args.Nk, const)
+        _, _, p, dp, dds, py = _score_tiles(
+            q, do, ddq, ddk, ddv, top, share, args, b, h, rows, cols, scale, const
         )
         total += tl.sum(p, 1)
         delta += tl.sum(p * dp, 1)
-        x += tl.sum(p * x_tile, 1)
-        weighted += tl.sum(p * dp * x_tile, 1)
+        eta += tl.sum(p * dds, 1)
+        dp_dds += tl.sum(p * dp * dds, 1)
         t += tl.sum(py, 1)
-    whole = share_of(total)
-    delta *= whole
-    x *= whole
-    t = (t + (weighted - delta * x * total)) * whole
-    store_statistic(R.delta, P, b, h, rows, delta)
-    store_statistic(R.x, P, b, h, rows, x)
-    store_statistic(R.t, P, b, h, rows, t)
+    normalize = share_of(total)  # the sum of P is not quite 1
+    delta *= normalize
+    eta *= normalize
+    t = (t + (dp_dds - delta * eta * total)) * normalize
+    store_statistic(stats.delta, args, b, h, rows, delta)
+    store_statistic(stats.eta, args, b, h, rows, eta)
+    store_statistic(stats.t, args, b, h, rows, t)
 
-    gq = zeros_split(M, S.WIDTHS, S.ACC)
-    gdo = zeros_split(M, S.VALUE_WIDTHS, S.ACC)
-    for start in range(0, P.Nk, N):
-        cols = indices(start, N, S)
-        ddk = load_rows(P.ddk, b, h, cols, P.Nk, S.WIDTH, S.WIDTHS)
-        ddv = load_rows(P.ddv, b, h, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        k, v, p, dp, x_tile, py = _score_tiles(
-            q, do, ddq, ddk, ddv, top, share, P, b, h, rows, cols, scale, S
+    gq, gdo = zeros_qk(ROWS, const), zeros_v(ROWS, const)
+    for start in range(0, args.Nk, KEYS):
+        cols = indices(start, KEYS, const)
+        ddk = load_qk(args.ddk, b, h, cols, args.Nk, const)
+        ddv = load_v(args.ddv, b, h, cols, args.Nk, const)
+        k, v, p, dp, dds, py = _score_tiles(
+            q, do, ddq, ddk, ddv, top, share, args, b, h, rows, cols, scale, const
         )
         ds = p * (dp - delta[:, None])
-        gk = zeros_split(N, S.WIDTHS, S.ACC)
-        gv = zeros_split(N, S.VALUE_WIDTHS, S.ACC)
-        r = py - p * t[:, None]
-        if S.HAS_X:
-            x_tile -= x[:, None]
-            r += ds * x_tile
-            gdo = add_dot(gdo, p * x_tile, v.tile, S.PRECISION)
-            gv = add_dot(gv, tl.trans(p * x_tile), do.tile, S.PRECISION)
+        gk, gv = zeros_qk(KEYS, const), zeros_v(KEYS, const)
+        gs = py - p * t[:, None]
+        if const.HAS_DDS:
+            dds -= eta[:, None]
+            gs += ds * dds
+            gdo = add_dot(gdo, p * dds, v.tile, const.PRECISION)
+            gv = add_dot(gv, tl.trans(p * dds), do.tile, const.PRECISION)
         if ddk is not None:
-            gq = add_dot(gq, ds, ddk.tile, S.PRECISION)
+            gq = add_dot(gq, ds, ddk.tile, const.PRECISION)
         if ddv is not None:
-            gdo = add_dot(gdo, p, ddv.tile, S.PRECISION)
+            gdo = add_dot(gdo, p, ddv.tile, const.PRECISION)
         if ddq is not None:
-            gk = add_dot(gk, tl.trans(ds), ddq.tile, S.PRECISION)
-        gk = add_dot(gk, tl.trans(r), q.tile, S.PRECISION)
-        gq = add_dot(gq, r, k.tile, S.PRECISION)
-        store_rows(R.gk, b, h, cols, P.Nk, scale_split(gk, scale), S.WIDTH, S.WIDTHS)
-        store_rows(R.gv, b, h, cols, P.Nk, gv, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    store_rows(R.gq, b, h, rows, P.Nq, scale_split(gq, scale), S.WIDTH, S.WIDTHS)
-    store_rows(R.gdo, b, h, rows, P.Nq, gdo, S.VALUE_WIDTH, S.VALUE_WIDTHS)
+            gk = add_dot(gk, tl.trans(ds), ddq.tile, const.PRECISION)
+        gk = add_dot(gk, tl.trans(gs), q.tile, const.PRECISION)
+        gq = add_dot(gq, gs, k.tile, const.PRECISION)
+        store_qk(out.gk, b, h, cols, args.Nk, scale_split(gk, scale), const)
+        store_v(out.gv, b, h, cols, args.Nk, gv, const)
+    store_qk(out.gq, b, h, rows, args.Nq, scale_split(gq, scale), const)
+    store_v(out.gdo, b, h, rows, args.Nq, gdo, const)

@@ -10,31 +10,34 @@ import triton.language as tl
 from torch import Tensor
 
 from ..runtime.launch import allocate, cdiv, launch
-from ..runtime.tiles import add_dot, scale_split, zeros_split
+from ..runtime.tiles import add_dot, scale_split
 from .tiles import (
     FEW_QUERIES,
+    arguments,
     as_number,
     empty_softmax,
     indices,
     last_key,
-    load_rows,
+    load_qk,
+    load_v,
     operand,
-    problem,
     program_tile,
     scores,
     share_of,
-    store_rows,
     store_softmax,
+    store_v,
+    widest,
+    zeros_v,
 )
 
 
 @triton.jit
-def _forward_kernel(
-    P,  # Problem
-    o,  # Operand [B, H, Nq, VALUE_WIDTH]
+def attention_forward_kernel(
+    args,  # Arguments
+    o,  # Operand [B, H, Nq, VALUE_WIDTH], written
     softmax_ptr,  # [B, H, 2, Nq], dense: (1a), written
     scale: tl.float64,
-    S: tl.constexpr,  # Static
+    const: tl.constexpr,  # Constants
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -43,57 +46,51 @@ def _forward_kernel(
     It carries the row maximum ``top``, the sum ``total`` of exp(S − top) and the matching sum of rows of v; a
     new maximum rescales both. Rows that attend to nothing have total 0: o = 0, and top = +inf is kept.
     """
-    b, h, tile = program_tile(tl.cdiv(P.Nq, BLOCK_M), P.H)
-    scale = as_number(scale, S.ACC)
-    rows = indices(tile * BLOCK_M, BLOCK_M, S)
-    q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
+    b, h, tile = program_tile(tl.cdiv(args.Nq, BLOCK_M), args.H)
+    scale = as_number(scale, const.ACC)
+    rows = indices(tile * BLOCK_M, BLOCK_M, const)
+    q = load_qk(args.q, b, h, rows, args.Nq, const)
 
-    top = tl.full([BLOCK_M], float("-inf"), S.ACC)
-    total = tl.zeros([BLOCK_M], S.ACC)
-    sums = zeros_split(BLOCK_M, S.VALUE_WIDTHS, S.ACC)
-    for start in range(0, last_key(tile, P, BLOCK_M, S), BLOCK_N):
-        cols = indices(start, BLOCK_N, S)
-        k = load_rows(P.k, b, h // S.GROUP, cols, P.Nk, S.WIDTH, S.WIDTHS)
-        v = load_rows(P.v, b, h // S.GROUP, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        s = scores(q, k, P, b, h, rows[:, None], cols[None, :], scale, S)
+    top = tl.full([BLOCK_M], float("-inf"), const.ACC)
+    total = tl.zeros([BLOCK_M], const.ACC)
+    sums = zeros_v(BLOCK_M, const)
+    for start in range(0, last_key(tile, args, BLOCK_M, const), BLOCK_N):
+        cols = indices(start, BLOCK_N, const)
+        k = load_qk(args.k, b, h // const.GROUP, cols, args.Nk, const)
+        v = load_v(args.v, b, h // const.GROUP, cols, args.Nk, const)
+        s = scores(q, k, args, b, h, rows[:, None], cols[None, :], scale, const)
         new_top = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp(s - shift[:, None])
         shrink = tl.exp(top - shift)
         total = total * shrink + tl.sum(p, 1)
-        sums = add_dot(scale_split(sums, shrink[:, None]), p, v.tile, S.PRECISION)
+        sums = add_dot(scale_split(sums, shrink[:, None]), p, v.tile, const.PRECISION)
         top = new_top
 
     share = share_of(total)
-    o_tile = scale_split(sums, share[:, None])
-    store_rows(o, b, h, rows, P.Nq, o_tile, S.VALUE_WIDTH, S.VALUE_WIDTHS)
+    store_v(o, b, h, rows, args.Nq, scale_split(sums, share[:, None]), const)
     top = tl.where(total == 0.0, float("inf"), top)
-    store_softmax(softmax_ptr, P, b, h, rows, top, share)
+    store_softmax(softmax_ptr, args, b, h, rows, top, share)
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(1)-(2): output ``[B, H, Nq, dv]`` and (1a) ``[B, H, 2, Nq]``."""
+    """(1)-(2): output ``[B, H, Nq, d_v]`` and the softmax's statistics (1a) ``[B, H, 2, Nq]``."""
     B, H, Nq, _ = q.shape
-    reads, static = problem(q, k, v, mask, is_causal)
+    args, const = arguments(q, k, v, mask, is_causal)
     o = allocate((B, Nq, H, v.shape[-1]), q.dtype, q).transpose(1, 2)
     softmax = empty_softmax(q)
     launch(
         "attention_forward_few" if Nq <= FEW_QUERIES else "attention_forward",
-        _forward_kernel,
+        attention_forward_kernel,
         lambda c: B * H * cdiv(Nq, c["BLOCK_M"]),
         q,
-        max(static.WIDTH, static.VALUE_WIDTH),
-        reads,
+        widest(q, v),
+        args,
         operand(o),
         softmax,
         scale,
-        S=static,
+        const=const,
     )
     return o, softmax

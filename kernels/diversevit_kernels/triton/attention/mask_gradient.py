@@ -1,4 +1,4 @@
-"""The gradient of an additive mask, dM = dS of (5) or gM = R of (9), without atomics.
+"""The gradient of an additive mask, dmask = dS of (5) or gmask = gS of (9), without atomics.
 
 Traffic  a program reads q, k, v, do (and their cotangents) of its rows and keys for every sample and head that
          share its part of the mask, and writes that part once, in the accumulator's dtype.
@@ -10,106 +10,101 @@ from torch import Tensor
 
 from ..runtime.launch import allocate, cdiv, launch
 from .tiles import (
-    Problem,
-    Static,
+    Arguments,
+    Constants,
+    RowStatistics,
     as_number,
     chunked,
     indices,
-    load_rows,
+    load_qk,
     load_softmax,
     load_statistic,
+    load_v,
     probabilities,
-    product,
     score_cotangent,
+    value_product,
 )
 
 
 @triton.jit
-def _mask_kernel(
-    P,  # Problem
+def attention_mask_gradient_kernel(
+    args,  # Arguments
     out_ptr,  # [samples of the mask, heads of the mask, Nq, Nk], dense
-    delta_ptr,  # [B, H, Nq], dense: D
-    x_ptr,  # [B, H, Nq], dense: x of (7); None without X
-    t_ptr,  # [B, H, Nq], dense: rowsum(R') of (8); None: first order
+    stats,  # RowStatistics; at first order t is None
     scale: tl.float64,
     mask_heads,
     shared_samples,  # samples that one part of the mask serves: 1, or all
     shared_heads,  # heads that one part of the mask serves: 1, or all
-    S: tl.constexpr,  # Static
+    const: tl.constexpr,  # Constants
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """(5) or (9). One program owns [BLOCK_M, BLOCK_N] elements of one sample and head of the mask.
 
-    It sums dS, or R = dS ∘ (X − x) + P ∘ (Y − t), over the samples and heads that share them, in order.
+    It sums dS, or gS as in (49), over the samples and heads that share them, in order.
     """
-    column_tiles = tl.cdiv(P.Nk, BLOCK_N)
-    tiles = tl.cdiv(P.Nq, BLOCK_M) * column_tiles
+    column_tiles = tl.cdiv(args.Nk, BLOCK_N)
+    tiles = tl.cdiv(args.Nq, BLOCK_M) * column_tiles
     program = tl.program_id(0).to(tl.int64)
     part, tile = program // tiles, program % tiles
-    scale = as_number(scale, S.ACC)
-    rows, cols = (
-        indices((tile // column_tiles) * BLOCK_M, BLOCK_M, S),
-        indices((tile % column_tiles) * BLOCK_N, BLOCK_N, S),
-    )
+    scale = as_number(scale, const.ACC)
+    rows = indices((tile // column_tiles) * BLOCK_M, BLOCK_M, const)
+    cols = indices((tile % column_tiles) * BLOCK_N, BLOCK_N, const)
     i, j = rows[:, None], cols[None, :]
-    total = tl.zeros([BLOCK_M, BLOCK_N], S.ACC)
+    total = tl.zeros([BLOCK_M, BLOCK_N], const.ACC)
     for step in range(shared_samples * shared_heads):
         b = part // mask_heads + step // shared_heads
         h = part % mask_heads + step % shared_heads
-        key_head = h // S.GROUP
-        q = load_rows(P.q, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-        do = load_rows(P.do, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        k = load_rows(P.k, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
-        v = load_rows(P.v, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-        top, share = load_softmax(P, b, h, rows)
-        delta = load_statistic(delta_ptr, P, b, h, rows, 0.0)[:, None]
-        p = probabilities(q, k, top[:, None], share[:, None], P, b, h, i, j, scale, S)
-        ds = p * (product(do, v, S.VALUE_WIDTH, S) - delta)
-        if t_ptr is None:
+        key_head = h // const.GROUP
+        q = load_qk(args.q, b, h, rows, args.Nq, const)
+        do = load_v(args.do, b, h, rows, args.Nq, const)
+        k = load_qk(args.k, b, key_head, cols, args.Nk, const)
+        v = load_v(args.v, b, key_head, cols, args.Nk, const)
+        top, share = load_softmax(args, b, h, rows)
+        top, share = top[:, None], share[:, None]
+        delta = load_statistic(stats.delta, args, b, h, rows)[:, None]
+        p = probabilities(q, k, top, share, args, b, h, i, j, scale, const)
+        ds = p * (value_product(do, v, const) - delta)
+        if stats.t is None:
             total += ds
         else:
-            total -= p * load_statistic(t_ptr, P, b, h, rows, 0.0)[:, None]
-            if S.HAS_X:
-                ddq = load_rows(P.ddq, b, h, rows, P.Nq, S.WIDTH, S.WIDTHS)
-                ddk = load_rows(P.ddk, b, key_head, cols, P.Nk, S.WIDTH, S.WIDTHS)
-                x = score_cotangent(ddq, k, q, ddk, P, b, h, i, j, scale, S)
-                total += ds * (x - load_statistic(x_ptr, P, b, h, rows, 0.0)[:, None])
-            if P.ddv is not None:
-                ddv = load_rows(P.ddv, b, key_head, cols, P.Nk, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-                total += p * product(do, ddv, S.VALUE_WIDTH, S)
-    at = (part * P.Nq + i) * P.Nk + j
-    tl.store(out_ptr + at, total, mask=(i < P.Nq) & (j < P.Nk))
+            total -= p * load_statistic(stats.t, args, b, h, rows)[:, None]
+            if const.HAS_DDS:
+                ddq = load_qk(args.ddq, b, h, rows, args.Nq, const)
+                ddk = load_qk(args.ddk, b, key_head, cols, args.Nk, const)
+                dds = score_cotangent(ddq, k, q, ddk, args, b, h, i, j, scale, const)
+                total += ds * (dds - load_statistic(stats.eta, args, b, h, rows)[:, None])
+            if args.ddv is not None:
+                ddv = load_v(args.ddv, b, key_head, cols, args.Nk, const)
+                total += p * value_product(do, ddv, const)
+    at = (part * args.Nq + i) * args.Nk + j
+    tl.store(out_ptr + at, total, mask=(i < args.Nq) & (j < args.Nk))
 
 
 def mask_gradient(
-    reads: Problem,
-    static: Static,
+    args: Arguments,
+    const: Constants,
     mask: Tensor,
-    delta: Tensor,
-    x: Tensor | None,
-    t: Tensor | None,
+    stats: RowStatistics,
     scale: float,
     q: Tensor,
 ) -> Tensor:
-    """dM, or gM if ``t`` is given, shaped like ``mask`` and in its dtype."""
+    """dmask, or gmask if ``stats`` has t, shaped like ``mask`` and in its dtype."""
     samples, heads = mask.shape[:2]
-    parts = allocate((samples, heads, reads.Nq, reads.Nk), delta.dtype, q)
+    parts = allocate((samples, heads, args.Nq, args.Nk), stats.delta.dtype, q)
     launch(
         "attention_mask_gradient",
-        _mask_kernel,
-        lambda c: samples * heads * cdiv(reads.Nq, c["BLOCK_M"]) * cdiv(reads.Nk, c["BLOCK_N"]),
+        attention_mask_gradient_kernel,
+        lambda c: samples * heads * cdiv(args.Nq, c["BLOCK_M"]) * cdiv(args.Nk, c["BLOCK_N"]),
         q,
-        max(static.WIDTH, static.VALUE_WIDTH),
-        reads,
+        max(const.WIDTH, const.VALUE_WIDTH),
+        args,
         parts,
-        delta,
-        x,
-        t,
+        stats,
         scale,
         heads,
         q.shape[0] if samples == 1 else 1,
         q.shape[1] if heads == 1 else 1,
-        S=chunked(static),
+        const=chunked(const),
     )
     return parts.sum_to_size(mask.shape).to(mask.dtype)

@@ -1,12 +1,15 @@
-"""What every attention kernel shares: its operands, where a program works, score tiles.
+"""What the attention kernels share: their arguments, where a program works, and score tiles.
 
 Shapes   q, o, do and their like [B, H, Nq, .]; k, v and theirs [B, Hkv, Nk, .], H = GROUP Hkv; mask
-         [B|1, H|1, Nq|1, Nk|1] with stride 0 on axes of size 1; row statistics (D, x, t) [B, H, Nq], dense, and the
-         softmax's, [B, H, 2, Nq]: the largest score and 1 / sum of exp(S − largest), (1a).
+         [B|1, H|1, Nq|1, Nk|1] with stride 0 on axes of size 1; row statistics (Δ, η, t) [B, H, Nq], dense, and
+         the softmax's, [B, H, 2, Nq]: the largest score and 1 / sum of exp(S − largest), (1a).
 Dtypes   float16, bfloat16, float32, float64; products take tiles rounded to the input's dtype and accumulate
          in ``ACC``, float32 (float64 for float64), like all statistics.
 Tiles    have query index ``i`` and key index ``j``; both arrive broadcast ([M, 1] and [1, N], or transposed), so
          that one function serves row programs [M, N] and column programs [N, M].
+Names    ``args`` Arguments, ``out`` results, ``stats`` RowStatistics, ``const`` Constants; ``b``, ``h`` sample and
+         head. ``*_qk`` is for rows of q, k and their like, of WIDTH; ``*_v`` for those of v, o and theirs, of
+         VALUE_WIDTH.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +22,7 @@ from torch import Tensor
 from ...common.dtypes import accumulation_dtype
 from ..runtime.configurations import accumulator, precision
 from ..runtime.launch import allocate, check_operand, reach, split_width
-from ..runtime.tiles import INTERPRETED, dot, dot_nt, load_split, store_split
+from ..runtime.tiles import INTERPRETED, dot, dot_nt, load_split, store_split, zeros_split
 
 MAX_WIDTH = 256
 CHUNK = tl.constexpr(16)
@@ -51,8 +54,8 @@ class Rows(NamedTuple):
     count: Any  # rows from here on are outside
 
 
-class Problem(NamedTuple):
-    """What a kernel reads; None where a rung, or a caller, has no such tensor."""
+class Arguments(NamedTuple):
+    """What a kernel reads; None where its order of differentiation, or a caller, has no such tensor."""
 
     q: Operand  # [B, H, Nq, WIDTH]
     k: Operand  # [B, H / GROUP, Nk, WIDTH]
@@ -63,16 +66,24 @@ class Problem(NamedTuple):
     Nk: int
     softmax: Any = None  # [B, H, 2, Nq], dense: (1a)
     o: Operand | None = None  # [B, H, Nq, VALUE_WIDTH]
-    do: Operand | None = None  # like o: dO
+    do: Operand | None = None  # like o
     dq: Operand | None = None  # like q, the result of (5)
-    ddq: Operand | None = None  # like q: A
-    ddk: Operand | None = None  # like k: B
-    ddv: Operand | None = None  # like v: C
-    ddmask: Operand | None = None  # like mask, additive: A_M
+    ddq: Operand | None = None  # like q
+    ddk: Operand | None = None  # like k
+    ddv: Operand | None = None  # like v
+    ddmask: Operand | None = None  # like mask, additive
     end: int = 1  # a constant after all operands: else Triton before 3.8 loses their strides of 1 behind a loop
 
 
-class Static(NamedTuple):
+class RowStatistics(NamedTuple):
+    """A number for each query, [B, H, Nq], dense: written by row programs, read by the others."""
+
+    delta: Any  # Δ of (3)
+    eta: Any = None  # η of (7); written only if HAS_DDS
+    t: Any = None  # rowsum(A) of (8)
+
+
+class Constants(NamedTuple):
     """What is known when a kernel is compiled."""
 
     WIDTH: int  # d
@@ -84,13 +95,13 @@ class Static(NamedTuple):
     INDEX: tl.dtype  # of row and key numbers: int64 where an offset inside a head needs it
     PRECISION: str  # of tl.dot
     IS_CAUSAL: bool
-    HAS_X: bool  # a cotangent feeds X of (6)
+    HAS_DDS: bool  # a cotangent feeds ddS of (6)
     CHUNKED: bool  # products over the head width go piece by piece (see ``add_product``)
 
 
-def chunked(S: Static) -> Static:
-    """For kernels whose whole float32 tiles spill even where products are made of bfloat16 ones."""
-    return S._replace(CHUNKED=S.CHUNKED or S.PRECISION == "bf16x6")
+def chunked(const: Constants) -> Constants:
+    """For kernels whose unchunked float32 tiles spill even where products are made of bfloat16 ones."""
+    return const._replace(CHUNKED=const.CHUNKED or const.PRECISION == "bf16x6")
 
 
 def operand(x: Tensor | None) -> Operand | None:
@@ -101,7 +112,7 @@ def operand(x: Tensor | None) -> Operand | None:
     return Operand(data, *[0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)])
 
 
-def problem(
+def arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -109,8 +120,8 @@ def problem(
     is_causal: bool,
     softmax: Tensor | None = None,
     **more: Tensor | None,
-) -> tuple[Problem, Static]:
-    """The arguments of a kernel, checked.
+) -> tuple[Arguments, Constants]:
+    """Check the tensors of a call and bundle them for a kernel; ``more`` are the optional fields of Arguments.
 
     Raises:
         NotImplementedError: a dtype, layout or head width without a kernel.
@@ -126,9 +137,9 @@ def problem(
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
     tensors = [x for x in (q, k, v, mask, *more.values()) if x is not None]
     farthest = max(reach(x, 2) for x in tensors)
-    width = max(q.shape[-1], v.shape[-1])
+    width = widest(q, v)
     products = precision(q, "bf16x6" if width <= UNCHUNKED_WIDTH else "tf32x3")
-    static = Static(
+    const = Constants(
         WIDTH=q.shape[-1],
         WIDTHS=split_width(q.shape[-1]),
         VALUE_WIDTH=v.shape[-1],
@@ -139,12 +150,17 @@ def problem(
         PRECISION=products,
         IS_CAUSAL=is_causal,
         CHUNKED=products == "tf32x3" or ("dq" in more and width > UNCHUNKED_WIDTH),
-        HAS_X=any(more.get(name) is not None for name in ("ddq", "ddk", "ddmask")),
+        HAS_DDS=any(more.get(name) is not None for name in ("ddq", "ddk", "ddmask")),
     )
     read = {name: operand(x) for name, x in {"q": q, "k": k, "v": v, "mask": mask, **more}.items()}
     sizes = {"H": q.shape[1], "Nq": q.shape[2], "Nk": k.shape[2]}
     softmax = None if softmax is None else softmax.contiguous()
-    return Problem(softmax=softmax, **sizes, **read), static  # pyright: ignore[reportArgumentType]
+    return Arguments(softmax=softmax, **sizes, **read), const  # pyright: ignore[reportArgumentType]
+
+
+def widest(q: Tensor, v: Tensor) -> int:
+    """The larger of the head's width and its values', by which launches are configured."""
+    return max(q.shape[-1], v.shape[-1])
 
 
 def empty_heads(like: Tensor) -> Tensor:
@@ -181,9 +197,9 @@ def program_tile(tiles, heads):
 
 
 @triton.jit
-def indices(first, BLOCK: tl.constexpr, S: tl.constexpr):
+def indices(first, BLOCK: tl.constexpr, const: tl.constexpr):
     """The BLOCK rows (or keys) from ``first`` on."""
-    return (first + tl.arange(0, BLOCK)).to(S.INDEX)
+    return (first + tl.arange(0, BLOCK)).to(const.INDEX)
 
 
 @triton.jit
@@ -194,7 +210,7 @@ def head_of(x, b, h):
 
 @triton.jit
 def load_rows(x, b, h, rows, n, WIDTH: tl.constexpr, WIDTHS: tl.constexpr):
-    """Rows of one head, zero from row ``n`` on, as Rows; None of None."""
+    """Load rows of one head, zero from row ``n`` on, as Rows; None of None."""
     if x is None:
         return  # not "return None": Triton before 3.8 makes a tensor of it
     else:
@@ -204,83 +220,117 @@ def load_rows(x, b, h, rows, n, WIDTH: tl.constexpr, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def store_rows(x, b, h, rows, n, tile, WIDTH: tl.constexpr, WIDTHS: tl.constexpr):
-    """The inverse of ``load_rows``."""
-    store_split(head_of(x, b, h), x.row, x.col, rows, rows < n, tile, WIDTH, WIDTHS)
+def load_qk(x, b, h, rows, n, const: tl.constexpr):
+    """``load_rows`` of q, k or their like."""
+    return load_rows(x, b, h, rows, n, const.WIDTH, const.WIDTHS)
 
 
 @triton.jit
-def load_statistic(ptr, P, b, h, rows, other):
-    """[rows] of a dense [B, H, Nq]; ``other`` beyond its end."""
-    return tl.load(ptr + (b * P.H + h) * P.Nq + rows, mask=rows < P.Nq, other=other)
+def load_v(x, b, h, rows, n, const: tl.constexpr):
+    """``load_rows`` of v, o or their like."""
+    return load_rows(x, b, h, rows, n, const.VALUE_WIDTH, const.VALUE_WIDTHS)
 
 
 @triton.jit
-def store_statistic(ptr, P, b, h, rows, value):
+def store_qk(x, b, h, rows, n, tile, const: tl.constexpr):
+    """The inverse of ``load_qk``."""
+    at = head_of(x, b, h)
+    store_split(at, x.row, x.col, rows, rows < n, tile, const.WIDTH, const.WIDTHS)
+
+
+@triton.jit
+def store_v(x, b, h, rows, n, tile, const: tl.constexpr):
+    """The inverse of ``load_v``."""
+    at = head_of(x, b, h)
+    store_split(at, x.row, x.col, rows, rows < n, tile, const.VALUE_WIDTH, const.VALUE_WIDTHS)
+
+
+@triton.jit
+def zeros_qk(ROWS: tl.constexpr, const: tl.constexpr):
+    """A split tile of zeros for sums of rows of q or k."""
+    return zeros_split(ROWS, const.WIDTHS, const.ACC)
+
+
+@triton.jit
+def zeros_v(ROWS: tl.constexpr, const: tl.constexpr):
+    """A split tile of zeros for sums of rows of v or o."""
+    return zeros_split(ROWS, const.VALUE_WIDTHS, const.ACC)
+
+
+@triton.jit
+def load_statistic(ptr, args, b, h, rows):
+    """Load [rows] of a dense [B, H, Nq]; 0 beyond its end."""
+    return tl.load(ptr + (b * args.H + h) * args.Nq + rows, mask=rows < args.Nq, other=0.0)
+
+
+@triton.jit
+def store_statistic(ptr, args, b, h, rows, value):
     """The inverse of ``load_statistic``."""
-    tl.store(ptr + (b * P.H + h) * P.Nq + rows, value, mask=rows < P.Nq)
+    tl.store(ptr + (b * args.H + h) * args.Nq + rows, value, mask=rows < args.Nq)
 
 
 @triton.jit
-def load_softmax(P, b, h, rows):
+def load_softmax(args, b, h, rows):
     """(1a): the largest score and the share of each of ``rows``; plus infinity and 0 beyond the end."""
-    at = P.softmax + 2 * (b * P.H + h) * P.Nq + rows
-    top = tl.load(at, mask=rows < P.Nq, other=float("inf"))
-    return top, tl.load(at + P.Nq, mask=rows < P.Nq, other=0.0)
+    at = args.softmax + 2 * (b * args.H + h) * args.Nq + rows
+    top = tl.load(at, mask=rows < args.Nq, other=float("inf"))
+    return top, tl.load(at + args.Nq, mask=rows < args.Nq, other=0.0)
 
 
 @triton.jit
-def store_softmax(ptr, P, b, h, rows, top, share):
+def store_softmax(ptr, args, b, h, rows, top, share):
     """The inverse of ``load_softmax``."""
-    at = ptr + 2 * (b * P.H + h) * P.Nq + rows
-    tl.store(at, top, mask=rows < P.Nq)
-    tl.store(at + P.Nq, share, mask=rows < P.Nq)
+    at = ptr + 2 * (b * args.H + h) * args.Nq + rows
+    tl.store(at, top, mask=rows < args.Nq)
+    tl.store(at + args.Nq, share, mask=rows < args.Nq)
 
 
 @triton.jit
-def row_delta(P, R_delta, do, b, h, rows, S: tl.constexpr):
-    """(3): D = rowsum(do ∘ o) of a row tile, [rows]; also written to ``R_delta`` for other programs."""
-    o = load_rows(P.o, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    delta = tl.zeros([rows.shape[0]], S.ACC)
-    for i in tl.static_range(len(S.VALUE_WIDTHS)):
-        delta += tl.sum(o.tile[i].to(S.ACC) * do.tile[i].to(S.ACC), 1)
-    store_statistic(R_delta, P, b, h, rows, delta)
+def row_delta(args, stats, do, b, h, rows, const: tl.constexpr):
+    """(3): Δ = rowsum(dO ∘ O) of a row tile, [rows]; also written to ``stats`` for other programs."""
+    o = load_v(args.o, b, h, rows, args.Nq, const)
+    delta = tl.zeros([rows.shape[0]], const.ACC)
+    for i in tl.static_range(len(const.VALUE_WIDTHS)):
+        delta += tl.sum(o.tile[i].to(const.ACC) * do.tile[i].to(const.ACC), 1)
+    store_statistic(stats.delta, args, b, h, rows, delta)
     return delta
 
 
 @triton.jit
-def few_delta(P, delta_ptr, do, b, h, rows, S: tl.constexpr):
-    """``row_delta`` summed as dP is: where one key takes all, o is its v, and dP − D is 0 to the last bit."""
-    o = load_rows(P.o, b, h, rows, P.Nq, S.VALUE_WIDTH, S.VALUE_WIDTHS)
-    every = product(do, o, S.VALUE_WIDTH, S)
-    delta = tl.sum(tl.where(rows[:, None] == rows[None, :], every, 0.0), 1)
-    store_statistic(delta_ptr, P, b, h, rows, delta)
-    return delta
+def row_delta_of_few_queries(args, stats, do, b, h, rows, const: tl.constexpr):
+    """``row_delta`` summed in the order of dP.
 
-
-@triton.jit
-def product(x, y, WIDTH: tl.constexpr, S: tl.constexpr):
-    """x yᵀ of two Rows of ``WIDTH`` columns: [rows of x, rows of y]."""
-    acc = tl.zeros([x.index.shape[0], y.index.shape[0]], S.ACC)
-    return add_product(acc, x, y, WIDTH, S)
-
-
-@triton.jit
-def add_product(acc, x, y, WIDTH: tl.constexpr, S: tl.constexpr):
-    """acc + x yᵀ.
-
-    S.CHUNKED reads both operands again, CHUNK columns at a time, from the L1 cache: where a loop's tiles do not
-    fit the registers. Three TF32 products split an operand in two; a double backward's loop has seven of them.
+    Where one key has all the weight, o is its v, and dP − Δ is exactly 0.
     """
-    if S.CHUNKED:
+    o = load_v(args.o, b, h, rows, args.Nq, const)
+    products = value_product(do, o, const)
+    delta = tl.sum(tl.where(rows[:, None] == rows[None, :], products, 0.0), 1)
+    store_statistic(stats.delta, args, b, h, rows, delta)
+    return delta
+
+
+@triton.jit
+def value_product(x, y, const: tl.constexpr):
+    """x yᵀ of rows of o and v or their like, as dP = dO Vᵀ: [rows of x, rows of y]."""
+    acc = tl.zeros([x.index.shape[0], y.index.shape[0]], const.ACC)
+    return add_product(acc, x, y, const.VALUE_WIDTH, const)
+
+
+@triton.jit
+def add_product(acc, x, y, WIDTH: tl.constexpr, const: tl.constexpr):
+    """acc + x yᵀ of two Rows of WIDTH columns.
+
+    Where CHUNKED, both are read again from the L1 cache, CHUNK columns at a time: for loops whose tiles do not fit the
+    registers. Three TF32 products split an operand in two; a double backward's loop has seven of them.
+    """
+    if const.CHUNKED:
         for start in range(0, WIDTH, CHUNK):
             cols = start + tl.arange(0, CHUNK)
-            acc = dot(
-                _columns(x, cols, WIDTH), tl.trans(_columns(y, cols, WIDTH)), acc, S.PRECISION
-            )
+            x_part, y_part = _columns(x, cols, WIDTH), _columns(y, cols, WIDTH)
+            acc = dot(x_part, tl.trans(y_part), acc, const.PRECISION)
         return acc
     else:
-        return dot_nt(x.tile, y.tile, acc, S.PRECISION)
+        return dot_nt(x.tile, y.tile, acc, const.PRECISION)
 
 
 @triton.jit
@@ -297,40 +347,40 @@ def mask_tile(mask, b, h, i, j, inside):
 
 
 @triton.jit
-def scores(x, y, P, b, h, i, j, scale, S: tl.constexpr):
-    """(1): S = s x yᵀ + M, minus infinity where a query may not look or no pair (i, j) exists.
+def scores(x, y, args, b, h, i, j, scale, const: tl.constexpr):
+    """(1): S = scale x yᵀ + mask, minus infinity where a query may not look or no pair (i, j) exists.
 
     ``x, y`` are q and k, or k and q for a transposed tile.
     """
-    s = product(x, y, S.WIDTH, S) * scale
-    inside = (i < P.Nq) & (j < P.Nk)
-    if P.mask is not None:
-        tile = mask_tile(P.mask, b, h, i, j, inside)
-        if P.mask.ptr.dtype.element_ty == tl.uint8:
+    s = tl.zeros([x.index.shape[0], y.index.shape[0]], const.ACC)
+    s = add_product(s, x, y, const.WIDTH, const) * scale
+    inside = (i < args.Nq) & (j < args.Nk)
+    if args.mask is not None:
+        tile = mask_tile(args.mask, b, h, i, j, inside)
+        if args.mask.ptr.dtype.element_ty == tl.uint8:
             inside = inside & (tile != 0)
         else:
-            s += tile.to(S.ACC)
-    if S.IS_CAUSAL:
+            s += tile.to(const.ACC)
+    if const.IS_CAUSAL:
         inside = inside & (j <= i)
     return tl.where(inside, s, float("-inf"))
 
 
 @triton.jit
-def probabilities(x, y, top, share, P, b, h, i, j, scale, S: tl.constexpr):
-    """(1a): exp(S − top) share; zero wherever S is minus infinity or ``top`` plus infinity. Both are broadcast.
+def probabilities(x, y, top, share, args, b, h, i, j, scale, const: tl.constexpr):
+    """(1a): P = exp(S − top) share; zero wherever S is minus infinity or ``top`` plus infinity. Both are broadcast.
 
-    The difference first: where one key takes all and S was summed in the order of the forward's (S.CHUNKED may sum in
-    another), it is 0 and P exactly 1.
+    Subtract before exponentiating. If one key has all the weight and S was summed in the same order as in the forward,
+    S − top is exactly 0 and P exactly 1. (Where CHUNKED, the order may differ.)
     """
-    return tl.exp(scores(x, y, P, b, h, i, j, scale, S) - top) * share
+    return tl.exp(scores(x, y, args, b, h, i, j, scale, const) - top) * share
 
 
 @triton.jit
-def whole_probabilities(q, k, top, P, b, h, i, j, scale, S: tl.constexpr):
-    """(1a) of a tile that holds all keys of its rows: the sum is its own, whatever order S was summed in."""
-    p = tl.exp(scores(q, k, P, b, h, i, j, scale, S) - top)
-    total = tl.sum(p, 1)
-    return p * share_of(total)[:, None]
+def probabilities_of_all_keys(q, k, top, args, b, h, i, j, scale, const: tl.constexpr):
+    """(1a) of a tile that holds all keys of its rows: divided by its own sum, in whatever order S was summed."""
+    p = tl.exp(scores(q, k, args, b, h, i, j, scale, const) - top)
+    return p * share_of(tl.sum(p, 1))[:, None]
 
 
 @triton.jit
@@ -340,35 +390,36 @@ def share_of(total):
 
 
 @triton.jit
-def score_cotangent(a, k, q, b_k, P, b, h, i, j, scale, S: tl.constexpr):
-    """(6): X = s (A Kᵀ + Q Bᵀ) + A_M at queries ``i`` and keys ``j``; an absent cotangent costs nothing.
+def score_cotangent(ddq, k, q, ddk, args, b, h, i, j, scale, const: tl.constexpr):
+    """(6): ddS = scale (ddQ Kᵀ + Q ddKᵀ) + ddmask at queries ``i`` and keys ``j``; an absent cotangent costs nothing.
 
-    ``a, k, q, b_k`` are the Rows of A, K, Q, B; for a transposed tile Xᵀ those of K, A, B, Q.
+    For a transposed tile the four Rows are k, ddq, ddk, q.
     """
-    x = tl.zeros((i + j).shape, S.ACC)
-    if P.ddq is not None:
-        x = add_product(x, a, k, S.WIDTH, S)
-    if P.ddk is not None:
-        x = add_product(x, q, b_k, S.WIDTH, S)
-    x *= scale
-    if P.ddmask is not None:
-        x += mask_tile(P.ddmask, b, h, i, j, (i < P.Nq) & (j < P.Nk)).to(S.ACC)
-    return x
+    dds = tl.zeros((i + j).shape, const.ACC)
+    if args.ddq is not None:
+        dds = add_product(dds, ddq, k, const.WIDTH, const)
+    if args.ddk is not None:
+        dds = add_product(dds, q, ddk, const.WIDTH, const)
+    dds *= scale
+    if args.ddmask is not None:
+        inside = (i < args.Nq) & (j < args.Nk)
+        dds += mask_tile(args.ddmask, b, h, i, j, inside).to(const.ACC)
+    return dds
 
 
 @triton.jit
-def last_key(tile, P, BLOCK_M: tl.constexpr, S: tl.constexpr):
+def last_key(tile, args, BLOCK_M: tl.constexpr, const: tl.constexpr):
     """One past the last key that the rows of a tile may see."""
-    if S.IS_CAUSAL:
-        return tl.minimum(P.Nk, (tile + 1) * BLOCK_M)
+    if const.IS_CAUSAL:
+        return tl.minimum(args.Nk, (tile + 1) * BLOCK_M)
     else:
-        return P.Nk
+        return args.Nk
 
 
 @triton.jit
-def first_row_tile(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, S: tl.constexpr):
+def first_row_tile(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, const: tl.constexpr):
     """The first row tile that may see a key of key tile ``tile``."""
-    if S.IS_CAUSAL:
+    if const.IS_CAUSAL:
         return tile * BLOCK_N // BLOCK_M
     else:
         return tile * 0

@@ -100,7 +100,7 @@ _SEES_CONSTANTS = INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2
 
 
 def _known(constant: Any) -> Any:
-    """A kernel's ``Static``, each value marked as a constant: Triton before 3.8 does not see that they are."""
+    """A kernel's ``Constants``, each value marked as a constant: Triton before 3.8 does not see that they are."""
     return constant if _SEES_CONSTANTS or not hasattr(constant, "_fields") else _marked(constant)
 
 

@@ -1,0 +1,58 @@
+"""What the benchmarks compare with: PyTorch's own operators in place of ours, and the published way to the penalty."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+import diversevit_fast as dvf
+from diversevit_fast.models import DiverseViT
+
+
+class Stock(TorchFunctionMode):
+    """Runs PyTorch's operators where a model calls ours: what plain training uses."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is dvf.attention:
+            return self.attention(*args[:3])
+        if func is dvf.gelu:
+            return F.gelu(args[0], approximate=kwargs.get("approximate", "none"))
+        if func is dvf.layer_norm:
+            return F.layer_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class TwiceDifferentiableStock(Stock):
+    """The same with unfused attention, the only one of PyTorch's that has a double backward."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v)
+
+
+def published_penalty(model: DiverseViT, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits and the last layer's penalty, by one backward pass per head with the other heads masked."""
+    attention: Any = model.blocks[-1].attn
+    seen: dict[str, Tensor] = {}
+    handle = attention.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
+    with TwiceDifferentiableStock(), dvf.capture_heads(model, layers="last") as heads:
+        logits = model(images)
+    handle.remove()
+    (g,) = torch.autograd.grad(logits.max(-1).values.sum(), heads[0], create_graph=True)
+    alone = torch.eye(g.shape[1], device=g.device)
+    u = torch.stack(
+        [
+            torch.autograd.grad(heads[0], seen["x"], g * mask[:, None, None], create_graph=True)[0]
+            for mask in alone
+        ],
+        2,
+    )
+    unit = F.normalize(u, dim=-1, eps=1e-12)
+    return logits, ((unit @ unit.mT) * (1 - alone)).square().mean()
