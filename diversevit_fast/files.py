@@ -17,7 +17,12 @@ from .errors import UsageError, usage_error
 
 StrPath = str | os.PathLike[str]
 _TEMPORARY = ".tmp"
-_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}  # a file system without it
+_NO_SYNC = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EBADF,
+}  # raised by file systems without fsync
 
 
 class FileError(UsageError):
@@ -37,14 +42,14 @@ def writing(path: StrPath) -> Iterator[None]:
     Raises:
         FileError: writing failed (permission, a full disk, a limit), or memory ran out.
     """
-    with _said(path, "a place that can be written"):
+    with _file_errors(path, "a place that can be written"):
         yield
 
 
 @contextmanager
 def reading(path: StrPath) -> Iterator[None]:
     """Do the same as ``writing`` for a file that is read."""
-    with _said(path, "a file that can be read"):
+    with _file_errors(path, "a file that can be read"):
         yield
 
 
@@ -76,7 +81,7 @@ def there(path: StrPath) -> bool:
     Raises:
         FileError: the system does not allow to look.
     """
-    with _said(path, "a place that can be looked into"):
+    with _file_errors(path, "a place that can be looked into"):
         try:
             os.lstat(path)
         except FileNotFoundError:
@@ -90,7 +95,7 @@ def names_in(folder: StrPath) -> list[str]:
     Raises:
         FileError: the folder cannot be read.
     """
-    with _said(folder, "a folder that can be read"):
+    with _file_errors(folder, "a folder that can be read"):
         return sorted(os.listdir(folder))
 
 
@@ -173,7 +178,7 @@ def _new_file(folder: Path) -> tuple[Path, int]:
 
 
 @contextmanager
-def _said(path: StrPath, wanted: str) -> Iterator[None]:
+def _file_errors(path: StrPath, wanted: str) -> Iterator[None]:
     try:
         yield
     except OSError as failure:

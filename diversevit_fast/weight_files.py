@@ -15,7 +15,13 @@ from torch import Tensor
 from .errors import UsageError, require, usage_error
 from .files import StrPath, read_bytes, reading, there, write_atomically
 
-_BROKEN = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # no header
+_BROKEN = (
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)  # raised by a broken header
 _CHECKSUM, _KIND = "checksum", "sha256:"
 
 
@@ -75,7 +81,7 @@ def read_tensors(path: StrPath, hint: str) -> tuple[dict[str, str], dict[str, Te
     try:
         header, body = _parts(data)
         metadata = dict(header.get("__metadata__", {}))
-        with reading(path):  # too little memory is not the file's fault
+        with reading(path):  # running out of memory says nothing about the file
             tensors = dict(sorted(torch_safetensors.load(data).items()))
     except UsageError:
         raise

@@ -37,9 +37,7 @@ class AttentionLayer:
     module: Any
     projections: tuple[Projection, ...]
     output: nn.Linear | None  # the output projection [D, H d], where it is known
-    query_reads: str = (
-        "all"  # queries are made of "all" tokens of its input, the "first", or "another" tensor
-    )
+    query_reads: str = "all"  # its queries read "all" tokens, the "first", or "another" tensor
 
     @property
     def num_heads(self) -> int:

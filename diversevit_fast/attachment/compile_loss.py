@@ -63,7 +63,10 @@ def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Lo
         raise usage_error(
             "fullgraph", "nothing", options["fullgraph"], "a loss is always one graph"
         )
-    from torch._dynamo import config, exc  # a second of import that only compilers need
+    from torch._dynamo import (
+        config,
+        exc,
+    )  # imported here: it takes a second, and only compiled losses need it
 
     compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, **options)
 
@@ -116,7 +119,7 @@ def _reason(failure: Exception) -> str:
     """The part of a compiler's message that says what happened."""
     text = str(failure)
     head, _, rest = text.partition("\n")
-    inner = getattr(failure, "inner_exception", None)  # of the compiler's backend
+    inner = getattr(failure, "inner_exception", None)  # the error of the compiler's backend
     if inner is not None:
         said = next((line for line in str(inner).splitlines() if line.strip()), "")
         return f"{head} {type(inner).__name__}: {said or 'no message'}{_hint_for(said)}"
@@ -126,8 +129,8 @@ def _reason(failure: Exception) -> str:
     return f"{head} {rest.strip().partition(chr(10))[0]}" if head.rstrip().endswith(":") else head
 
 
-def _hint_for(said: str) -> str:
-    if re.search(r"derivative for aten::_\w*scaled_dot_product\w* is not implemented", said):
+def _hint_for(message: str) -> str:
+    if re.search(r"derivative for aten::_\w*scaled_dot_product\w* is not implemented", message):
         return (
             "; PyTorch's own attention has no second derivative: enter HeadDiversity inside fn around the "
             "model's call, or use dvf.attention"

@@ -20,7 +20,7 @@ def whole_number(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
-    except (TypeError, RuntimeError):  # RuntimeError: of a tensor without data
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor without data
         return None
 
 

@@ -84,7 +84,7 @@ def is_watched(module: nn.Module, dropout_p: float | None = None) -> bool:
     """
     if vars(module).get("fused_attn", getattr(plain_class(module), "fused_attn", True)):
         return False
-    bias = getattr(module, "rel_pos", None)  # fused, only its table is read
+    bias = getattr(module, "rel_pos", None)  # fused attention reads its table without calling it
     if isinstance(bias, nn.Module) and is_hooked([bias]):
         raise UnsupportedError(
             f"model: a {type(module).__name__} with fused_attn=False has a hook on its rel_pos, which would "

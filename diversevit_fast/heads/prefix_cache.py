@@ -149,7 +149,7 @@ class PrefixCache(Attachment):
             self._past = True
         else:
             heads = self._heads
-            if isinstance(attend, Unfused):  # somebody wants to see it
+            if isinstance(attend, Unfused):  # its weights are watched, so they are computed again
                 heads = attend(*qkv, **options)
             if heads is None or self._next < len(self._calls):
                 raise _another_order(layer.name)
@@ -196,7 +196,7 @@ class PrefixCache(Attachment):
             self._keeping = None
         kept = _Recorded.of(output)
         if kept is None or self._past or not given.same((args, kwargs)):
-            self._not_kept.add(module)  # found out too late to record what is inside
+            self._not_kept.add(module)  # too late to record the modules inside it
             self._void = True
         else:
             self._calls.append(_Call(module, kept))

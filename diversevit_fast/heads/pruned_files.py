@@ -163,7 +163,7 @@ def _measure(model: nn.Module, named: list[int], images: Tensor) -> list[tuple[s
     """Count (name, parameters, FLOPs) of the whole model and of the layers named."""
     root = type(model).__name__
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
-    # with a function mode active PyTorch takes no fast path whose products would not be counted
+    # inside a function mode PyTorch does not take its fast path, whose products are not counted
     with torch.no_grad(), BaseTorchFunctionMode(), counter:
         model(images)
     found = counter.get_flop_counts()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations, product
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..errors import usage_error
 from ..ops.checks import check_choice
 from .loader_batches import Batch, class_indices, group_names, split_batch
 from .prefix_cache import PrefixCache
+from .scores import SCORES, CallableScore, Predictions, ThresholdedConfidence, WorstGroup
 
 Score = (
     Literal["accuracy", "worst_group", "confidence", "atc"]
@@ -92,7 +93,7 @@ def select_heads(
     """
     check_choice("search", search, ("single", "greedy", "exhaustive"))
     if not callable(score):
-        check_choice("score", score, tuple(_TALLIES))
+        check_choice("score", score, tuple(SCORES))
     model = unwrap(model)
     chosen = choose_layers(model, layers)
     evaluate = _Evaluation(model, chosen, loader, reference_loader, score, search == "greedy")
@@ -137,7 +138,7 @@ def _greedy(layers: Sequence[AttentionLayer], evaluate: "_Evaluation") -> list[H
         ]
         if path:
             found = evaluate(steps)
-        else:  # all heads: the same run of the loader
+        else:  # the start (all heads) is scored in the same run of the loader
             whole, *others = steps or [[]]
             start, *found = evaluate([[kept, *whole], *others])
             path.append(start)
@@ -164,10 +165,10 @@ class _Evaluation:
         several: bool,
     ):
         self._model, self._loader, self._reference = model, loader, reference
-        self._tally: Any = partial(_Logits, score) if callable(score) else _TALLIES[score]
+        self._tally: Any = partial(CallableScore, score) if callable(score) else SCORES[score]
         self._labelled = callable(score) or score in ("accuracy", "worst_group")
         self._grouped = callable(score) or score == "worst_group"
-        if (reference is not None) != (self._tally is _ThresholdedConfidence):
+        if (reference is not None) != (self._tally is ThresholdedConfidence):
             wanted, got = (
                 ("labelled in-distribution data for score='atc'", "none")
                 if reference is None
@@ -235,15 +236,7 @@ class _Evaluation:
         labels = class_indices(batch.labels, batch.size)
         if not self._grouped or batch.groups is None:
             return labels, None
-        return labels, group_names(batch.groups, batch.size, named=self._tally is _WorstGroup)
-
-
-class Predictions(NamedTuple):
-    """The logits of one batch with its labels and groups, on the CPU."""
-
-    logits: Tensor  # [b, classes]
-    labels: Tensor | None  # [b]
-    groups: Tensor | list[str] | None  # [b]
+        return labels, group_names(batch.groups, batch.size, named=self._tally is WorstGroup)
 
 
 def _logits(output: Any) -> Tensor:
@@ -267,89 +260,3 @@ def _check(batch: Predictions) -> None:
     if labels is not None and count and not 0 <= labels.min() <= labels.max() < classes:
         got = f"{int(labels.min())} to {int(labels.max())}"
         raise usage_error("labels", f"class indices from 0 to {classes - 1}", got, "check the data")
-
-
-class _Accuracy:
-    def __init__(self) -> None:
-        self._hits = self._seen = 0
-
-    def add(self, batch: Predictions) -> None:
-        self._hits += int((batch.logits.argmax(-1) == batch.labels).sum())
-        self._seen += len(batch.logits)
-
-    def value(self) -> float:
-        return self._hits / self._seen
-
-
-class _WorstGroup:
-    def __init__(self) -> None:
-        self._groups: dict[Any, _Accuracy] = {}
-
-    def add(self, batch: Predictions) -> None:
-        if batch.groups is None or batch.labels is None:
-            hint = "let the loader yield (images, labels, groups)"
-            raise usage_error("loader", "groups for score='worst_group'", "none", hint)
-        names = batch.groups if isinstance(batch.groups, list) else batch.groups.tolist()
-        for group in dict.fromkeys(names):
-            here = torch.tensor([name == group for name in names])
-            tally = self._groups.setdefault(group, _Accuracy())
-            tally.add(Predictions(batch.logits[here], batch.labels[here], None))
-
-    def value(self) -> float:
-        return min(tally.value() for tally in self._groups.values())
-
-
-class _Confidence:
-    def __init__(self) -> None:
-        self._confidences: list[Tensor] = []
-
-    def add(self, batch: Predictions) -> None:
-        self._confidences.append(_confidence(batch.logits))
-
-    def value(self) -> float:
-        return float(torch.cat(self._confidences).mean())
-
-
-class _ThresholdedConfidence(_Confidence):
-    def __init__(self) -> None:
-        super().__init__()
-        self._references: list[Tensor] = []
-        self._wrong = 0
-
-    def refer(self, batch: Predictions) -> None:
-        self._references.append(_confidence(batch.logits))
-        self._wrong += int((batch.logits.argmax(-1) != batch.labels).sum())
-
-    def value(self) -> float:
-        ascending = torch.cat(self._references).sort().values
-        if self._wrong == len(ascending):  # no confidence is enough
-            return 0.0
-        threshold = ascending[self._wrong]  # as many are below as are wrong
-        return float((torch.cat(self._confidences) >= threshold).double().mean())
-
-
-class _Logits:
-    """The tally of a callable score, which takes all logits at once."""
-
-    def __init__(self, score: Callable[[Tensor, Tensor, Tensor | None], float]):
-        self._score, self._batches = score, []
-
-    def add(self, batch: Predictions) -> None:
-        self._batches.append(batch)
-
-    def value(self) -> float:
-        logits, labels, groups = zip(*self._batches, strict=True)
-        joined = None if any(g is None for g in groups) else torch.cat(groups)
-        return float(self._score(torch.cat(logits), torch.cat(labels), joined))
-
-
-def _confidence(logits: Tensor) -> Tensor:
-    return logits.double().softmax(-1).amax(-1)
-
-
-_TALLIES = {
-    "accuracy": _Accuracy,
-    "worst_group": _WorstGroup,
-    "confidence": _Confidence,
-    "atc": _ThresholdedConfidence,
-}

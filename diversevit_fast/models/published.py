@@ -165,5 +165,5 @@ def _patch_size(image_size: Sequence[int], patches: int) -> int:
         if fits and height % side == width % side == 0:
             return side
     except (TypeError, ValueError):
-        pass  # not a pair of integers: the same mistake
+        pass  # not a pair of integers: the same error as below
     raise usage_error("image_size", wanted, repr(image_size), "pass the size it was trained on")

@@ -50,7 +50,7 @@ class HeadDiversity(Attachment):
     * ``every=k``: the penalty every k-th step, times k. A step is one entry of the ``with`` block with
       gradients enabled; training or eval mode does not matter, and each micro-batch of an accumulated
       gradient is one. The first step has the penalty. In between the ``with`` block does nothing at all,
-      and ``penalty`` is a constant zero, as often as it is asked.
+      and ``penalty`` returns a constant zero, any number of times.
     * ``fraction=f``: the penalty of ``round(f * B)`` samples, at least one, drawn anew in each ``with``
       block: the mean over all draws is the full penalty, and so is the gradient's. From the lowest
       chosen layer's block up the drawn samples run separately from the others, which run as without

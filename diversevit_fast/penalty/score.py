@@ -45,7 +45,7 @@ def prediction_score(logits: Tensor, target: Target) -> Tensor:
 
 
 def _may_be_read(x: Tensor) -> bool:
-    """Whether Python may branch on values of ``x``: not while Dynamo or a CUDA graph records."""
+    """True if Python may branch on values of ``x``: not while Dynamo or a CUDA graph records."""
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
     return not torch.compiler.is_compiling() and not capturing
 
