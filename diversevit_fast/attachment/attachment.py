@@ -351,7 +351,7 @@ def _around(outer: Wrapper, inner: Wrapper) -> Wrapper:
 def _refuse_broken_graph() -> None:
     """Refuse to be entered by a compiled function outside its graph, or in a graph not of ``compile_loss``."""
     if torch.compiler.is_compiling():
-        broken = not torch._dynamo.config.trace_autograd_ops
+        broken = not getattr(torch._dynamo.config, "trace_autograd_ops", False)  # not in 2.10
     else:
         broken = callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())  # pyright: ignore
     if broken:

@@ -51,10 +51,10 @@ def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Lo
     Raises:
         UsageError: ``fn`` is a model or no function; ``fullgraph`` is given; at a call, what this library
             raises inside ``fn``.
-        UnsupportedError: at a call, what cannot be in the graph, in one line: ``HeadDiversity`` with
-            ``every`` or ``fraction``, a frozen model up to the regularised layer, checkpointing of that
-            layer, ``dvf.nn.HeadPenalty``, Python that Dynamo cannot trace, too many shapes. Also a
-            call while a context of this library is entered.
+        UnsupportedError: PyTorch is older than 2.14. At a call, what cannot be in the graph, in one line:
+            ``HeadDiversity`` with ``every`` or ``fraction``, a frozen model up to the regularised layer,
+            checkpointing of that layer, ``dvf.nn.HeadPenalty``, Python that Dynamo cannot trace, too
+            many shapes. Also a call while a context of this library is entered.
     """
     if not callable(fn) or isinstance(fn, torch.nn.Module):
         hint = "pass lambda model, images, labels: ..., the penalty included"
@@ -63,10 +63,13 @@ def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Lo
         raise usage_error(
             "fullgraph", "nothing", options["fullgraph"], "a loss is always one graph"
         )
-    from torch._dynamo import (
-        config,
-        exc,
-    )  # imported here: it takes a second, and only compiled losses need it
+    if torch.__version__ < "2.14":  # TorchVersion compares numbers, not characters
+        raise UnsupportedError(
+            "compile_loss: needs PyTorch 2.14, whose compiler traces torch.autograd.grad and enters a "
+            f"context that was made outside the graph; this is {torch.__version__}"
+        )
+    # here, since importing it takes a second and only compiled losses need it
+    from torch._dynamo import config, exc
 
     compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, **options)
 

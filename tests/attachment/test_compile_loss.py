@@ -2,17 +2,20 @@
 
 import copy
 import functools
+import re
 import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from tests.attachment.test_zoo import made
+from tests.helpers.versions import compiles_losses
 from tests.helpers.vits import (
     VITS,
     assert_same,
@@ -67,6 +70,7 @@ OPTIONS = [
 LIBRARIES = ("HF ViT", "torchvision ViT", "open_clip ViT", "timm EVA-02", "timm SigLIP")
 
 
+@compiles_losses
 class TestRight:
     @pytest.mark.parametrize("name", LIBRARIES)
     def test_other_libraries(self, name):
@@ -230,17 +234,19 @@ def refused(kind, match, fn, *args):
     assert "\n" not in str(failure.value)
 
 
-class TestRefused:
-    def batch(self, model):
-        images = images_for(model, 4)
-        return model, images, labels_for(images)
+def batch_for(model):
+    images = images_for(model, 4)
+    return model, images, labels_for(images)
 
+
+@compiles_losses
+class TestRefused:
     @pytest.mark.parametrize("options", [{"every": 2}, {"fraction": 0.5}], ids=str)
     def test_amortised_penalties(self, options):
         model = diverse_vit()
         loss = compiled_loss(loss_of(dvf.HeadDiversity(model, **options)))
         for _ in range(2):
-            refused(UnsupportedError, r"^every, fraction: not available", loss, *self.batch(model))
+            refused(UnsupportedError, r"^every, fraction: not available", loss, *batch_for(model))
 
     def test_a_context_entered_outside(self):
         model = diverse_vit()
@@ -253,9 +259,9 @@ class TestRefused:
         loss = compiled_loss(fn)
         with diversity:
             refused(
-                UnsupportedError, r"called inside `with HeadDiversity`", loss, *self.batch(model)
+                UnsupportedError, r"called inside `with HeadDiversity`", loss, *batch_for(model)
             )
-        refused(UsageError, "logits computed under this context", loss, *self.batch(model))
+        refused(UsageError, "logits computed under this context", loss, *batch_for(model))
 
     def test_head_penalty_module(self):
         """It reads the module's last eager run, which a graph has not: never a stale or dropped one."""
@@ -268,30 +274,30 @@ class TestRefused:
             return F.cross_entropy(logits, labels) + penalty(score, model.blocks[-1].attn)
 
         loss = compiled_loss(fn)
-        refused(UnsupportedError, "HeadPenalty: reads", loss, *self.batch(model))
+        refused(UnsupportedError, "HeadPenalty: reads", loss, *batch_for(model))
         alive = model(images_for(model, 4))
-        refused(UnsupportedError, "HeadPenalty: reads", loss, *self.batch(model))
+        refused(UnsupportedError, "HeadPenalty: reads", loss, *batch_for(model))
         assert alive.requires_grad
 
     def test_a_frozen_model_up_to_the_layer(self):
         model = diverse_vit().requires_grad_(False)
         model.head.requires_grad_(True)
         loss = compiled_loss(loss_of(dvf.HeadDiversity(model)))
-        refused(UnsupportedError, r"cannot be one graph.*requires_grad_", loss, *self.batch(model))
+        refused(UnsupportedError, r"cannot be one graph.*requires_grad_", loss, *batch_for(model))
 
     def test_a_checkpointed_layer(self):
         model = timm_vit(global_pool="avg").train()
         model.set_grad_checkpointing()
         loss = compiled_loss(loss_of(dvf.HeadDiversity(model)))
-        refused(UsageError, "logits that do not depend on blocks.2.attn", loss, *self.batch(model))
+        refused(UsageError, "logits that do not depend on blocks.2.attn", loss, *batch_for(model))
 
     def test_no_gradients_and_another_model(self):
         model = diverse_vit()
         loss = compiled_loss(loss_of(dvf.HeadDiversity(model)))
         with torch.no_grad():
-            refused(UsageError, "logits: expected a tensor with a graph", loss, *self.batch(model))
+            refused(UsageError, "logits: expected a tensor with a graph", loss, *batch_for(model))
         clone = copy.deepcopy(model)
-        refused(UsageError, "logits computed under this context", loss, *self.batch(clone))
+        refused(UsageError, "logits computed under this context", loss, *batch_for(clone))
 
     def test_python_the_graph_cannot_hold(self):
         model = diverse_vit()
@@ -302,7 +308,7 @@ class TestRefused:
 
         loss = compiled_loss(fn)
         match = r"^compile_loss: cannot be one graph \(at .*test_compile_loss.py:\d+\).*print"
-        refused(UnsupportedError, match, loss, *self.batch(model))
+        refused(UnsupportedError, match, loss, *batch_for(model))
 
     @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
     @pytest.mark.filterwarnings("ignore:.*Error detected in:UserWarning")
@@ -319,7 +325,7 @@ class TestRefused:
             f"backend='{backend}' raised: RuntimeError: derivative for aten::_scaled_dot_product"
         )
         loss = dvf.compile_loss(fn, backend=backend)
-        refused(UnsupportedError, rf"{match}.* use dvf\.attention$", loss, *self.batch(model))
+        refused(UnsupportedError, rf"{match}.* use dvf\.attention$", loss, *batch_for(model))
 
     FAILURES = {
         "lines": (ValueError("first\nsecond"), "ValueError: first$"),
@@ -339,7 +345,7 @@ class TestRefused:
 
         loss = dvf.compile_loss(fn, backend=backend)
         match = f"^compile_loss: cannot be one graph: backend='backend' raised: +{match}"
-        refused(UnsupportedError, match, loss, *self.batch(diverse_vit()))
+        refused(UnsupportedError, match, loss, *batch_for(diverse_vit()))
 
     RAISED = {
         "of one's own": (ValueError, "mine\ntwo 'lines'", r"it raises ValueError\(.mine"),
@@ -355,26 +361,41 @@ class TestRefused:
             raise error(said)
 
         match = rf"^compile_loss: cannot be one graph \(at .*\): {match}"
-        refused(UnsupportedError, match, compiled_loss(fn), *self.batch(diverse_vit()))
+        refused(UnsupportedError, match, compiled_loss(fn), *batch_for(diverse_vit()))
 
     def test_too_many_shapes(self):
         model = diverse_vit()
-        _, images, labels = self.batch(model)
+        _, images, labels = batch_for(model)
         loss = compiled_loss(loss_of(dvf.HeadDiversity(model)), dynamic=False)
         with torch._dynamo.config.patch(recompile_limit=1):
             loss(model, images, labels)
             match = "compiled too often for other shapes"
             refused(UnsupportedError, match, loss, model, images[:3], labels[:3])
 
-    @pytest.mark.parametrize("options", [{}, {"fullgraph": True}], ids=str)
+
+class TestRefusedByEveryVersion:
     @pytest.mark.parametrize("vit", [diverse_vit, timm_vit])
-    def test_torch_compile_of_the_loss_without_the_switch(self, vit, options):
+    def test_torch_compile_of_the_loss_without_the_switch(self, vit):
         """Not our function, but our context: loud, before a penalty could be dropped."""
         model = vit()
-        loss = torch.compile(loss_of(dvf.HeadDiversity(model)), backend="aot_eager", **options)
-        error = torch._dynamo.exc.Unsupported if options else UnsupportedError
-        with pytest.raises(error, match=r"use dvf\.compile_loss"):
-            loss(*self.batch(model))
+        loss = torch.compile(loss_of(dvf.HeadDiversity(model)), backend="aot_eager")
+        with pytest.raises(UnsupportedError, match=r"use dvf\.compile_loss"):
+            loss(*batch_for(model))
+
+    @pytest.mark.parametrize("vit", [diverse_vit, timm_vit])
+    def test_one_graph_without_the_switch(self, vit):
+        """Before 2.14 the compiler itself refuses the context."""
+        model, old = vit(), torch.__version__ < (2, 14)
+        loss = loss_of(dvf.HeadDiversity(model))
+        said = "how to enter a `HeadDiversity` context" if old else r"use dvf\.compile_loss"
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=said):
+            torch.compile(loss, backend="aot_eager", fullgraph=True)(*batch_for(model))
+
+    @pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cu130"])
+    def test_an_older_pytorch(self, version, monkeypatch):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        match = f"^compile_loss: needs PyTorch 2.14, .* this is {re.escape(version)}$"
+        refused(UnsupportedError, match, dvf.compile_loss, max)
 
     @pytest.mark.parametrize(
         ("call", "said"),
@@ -389,6 +410,7 @@ class TestRefused:
         refused(UsageError, f"^{said}", call)
 
 
+@compiles_losses
 def test_code_kept_on_disk_is_that_of_these_operators(tmp_path, monkeypatch):
     """Inductor finds it again by the operators' names alone, of whatever version."""
     tags = []

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 import diversevit_fast as dvf
 from diversevit_fast.errors import UsageError
 from diversevit_fast.heads.prefix_cache import PrefixCache
+from tests.helpers.versions import compiles_losses
 from tests.helpers.vits import diverse_vit, images_for, labels_for, timm_vit
 
 
@@ -286,6 +287,7 @@ def test_results_are_plain_values(copied):
     assert clone.support == found.support
 
 
+@compiles_losses
 def test_a_copied_watcher_in_a_compiled_loss():
     learner = copy.deepcopy(Learner(diverse_vit()))
     images, labels = images_for(learner.model), labels_for(images_for(learner.model))

@@ -18,6 +18,7 @@ from diversevit_fast.ops import reference
 from diversevit_fast.ops.attention_qkvpacked import taken_apart
 from tests.helpers.attention_cases import CASES, as_function, differentiable, operands
 from tests.helpers.eager import softmax_attention
+from tests.helpers.versions import compiles_losses
 from tests.helpers.vits import VITS, diverse_vit, images_for, labels_for, timm_vit
 
 Function = Callable[..., Any]
@@ -496,6 +497,7 @@ def test_a_derivative_in_a_mask_of_one_that_was_not():
     torch.testing.assert_close(mixed(dvf.attention), mixed(reference.attention))
 
 
+@compiles_losses
 def test_inside_a_compiled_loss():
     def product(q: Tensor, zeros: Tensor, v: Tensor) -> Tensor:
         first = grad(dvf.attention(q, q, q).sin().sum(), q, create_graph=True)[0]

@@ -372,7 +372,7 @@ template <class S> void backward(const Call& c) {
         [&](const KeySide<S>& pair, int64_t b, int64_t hk) { write_sums<S>(c, pair, b, hk); });
 }
 
-// (6)-(8) down the lanes: s, dp, x, y become P, dS, E and R; x is still to be multiplied by the scale.
+// (6)-(8) down the lanes: s, dp, x = ddS, y = Y become P, dS, ddP and gS; x is still to be multiplied by the scale.
 template <class S>
 void curvature(const Block& t, const T<S>* tops, T<S> factor, T<S> scale, Tile<S>& s, Tile<S>& dp, Tile<S>& x,
                Tile<S>& y) {

@@ -13,7 +13,7 @@ struct Call {
 
 typedef Vector<float> V;
 
-constexpr double PI = 3.14159265358979324, K = 0.797884560802865356, C = 0.044715;  // K and C of (23)
+constexpr double PI = 3.14159265358979324, K = 0.797884560802865356, C = 0.044715;  // kappa and c of (23)
 
 inline V at_most(V x, float most) { return x > most ? V{} + most : x; }
 

@@ -43,11 +43,7 @@ def enabled() -> bool:
 
 def file_name(name: str, *made_from: str) -> str:
     """Return the file name of a library compiled from ``made_from`` (sources, flags ...) on this processor."""
-    processor = (
-        platform.machine(),
-        str(sorted(torch.cpu.get_capabilities().items())),
-        _processor_features(),
-    )
+    processor = (platform.machine(), _capabilities(), _processor_features())
     digest = hashlib.sha256("\n".join((*made_from, *processor)).encode()).hexdigest()[:16]
     return f"{name}_{digest}.so"
 
@@ -121,6 +117,12 @@ def _build_folder(folder: Path) -> Iterator[Path]:
         prefix=_BUILD_PREFIX, dir=folder, ignore_cleanup_errors=True
     ) as temporary:
         yield Path(temporary)
+
+
+def _capabilities() -> str:
+    """Return what PyTorch says of the processor: a list, before 2.11 one word."""
+    listed = getattr(torch.cpu, "get_capabilities", None)
+    return str(sorted(listed().items())) if listed else torch.backends.cpu.get_cpu_capability()
 
 
 def _processor_features() -> str:
