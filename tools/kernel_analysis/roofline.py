@@ -2,7 +2,7 @@
 
 ``python -m tools.kernel_analysis.roofline`` runs the three rungs of every stage in Triton's interpreter (it sets
 ``TRITON_INTERPRET=1`` itself) with the launch configurations of each chip, bfloat16, one sample (attention: one head),
-counts lane by lane (``traffic``), and stores ``benchmarks/results/roofline.json``.
+counts lane by lane (``tools.interpreter.traffic``), and stores ``benchmarks/results/roofline.json``.
 
 * compulsory: each tensor that the rung reads, once, and each result, once.
 * unique: distinct bytes read plus distinct bytes written; of an order: over all its launches together.
@@ -64,9 +64,9 @@ def count(stage: str, tokens: int, architecture: str) -> dict[str, Order]:
     import torch
 
     from diversevit_kernels.triton.runtime import configurations, launch
+    from tools.interpreter.traffic import counting, unique_bytes
     from tools.kernel_analysis.operators import STAGES, climb
     from tools.kernel_analysis.tensor_traffic import TensorTraffic, bytes_of
-    from tools.kernel_analysis.traffic import counting, unique_bytes
 
     orders: dict[str, Order] = {}
     values = STAGES[stage].values(tokens, torch.bfloat16)

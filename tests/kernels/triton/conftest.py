@@ -41,8 +41,8 @@ def quickly(request):
     if not INTERPRETED or request.node.get_closest_marker("overflow"):
         yield
         return
-    from tools.kernel_analysis.interpreted import quick
-    from tools.kernel_analysis.traffic import sanitizer
+    from tools.interpreter.quick import quick
+    from tools.interpreter.sanitizer import sanitizer
 
     with quick(), sanitizer() if os.environ.get("SANITIZE") == "1" else nullcontext():
         yield

@@ -12,7 +12,7 @@ from diversevit_fast.testing import assert_within_budget
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
-from tools.kernel_analysis import traffic
+from tools.interpreter.sanitizer import sanitizer
 
 kernels = pytest.importorskip("diversevit_kernels.triton.gelu.kernels")
 launching = pytest.importorskip("diversevit_kernels.triton.runtime.launch")
@@ -150,7 +150,7 @@ def test_not_a_number_stays_one(form, device):
 def test_no_access_out_of_bounds(kinds, form, device):
     """Not even a load whose value is thrown away, nor one from a gap of a strided view."""
     inputs = triple((3, 5, 4), torch.float32, kinds, device=device)
-    with traffic.sanitizer():
+    with sanitizer():
         rungs(kernels, *inputs, form)
 
 

@@ -14,7 +14,7 @@ from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
 from tests.ops import test_head_penalty as definition
 from tests.ops.test_head_penalty import KINDS, LAYOUTS, Case, gradients
-from tools.kernel_analysis import traffic
+from tools.interpreter.sanitizer import sanitizer
 
 kernels = pytest.importorskip("diversevit_kernels.triton.head_penalty.plain")
 products = pytest.importorskip("diversevit_kernels.triton.head_penalty.gram")
@@ -256,7 +256,7 @@ class _NoGuards:
 def test_no_access_out_of_bounds(layout, kind):
     """Not even a load whose value is thrown away, nor one from a gap of a strided view."""
     case = Case(B=2, H=3, N=3, E=19, layout=layout)
-    with traffic.sanitizer():
+    with sanitizer():
         definition.rungs(kernels, case, gradients(case, torch.float32), kind)
 
 

@@ -15,7 +15,7 @@ from diversevit_fast.testing import assert_within_budget
 from tests.helpers import layouts
 from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
-from tools.kernel_analysis import traffic
+from tools.interpreter.sanitizer import sanitizer
 
 kernels = pytest.importorskip("diversevit_kernels.triton.layer_norm.kernels")
 sums = pytest.importorskip("diversevit_kernels.triton.layer_norm.sums")
@@ -325,7 +325,7 @@ def test_any_tile_size_gives_the_same_results(tile, device, guarded, monkeypatch
 def test_no_access_out_of_bounds(name, device):
     """Not even a load whose value is thrown away, nor one from a gap of a strided view."""
     t = operands(CASES[name], torch.float32, device=device)
-    with traffic.sanitizer():
+    with sanitizer():
         rungs(kernels, CASES[name], t)
 
 

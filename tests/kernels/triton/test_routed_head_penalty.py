@@ -15,7 +15,7 @@ from tests.kernels.triton.conftest import INTERPRETED
 from tests.kernels.triton.test_head_penalty import DTYPES, On, _NoGuards, compare
 from tests.ops import test_routed_head_penalty as definition
 from tests.ops.test_routed_head_penalty import KINDS, LAYOUTS, Case, operands
-from tools.kernel_analysis import traffic
+from tools.interpreter.sanitizer import sanitizer
 
 kernels = pytest.importorskip("diversevit_kernels.triton.head_penalty.routed")
 routing = pytest.importorskip("diversevit_kernels.triton.head_penalty.routed_products")
@@ -271,7 +271,7 @@ def test_no_access_out_of_bounds(layout, kind, monkeypatch):
     """Not even a load whose value is thrown away, nor one from a gap of a strided view."""
     case = Case(B=2, H=3, N=3, d=3, D=19, layout=layout)
     tokens_per_tile(monkeypatch, case, 16)
-    with traffic.sanitizer():
+    with sanitizer():
         definition.rungs(kernels, case, operands(case, torch.float32), kind)
 
 

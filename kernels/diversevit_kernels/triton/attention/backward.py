@@ -56,7 +56,7 @@ def attention_backward_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(3)-(5), dq. One program owns BLOCK_M query rows of one head and walks its keys BLOCK_N at a time."""
+    """Backward, (3)-(5), dq. One program owns BLOCK_M query rows of one head and walks its keys BLOCK_N at a time."""
     b, h, tile = program_tile(tl.cdiv(args.Nq, BLOCK_M), args.H)
     scale = as_number(scale, const.ACC)
     rows = indices(tile * BLOCK_M, BLOCK_M, const)
@@ -98,7 +98,7 @@ def attention_backward_columns_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(3)-(5), dk and dv. One program owns BLOCK_N keys of one key head, transposed tiles [keys, queries].
+    """Backward, (3)-(5), dk and dv. One program owns BLOCK_N keys of one key head, transposed tiles [keys, queries].
 
     It walks the query rows of every query head of its group, BLOCK_M at a time.
     """
@@ -141,7 +141,7 @@ def attention_backward_few_queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(3)-(5). One program owns one head whose queries all fit BLOCK_M rows, and walks its keys once."""
+    """Backward, (3)-(5). One program owns one head whose queries all fit BLOCK_M rows, and walks its keys once."""
     b, h, _ = program_tile(1, args.H)
     scale = as_number(scale, const.ACC)
     rows = indices(0, BLOCK_M, const)
@@ -187,7 +187,7 @@ def attention_backward(
     mask_grad: bool,
     into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``.
+    """Attention backward, (3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``.
 
     ``softmax`` is (1a). ``into``: where to write the first three.
     """

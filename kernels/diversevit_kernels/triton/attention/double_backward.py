@@ -46,7 +46,7 @@ HEAD_KEYS = 256
 
 
 class Gradients(NamedTuple):
-    """What the kernels write besides the row statistics."""
+    """The results that the kernels write, besides the row statistics."""
 
     gq: Operand  # like q
     gk: Operand  # like k
@@ -66,7 +66,7 @@ def attention_double_backward_rows_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(6)-(9), gq and gdo. One program owns BLOCK_M query rows of one head."""
+    """Double backward, (6)-(9), gq and gdo. One program owns BLOCK_M query rows of one head."""
     b, h, tile = program_tile(tl.cdiv(args.Nq, BLOCK_M), args.H)
     scale = as_number(scale, const.ACC)
     if ALL_KEYS_IN_TILE:
@@ -85,7 +85,7 @@ def attention_double_backward_columns_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(6)-(9), gk and gv. One program owns BLOCK_N keys of one key head."""
+    """Double backward, (6)-(9), gk and gv. One program owns BLOCK_N keys of one key head."""
     b, key_head, tile = program_tile(tl.cdiv(args.Nk, BLOCK_N), args.H // const.GROUP)
     scale = as_number(scale, const.ACC)
     columns(args, out, stats, b, key_head, tile, scale, const, BLOCK_M, BLOCK_N)
@@ -104,7 +104,7 @@ def attention_double_backward_head_kernel(
     BLOCK_M: tl.constexpr,  # rows of a column tile's step
     BLOCK_N: tl.constexpr,  # keys of a column tile
 ):
-    """(6)-(9). One program owns one head: all its row tiles, then all its column tiles.
+    """Double backward, (6)-(9). One program owns one head: all its row tiles, then all its column tiles.
 
     The barrier between them makes ``stats``, written by other threads of the program, visible.
     """
@@ -130,7 +130,7 @@ def attention_double_backward_few_queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(6)-(9). One program owns one head whose queries all fit BLOCK_M rows."""
+    """Double backward, (6)-(9). One program owns one head whose queries all fit BLOCK_M rows."""
     b, h, _ = program_tile(1, args.H)
     scale = as_number(scale, const.ACC)
     head_with_few_queries(args, out, stats, b, h, scale, const, BLOCK_M, BLOCK_N)
@@ -170,7 +170,7 @@ def attention_double_backward(
     mask_grad: bool,
     into: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """(6)-(9): ``gq``, ``gk``, ``gv``, ``gdo``, and ``gmask`` if ``mask_grad``.
+    """Attention double backward, (6)-(9): ``gq``, ``gk``, ``gv``, ``gdo``, and ``gmask`` if ``mask_grad``.
 
     ``softmax`` is (1a), ``dq`` the result of (5): where it is None and read, the backward runs again. An absent
     cotangent costs nothing: its products are not compiled.

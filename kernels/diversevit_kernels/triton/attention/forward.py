@@ -41,7 +41,7 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(1)-(2). One program owns BLOCK_M query rows of one head and walks its keys BLOCK_N at a time.
+    """Forward, (1)-(2). One program owns BLOCK_M query rows of one head and walks its keys BLOCK_N at a time.
 
     It carries the row maximum ``top``, the sum ``total`` of exp(S − top) and the matching sum of rows of v; a
     new maximum rescales both. Rows that attend to nothing have total 0: o = 0, and top = +inf is kept.
@@ -76,7 +76,7 @@ def attention_forward_kernel(
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(1)-(2): output ``[B, H, Nq, d_v]`` and the softmax's statistics (1a) ``[B, H, 2, Nq]``."""
+    """Attention forward, (1)-(2): output ``[B, H, Nq, d_v]`` and the softmax's statistics (1a) ``[B, H, 2, Nq]``."""
     B, H, Nq, _ = q.shape
     args, const = arguments(q, k, v, mask, is_causal)
     o = allocate((B, Nq, H, v.shape[-1]), q.dtype, q).transpose(1, 2)

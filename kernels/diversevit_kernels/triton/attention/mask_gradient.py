@@ -39,7 +39,7 @@ def attention_mask_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(5) or (9). One program owns [BLOCK_M, BLOCK_N] elements of one sample and head of the mask.
+    """Mask gradient, (5) or (9). One program owns [BLOCK_M, BLOCK_N] elements of one sample and head of the mask.
 
     It sums dS, or gS as in (49), over the samples and heads that share them, in order.
     """
@@ -89,7 +89,7 @@ def mask_gradient(
     scale: float,
     q: Tensor,
 ) -> Tensor:
-    """dmask, or gmask if ``stats`` has t, shaped like ``mask`` and in its dtype."""
+    """The gradient dmask, or gmask if ``stats`` has t, shaped like ``mask`` and in its dtype."""
     samples, heads = mask.shape[:2]
     parts = allocate((samples, heads, args.Nq, args.Nk), stats.delta.dtype, q)
     launch(

@@ -1,4 +1,4 @@
-"""What the attention kernels share: their arguments, where a program works, and score tiles.
+"""Device functions and arguments that the attention kernels share: rows of operands, statistics, score tiles.
 
 Shapes   q, o, do and their like [B, H, Nq, .]; k, v and theirs [B, Hkv, Nk, .], H = GROUP Hkv; mask
          [B|1, H|1, Nq|1, Nk|1] with stride 0 on axes of size 1; row statistics (Δ, η, t) [B, H, Nq], dense, and
@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """What a kernel reads; None where its order of differentiation, or a caller, has no such tensor."""
+    """The tensors that a kernel reads; None where it, or the caller, has no such tensor."""
 
     q: Operand  # [B, H, Nq, WIDTH]
     k: Operand  # [B, H / GROUP, Nk, WIDTH]
@@ -76,7 +76,7 @@ class Arguments(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """A number for each query, [B, H, Nq], dense: written by row programs, read by the others."""
+    """Numbers for each query, [B, H, Nq], dense: written by row programs, read by the others."""
 
     delta: Any  # Δ of (3)
     eta: Any = None  # η of (7); written only if HAS_DDS
@@ -84,7 +84,7 @@ class RowStatistics(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What is known when a kernel is compiled."""
+    """The constants that a kernel is compiled for."""
 
     WIDTH: int  # d
     WIDTHS: tuple[int, ...]  # of the split tile that holds it
@@ -271,7 +271,7 @@ def store_statistic(ptr, args, b, h, rows, value):
 
 @triton.jit
 def load_softmax(args, b, h, rows):
-    """(1a): the largest score and the share of each of ``rows``; plus infinity and 0 beyond the end."""
+    """Load the largest score and the share of each of ``rows``, (1a); plus infinity and 0 beyond the end."""
     at = args.softmax + 2 * (b * args.H + h) * args.Nq + rows
     top = tl.load(at, mask=rows < args.Nq, other=float("inf"))
     return top, tl.load(at + args.Nq, mask=rows < args.Nq, other=0.0)
@@ -287,7 +287,7 @@ def store_softmax(ptr, args, b, h, rows, top, share):
 
 @triton.jit
 def row_delta(args, stats, do, b, h, rows, const: tl.constexpr):
-    """(3): Δ = rowsum(dO ∘ O) of a row tile, [rows]; also written to ``stats`` for other programs."""
+    """Δ of (3), rowsum(dO ∘ O) of a row tile, [rows]; also written to ``stats`` for other programs."""
     o = load_v(args.o, b, h, rows, args.Nq, const)
     delta = tl.zeros([rows.shape[0]], const.ACC)
     for i in tl.static_range(len(const.VALUE_WIDTHS)):
@@ -311,14 +311,14 @@ def row_delta_of_few_queries(args, stats, do, b, h, rows, const: tl.constexpr):
 
 @triton.jit
 def value_product(x, y, const: tl.constexpr):
-    """x yᵀ of rows of o and v or their like, as dP = dO Vᵀ: [rows of x, rows of y]."""
+    """The product x yᵀ of rows of o and v or their like, as dP = dO Vᵀ: [rows of x, rows of y]."""
     acc = tl.zeros([x.index.shape[0], y.index.shape[0]], const.ACC)
     return add_product(acc, x, y, const.VALUE_WIDTH, const)
 
 
 @triton.jit
 def add_product(acc, x, y, WIDTH: tl.constexpr, const: tl.constexpr):
-    """acc + x yᵀ of two Rows of WIDTH columns.
+    """Add the product x yᵀ of two Rows of WIDTH columns to ``acc``.
 
     Where CHUNKED, both are read again from the L1 cache, CHUNK columns at a time: for loops whose tiles do not fit the
     registers. Three TF32 products split an operand in two; a double backward's loop has seven of them.
@@ -348,7 +348,7 @@ def mask_tile(mask, b, h, i, j, inside):
 
 @triton.jit
 def scores(x, y, args, b, h, i, j, scale, const: tl.constexpr):
-    """(1): S = scale x yᵀ + mask, minus infinity where a query may not look or no pair (i, j) exists.
+    """Scores, (1): S = scale x yᵀ + mask, minus infinity where a query may not look or no pair (i, j) exists.
 
     ``x, y`` are q and k, or k and q for a transposed tile.
     """
@@ -368,17 +368,17 @@ def scores(x, y, args, b, h, i, j, scale, const: tl.constexpr):
 
 @triton.jit
 def probabilities(x, y, top, share, args, b, h, i, j, scale, const: tl.constexpr):
-    """(1a): P = exp(S − top) share; zero wherever S is minus infinity or ``top`` plus infinity. Both are broadcast.
+    """Probabilities, (1a): P = exp(S − top) share; zero where S is minus infinity or ``top`` plus infinity.
 
-    Subtract before exponentiating. If one key has all the weight and S was summed in the same order as in the forward,
-    S − top is exactly 0 and P exactly 1. (Where CHUNKED, the order may differ.)
+    ``top`` and ``share`` are broadcast. Subtract before exponentiating: if one key has all the weight and S was summed
+    in the same order as in the forward, S − top is exactly 0 and P exactly 1. (Where CHUNKED, the order may differ.)
     """
     return tl.exp(scores(x, y, args, b, h, i, j, scale, const) - top) * share
 
 
 @triton.jit
 def probabilities_of_all_keys(q, k, top, args, b, h, i, j, scale, const: tl.constexpr):
-    """(1a) of a tile that holds all keys of its rows: divided by its own sum, in whatever order S was summed."""
+    """Probabilities, (1a), of a tile that holds all keys of its rows: divided by its own row sum."""
     p = tl.exp(scores(q, k, args, b, h, i, j, scale, const) - top)
     return p * share_of(tl.sum(p, 1))[:, None]
 
@@ -391,7 +391,7 @@ def share_of(total):
 
 @triton.jit
 def score_cotangent(ddq, k, q, ddk, args, b, h, i, j, scale, const: tl.constexpr):
-    """(6): ddS = scale (ddQ Kᵀ + Q ddKᵀ) + ddmask at queries ``i`` and keys ``j``; an absent cotangent costs nothing.
+    """Cotangent of dS, (6): ddS = scale (ddQ Kᵀ + Q ddKᵀ) + ddmask; an absent cotangent costs nothing.
 
     For a transposed tile the four Rows are k, ddq, ddk, q.
     """
