@@ -1,4 +1,4 @@
-"""What data parallelism has to be told, or refused, before a gradient is taken inside a step.
+"""Make data parallelism work with a gradient taken inside the step, or refuse what cannot.
 
 Measured with torch 2.14: DDP is right with one backward pass of the whole loss, but not with
 ``static_graph``; FSDP2 frees parameters after the inner backward pass unless told not to; FSDP1
@@ -15,8 +15,8 @@ from torch import nn
 from ..errors import UnsupportedError
 
 
-def unwrapped(model: Any) -> Any:
-    """The module inside DistributedDataParallel, or ``model``.
+def unwrap(model: Any) -> Any:
+    """Return the module inside DistributedDataParallel, or ``model`` itself.
 
     Raises:
         UnsupportedError: DDP with ``static_graph``, FSDP1 or DataParallel.
@@ -41,15 +41,15 @@ def unwrapped(model: Any) -> Any:
 
 
 def is_ddp(model: Any) -> bool:
-    """Whether ``model`` is wrapped in DistributedDataParallel."""
+    """True if ``model`` is wrapped in DistributedDataParallel."""
     return isinstance(model, nn.parallel.DistributedDataParallel)
 
 
 def check_ddp_forward(wrapped: bool) -> None:
-    """Raise in a forward after which ranks would diverge.
+    """Refuse a forward after which the ranks would diverge.
 
     Args:
-        wrapped: the model was given inside DDP, so DDP's forward has to be the one running.
+        wrapped: the model was passed inside DDP, so it must be running inside DDP's forward.
 
     Raises:
         UnsupportedError: DDP runs with ``static_graph``, or the module inside was called past it.
@@ -73,8 +73,8 @@ def _refuse_static_graph(model: Any) -> None:
 
 
 @contextmanager
-def kept_unsharded(model: nn.Module) -> Iterator[None]:
-    """FSDP2: inside the block a backward pass does not free the parameters it gathered."""
+def keep_unsharded(model: nn.Module) -> Iterator[None]:
+    """Keep a backward pass inside the block from freeing the parameters that FSDP2 gathered."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharded: list[tuple[Any, bool]] = []
     for module in model.modules() if fsdp else ():

@@ -1,4 +1,4 @@
-"""timm's extension point ``attn_layer=``: its attention module on the twice-differentiable operator.
+"""timm's extension point, ``attn_layer=``: its attention module on the twice-differentiable operator.
 
 >>> from diversevit_fast.integrations.timm import Attention
 >>> model = timm.create_model("vit_small_patch16_224", attn_layer=Attention)
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attachment.packed_projection import may_pack
-from ..attachment.unfused_attention import Unfused, watched
+from ..attachment.unfused_attention import Unfused, is_watched
 from ..errors import require
 from ..ops import attention, attention_qkvpacked
 from ..ops.attention_qkvpacked import split_qkv
@@ -42,7 +42,7 @@ class Attention(_layers.Attention):
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
         dropout = self.attn_drop.p if self.training else 0.0
         # inside a context fused_attn is True: that asks again when it sees the call
-        unfused = not self.fused_attn and watched(self)
+        unfused = not self.fused_attn and is_watched(self)
         if attn_mask is None and not dropout and not unfused and self._attends_to_the_whole():
             heads = attention_qkvpacked(qkv, is_causal=is_causal)
         else:

@@ -1,6 +1,7 @@
 """The counts are what they say, see inside our operators, and a slower kernel fails the check."""
 
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import diversevit_fast as dvf
 from benchmarks import timing
 from diversevit_fast.ops import backends
-from diversevit_kernels.cpu.attention import formulas as attention_rows
+from diversevit_kernels.cpu.attention import formulas
 from diversevit_kernels.cpu.runtime import cpp_library, inductor
 from tools.kernel_analysis import ratios
 from tools.kernel_analysis.ratios import COUNTS, TOLERANCE, counting, slower
@@ -91,10 +92,10 @@ class TestCounts:
 
     def test_a_formula_is_one_call(self, refusing):
         q = torch.randn(1, 1, 256, 8)
-        run = attention_rows.fused(attention_rows.FORWARD, q, q)
+        run = formulas.fused(formulas.FORWARD, q, q)
         assert run is None
         with counting() as counts:
-            run = attention_rows.fused(attention_rows.FORWARD, q, q)
+            run = formulas.fused(formulas.FORWARD, q, q)
             run(torch.randn(256, 256))
         size = 4 * 256 * 256
         found = {what: counts.counts[what] for what in ("traffic", "calls")}
@@ -136,13 +137,13 @@ def test_counts_repeat(tiny):
 
 def altered(monkeypatch, function, change):
     """Our kernel ``function`` with ``change`` done to its arguments first."""
-    operator = function.removesuffix("_backward").removesuffix("_double")
+    operator = re.sub("_(forward|backward|double_backward)$", "", function)
     module = import_module(f"diversevit_kernels.cpu.{operator}")
     kernel = getattr(module, function)
 
-    def worse(inputs, **options):
-        change(*inputs)
-        return kernel(inputs, **options)
+    def worse(first, *rest, **options):
+        change(*first) if isinstance(first, tuple) else change(first, *rest)
+        return kernel(first, *rest, **options)
 
     monkeypatch.setattr(module, function, worse)
 
