@@ -12,7 +12,8 @@ from torch.nn import functional as F
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
-from diversevit_kernels.cpu.attention import blocked as cpu
+from diversevit_kernels.cpu.attention import blocked
+from diversevit_kernels.cpu.attention import dispatch as cpu
 from tests.helpers.attention_cases import (
     CASES,
     DTYPES,
@@ -43,7 +44,7 @@ def tile(request, monkeypatch):
     """The C++ kernel; tiles of the size users get without it, and so small that every loop runs several times."""
     if request.param != "native":
         monkeypatch.setenv("DIVERSEVIT_COMPILE", "0")
-        monkeypatch.setattr(cpu, "TILE_BYTES", request.param)
+        monkeypatch.setattr(blocked, "TILE_BYTES", request.param)
 
 
 def test_first_and_second_derivative(case, tile):
@@ -109,7 +110,7 @@ def test_any_shape_within_budget(case, dtype, seed, tile):
     with pytest.MonkeyPatch.context() as patch:
         if tile:
             patch.setenv("DIVERSEVIT_COMPILE", "0")
-            patch.setattr(cpu, "TILE_BYTES", tile)
+            patch.setattr(blocked, "TILE_BYTES", tile)
         check_rungs(cpu, case, dtype, seed=seed)
 
 
@@ -172,7 +173,7 @@ def test_nothing_of_size_n_by_n(monkeypatch):
     tensors = operands(Case(Nq=2048, Nk=2048, H=1, Hkv=1, d=4, dv=4), torch.float32)
     with _LargestTensor() as seen:
         rungs(cpu, Case(), tensors)
-    assert cpu.TILE_BYTES // 4 <= seen.elements < 2048**2 / 4
+    assert blocked.TILE_BYTES // 4 <= seen.elements < 2048**2 / 4
 
 
 def test_saved_tensors_are_linear_in_tokens():
