@@ -185,6 +185,25 @@ class TestNothingIsLeftBehind:
         assert values[0] == values[1] == values[2]
 
 
+def test_batches_are_checked_before_the_gradient(monkeypatch):
+    """The gradient is expensive, and the error needs none of it."""
+
+    def no_gradient(*args):
+        raise AssertionError("a gradient was taken")
+
+    model = diverse_vit()
+    diversity = dvf.HeadDiversity(model)
+    monkeypatch.setattr("diversevit_fast.penalty.head_diversity.head_gradients", no_gradient)
+    for count, error, words in (
+        (2, UsageError, "a row for each of the 3 samples"),
+        (3, AssertionError, "a gradient was taken"),
+    ):
+        with diversity:
+            logits = model(images_for(model))
+        with pytest.raises(error, match=words):
+            diversity.penalty(logits[:count])
+
+
 def test_training_loop_lowers_the_penalty():
     model = diverse_vit().float()
     images = images_for(model, 16).float()
