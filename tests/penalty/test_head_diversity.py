@@ -1,4 +1,4 @@
-"""HeadDiversity is the published penalty, and everything it touches is as it was afterwards."""
+"""HeadDiversity equals the published penalty and leaves the model as it was."""
 
 import copy
 import pickle
@@ -390,7 +390,7 @@ class TestBadLogits:
         self.fails(logits, r"target: expected a callable returning \[3\]", diversity)
 
     def test_attention_that_calls_no_kernel(self):
-        """A module that multiplies by itself is refused, not called regularised; timm's can do both."""
+        """A module that computes attention by itself is refused; timm's can use either way."""
         model = timm_vit()
         images = images_for(model)
         expect = regularised(model, images)[1]
