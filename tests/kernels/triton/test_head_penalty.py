@@ -85,9 +85,9 @@ def operator(device, guarded):
 def check_results(operator, case, dtype, kind, seed=0):
     """All results of forward, backward and double backward within the error budget, float64 ones in float64."""
     grads = gradients(case, dtype, seed)
-    exact = definition.rungs(reference, case, grads.double(), kind)
-    eager = definition.rungs(reference, case, grads, kind)
-    ours = definition.rungs(operator, case, grads, kind)
+    exact = definition.all_orders(reference, case, grads.double(), kind)
+    eager = definition.all_orders(reference, case, grads, kind)
+    ours = definition.all_orders(operator, case, grads, kind)
     for i in (3, 4):
         assert ours[i].transpose(1, 2).is_contiguous(), "not laid out as [B, N, H, E]"
     compare(ours, eager, exact, definition.scales(case, grads.double(), kind), case)
@@ -246,7 +246,8 @@ def test_runs_give_the_same_bits(kind, device):
     case = Case(B=2, H=4, N=9, E=16)
     operator = On(kernels, device, _NoGuards())
     results = (
-        definition.rungs(operator, case, gradients(case, torch.float32), kind) for _ in range(2)
+        definition.all_orders(operator, case, gradients(case, torch.float32), kind)
+        for _ in range(2)
     )
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
@@ -264,7 +265,7 @@ def test_no_access_out_of_bounds(layout, kind):
     """Not even a load whose value is thrown away, nor one from a gap of a strided view."""
     case = Case(B=2, H=3, N=3, E=19, layout=layout)
     with sanitizer():
-        definition.rungs(kernels, case, gradients(case, torch.float32), kind)
+        definition.all_orders(kernels, case, gradients(case, torch.float32), kind)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -273,7 +274,7 @@ def test_no_layout_is_copied(layout, kind, device):
     case = Case(B=2, H=3, N=3, E=5, layout=layout)
     grads = gradients(case, torch.float32).to(device)
     with launching.recording(run=False) as launches:
-        definition.rungs(kernels, case, grads.cpu() if INTERPRETED else grads, kind)
+        definition.all_orders(kernels, case, grads.cpu() if INTERPRETED else grads, kind)
     read = [x for one in launches for x in one.args if hasattr(x, "sample")]
     assert any(x.ptr.data_ptr() == grads.data_ptr() for x in read)
     for x in read:

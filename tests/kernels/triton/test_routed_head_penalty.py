@@ -61,9 +61,9 @@ def check_results(operator, case, dtype, kind, seed=0, present=(True, True)):
     """All results of forward, backward and double backward within the error budget, float64 ones in float64."""
     inputs = operands(case, dtype, seed)
     wide = [x.double() for x in inputs]
-    exact = definition.rungs(reference, case, wide, kind, present)
-    eager = definition.rungs(reference, case, inputs, kind, present)
-    ours = definition.rungs(operator, case, inputs, kind, present)
+    exact = definition.all_orders(reference, case, wide, kind, present)
+    eager = definition.all_orders(reference, case, inputs, kind, present)
+    ours = definition.all_orders(operator, case, inputs, kind, present)
     assert all(x.is_contiguous() for x in ours)
     lengths = SimpleNamespace(H=case.H, N=case.B * case.N, E=case.D + 3 * case.d, B=case.B)
     compare(ours, eager, exact, definition.scales(case, wide, kind, present), lengths)
@@ -113,7 +113,7 @@ def test_a_layout_changes_no_bit(which, layout, kind, operator, monkeypatch):
     tokens_per_tile(monkeypatch, case, 32)
     dense, moved = operands(case, torch.float32), operands(case, torch.float32)
     moved[which] = (OF_GRADIENTS, OF_WEIGHTS)[which][layout](moved[which])
-    results = (definition.rungs(operator, case, inputs, kind) for inputs in (dense, moved))
+    results = (definition.all_orders(operator, case, inputs, kind) for inputs in (dense, moved))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 
@@ -252,7 +252,7 @@ def test_runs_give_the_same_bits(kind, device, monkeypatch):
     tokens_per_tile(monkeypatch, case, 8)
     operator = On(kernels, device, _NoGuards())
     results = (
-        definition.rungs(operator, case, operands(case, torch.float32), kind) for _ in range(2)
+        definition.all_orders(operator, case, operands(case, torch.float32), kind) for _ in range(2)
     )
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
@@ -275,7 +275,7 @@ def test_the_routed_gradients_never_exist(scratch, kind, device, monkeypatch):
     inputs = operands(case, torch.float32)
     operator = kernels if device.type == "cpu" else On(kernels, device, _NoGuards())
     with launching.recording(run=False):
-        definition.rungs(operator, case, inputs, kind)
+        definition.all_orders(operator, case, inputs, kind)
     routed = 4 * case.B * case.H * case.N * case.D
     assert (max(sizes) < routed / 4) == (scratch is not None)
 
@@ -287,7 +287,7 @@ def test_no_access_out_of_bounds(layout, kind, monkeypatch):
     case = Case(B=2, H=3, N=3, d=3, D=19, layout=layout)
     tokens_per_tile(monkeypatch, case, 16)
     with sanitizer():
-        definition.rungs(kernels, case, operands(case, torch.float32), kind)
+        definition.all_orders(kernels, case, operands(case, torch.float32), kind)
 
 
 def test_too_many_heads_are_refused_in_one_line(device):
