@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._torch_internals import in_checkpoint
 from ..attachment.attachment import Attachment, Forward
 from ..attachment.attention_modules import AttentionLayer, blocks_from, choose_layers
 from ..attachment.batch_checks import batch_of, check_batch
@@ -329,8 +330,7 @@ class HeadDiversity(Attachment):
 
 
 def _refuse_checkpointing() -> None:
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
-    if hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook."):
+    if in_checkpoint():
         raise UnsupportedError(
             "model: a chosen layer runs inside activation checkpointing, which would recompute it "
             "without this context; checkpoint only the blocks below the chosen layers"

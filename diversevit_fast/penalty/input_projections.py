@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._torch_internals import write_count
 from ..attachment.attention_modules import AttentionLayer
 from ..errors import UnsupportedError
 from .head_gradients import Projected
@@ -43,7 +44,7 @@ def read_from_input(
 def _same(a: Tensor, b: Tensor) -> bool:
     if a is b or torch.compiler.is_compiling():
         return a is b
-    alike = a.shape == b.shape and a.stride() == b.stride() and a._version == b._version
+    alike = a.shape == b.shape and a.stride() == b.stride() and write_count(a) == write_count(b)
     return alike and a.data_ptr() == b.data_ptr()
 
 
