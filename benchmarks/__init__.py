@@ -1,1 +1,4 @@
-"""Measurements: always ratios of medians in one process, interleaved, after a correctness gate."""
+"""Timings: implementations of an operator or step in turn, in one process, after their results were checked.
+
+A ratio is the median over rounds of the ratios within a round.
+"""

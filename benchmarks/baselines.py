@@ -1,4 +1,4 @@
-"""What the benchmarks compare with: PyTorch's own operators in place of ours, and the published way to the penalty."""
+"""Baselines of the benchmarks: PyTorch's own operators in place of ours, and the published way to the penalty."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class Stock(TorchFunctionMode):
 
 
 class TwiceDifferentiableStock(Stock):
-    """The same with unfused attention, the only one of PyTorch's that has a double backward."""
+    """``Stock`` with unfused attention, the only one of PyTorch's that has a double backward."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 MACHINE = ("device", "cpu", "cores", "threads", "torch", "triton", "cuda", "python", "commit")
-"""What all rows of a file have in common."""
+"""Fields that all rows of a file have in common, and are written once."""
 DETAILS = ("dtype", "shape", "first_order_only", "peak_bytes", "compile_seconds")
 DIGITS = 6
-"""Of a time that is kept."""
+"""Significant digits of a time in a file."""
 
 
 class ReportError(Exception):
@@ -50,7 +50,7 @@ class Row:
 
 
 def read(path: Path) -> list[Row]:
-    """Return the rows of a file, be it compact or pytest-benchmark's own JSON.
+    """Read the rows of a file, be it compact or pytest-benchmark's own JSON.
 
     Raises:
         ReportError: not such a file, or one without rows of ours.

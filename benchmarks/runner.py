@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What was found of one implementation of a group."""
+    """The result of one implementation of a group: why it failed, or its times and memory."""
 
     failure: BaseException | None = None
     seconds: list[float] = field(default_factory=list)

@@ -20,11 +20,11 @@ from benchmarks.registry import Implementation, Job
 from diversevit_fast.models import DiverseViT
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""A step's loss of images and labels."""
+"""Computes a step's loss from images and labels."""
 LossOf = Callable[[Any], Loss]
-"""The loss of a model, which it is made for once."""
+"""Makes the loss for a model, once."""
 WEIGHT = 100
-"""Of the penalty, as published."""
+"""The penalty's weight in the loss, as published."""
 
 
 class StepSpec(NamedTuple):
@@ -51,7 +51,7 @@ class StepSpec(NamedTuple):
 
     @property
     def vit(self) -> str:
-        """The model of the step on all layers: the smallest, and in bfloat16 the next."""
+        """Name of the model of the step on all layers: the smallest, and in bfloat16 the next."""
         return "ViT-S" if self.dtype == torch.bfloat16 else "ViT-Ti"
 
 
@@ -120,7 +120,7 @@ def step_implementations(step: str) -> list[Implementation]:
 
 
 class StepWorkload:
-    """Model, images and labels of a ``StepSpec``; jobs of implementations; what they must return."""
+    """Model, images and labels of a ``StepSpec``, jobs of implementations, and the check of their results."""
 
     def __init__(self, spec: StepSpec):
         self.spec = spec

@@ -1,4 +1,4 @@
-"""Attention: value, gradients, gradients of gradients; by tokens and dtype."""
+"""Times of attention: forward, backward and double backward; by tokens and dtype."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""GELU: value, gradients, gradients of gradients."""
+"""Times of GELU: forward, backward and double backward."""
 
 import pytest
 

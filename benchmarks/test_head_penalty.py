@@ -1,4 +1,4 @@
-"""The penalty on head gradients, and the routed one: value, gradients, gradients of gradients."""
+"""Times of the penalty on head gradients and the routed one: forward, backward and double backward."""
 
 import pytest
 

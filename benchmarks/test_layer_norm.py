@@ -1,4 +1,4 @@
-"""LayerNorm: value, gradients, gradients of gradients."""
+"""Times of LayerNorm: forward, backward and double backward."""
 
 import pytest
 

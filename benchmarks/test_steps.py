@@ -1,4 +1,4 @@
-"""Loss and backward of a training step with the penalty: the paper's setting, and every layer of a ViT."""
+"""Times of training steps with the penalty, loss and backward: the paper's setting, and every layer of a ViT."""
 
 import pytest
 

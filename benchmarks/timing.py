@@ -1,4 +1,4 @@
-"""Interleaved timing, and what machine it was on."""
+"""Interleaved timing, and files of results with the machine they were measured on."""
 
 import json
 import os
@@ -17,7 +17,7 @@ Job = Callable[[], object]
 
 
 def seconds_of(job: Job) -> float:
-    """One run, by the wall clock."""
+    """Return the seconds of one run, by the wall clock."""
     begun = time.perf_counter()
     job()
     return time.perf_counter() - begun
@@ -26,7 +26,7 @@ def seconds_of(job: Job) -> float:
 def interleaved(
     jobs: Mapping[str, Job], rounds: int, clock: Callable[[Job], float] = seconds_of
 ) -> dict[str, list[float]]:
-    """What ``clock`` says of each job in each round; every round runs every job once, after one warm-up."""
+    """Run every job once in every round, after one warm-up; return what ``clock`` says of each, by round."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for job in jobs.values():
         clock(job)
@@ -37,7 +37,7 @@ def interleaved(
 
 
 def summary(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
-    """Median and p20/p80 in milliseconds, and the median over rounds of the ratio to ``baseline``."""
+    """Return median and p20/p80 in milliseconds, and the median over rounds of the ratio to ``baseline``."""
     rows = {}
     for name, values in seconds.items():
         fifths = statistics.quantiles(values, n=5)
@@ -52,7 +52,7 @@ def summary(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, dict
 
 
 def conditions() -> dict[str, object]:
-    """The machine and versions a result belongs to."""
+    """Return the machine and versions that a result belongs to."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

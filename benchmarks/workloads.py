@@ -85,7 +85,7 @@ def run_compiled(f: Callable[..., Tensor], t: Tensors) -> Job:
 
 
 class OperatorWorkload:
-    """The tensors of an ``OperatorSpec``; jobs of implementations on them; what they must return."""
+    """Tensors of an ``OperatorSpec``, jobs of implementations on them, and the check of their results."""
 
     def __init__(self, spec: OperatorSpec):
         self.spec = spec

@@ -1,12 +1,19 @@
 """Attention, LayerNorm and GELU to second order, and the head-diversity penalty that needs them.
 
-Letters, the same in every file: ``B`` batch, ``H`` heads, ``N`` tokens, ``d`` head width, ``D`` model width.
-Attention works on ``[B, H, N, d]``, the rest of a ViT on ``[B, N, D]``. ``do`` is the cotangent of ``o``;
-``dq dk dv`` those of the inputs; ``ddq ddk ddv`` the cotangents of those; ``gq gk gv gdo`` what the
-double backward returns.
+Letters mean the same in every file: ``B`` batch, ``H`` heads, ``N`` tokens, ``d`` head width, ``D`` model width.
+Attention works on ``[B, H, N, d]``, the rest of a ViT on ``[B, N, D]``. ``do`` is the gradient of the output
+``o`` (its cotangent), ``dq dk dv`` are those of the inputs, ``ddq ddk ddv`` the cotangents of ``dq dk dv``, and
+``gq gk gv gdo`` the results of the double backward. ``kernels/README.md`` lists the other letters.
 
-The pipeline, a file per stage: attention (``ops``) -> ``capture`` -> ``head_gradients`` -> Gram and penalty
-(``ops.head_penalty``, ``ops.routed_head_penalty``) -> ``diversity`` -> ``pruning`` and ``selection``.
+The folders, in the order in which a training step goes through them:
+
+* ``data``, ``models``, ``nn``: data sets; the paper's ViT; modules built of the operators.
+* ``attachment``: observes the attention layers of any model inside a ``with`` block.
+* ``ops``: the operators, each with forward, backward and double backward; kernels are in ``diversevit_kernels``.
+* ``penalty``: ``head_diversity`` uses ``captured`` tensors, the ``score`` of the logits, its ``head_gradients``,
+  and from these the ``layer_penalty`` (operators ``head_penalty`` and ``routed_head_penalty``).
+* ``heads``: selects heads after training, masks or prunes the others.
+* ``integrations``: extension points of timm, transformers and xformers. ``experiment``: the command line.
 """
 
 from . import data, integrations, models, nn, testing

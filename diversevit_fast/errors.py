@@ -1,24 +1,24 @@
-"""Errors of one line: the argument, what was expected, what came, and a hint."""
+"""One-line errors: the argument, what was expected, what was passed, and a hint."""
 
 import importlib
 from types import ModuleType
 
 
 class UsageError(ValueError):
-    """A mistake the caller can mend. The command line prints its one line and exits with 2."""
+    """A mistake the caller can correct. The command line prints the message and exits with 2."""
 
 
 class UnsupportedError(NotImplementedError):
-    """Something this library refuses to do, rather than do it wrong."""
+    """Something that this library refuses to do because the result would be wrong."""
 
 
 def usage_error(argument: str, wanted: str, got: object, hint: str) -> UsageError:
-    """The one-line error: ``argument: expected wanted, got got; hint``."""
+    """Build the one-line error ``argument: expected wanted, got got; hint``. The caller raises it."""
     return UsageError(" ".join(f"{argument}: expected {wanted}, got {got}; {hint}".split()))
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import an optional dependency, or say which extra installs it.
+    """Import an optional dependency, or raise an error that names the extra which installs it.
 
     Raises:
         UsageError: ``module`` is not installed, or fails when it is imported.
@@ -36,7 +36,7 @@ def require(module: str, *, extra: str) -> ModuleType:
         ) from None
     except (MemoryError, ImportError):
         raise
-    except Exception as failure:  # say, of a variable of the environment that it reads
+    except Exception as failure:  # for example because of an environment variable
         got = f"{type(failure).__name__}: {failure}"
         raise usage_error(
             module, "a package that can be imported", got, "mend that first"

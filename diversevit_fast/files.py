@@ -1,7 +1,7 @@
-"""Files that are whole or absent; and errors that say whether a file could not be read, or what is in it.
+"""Read files and write them atomically, with errors that tell a failing system from a wrong content.
 
-New content goes to a temporary file beside its place, under a name that nobody can guess, is brought
-to the disk and then takes the place. Neither follows a link that somebody put there before.
+New content goes to a temporary file in the same folder, under a random name, is flushed to the disk and
+then renamed. No link that somebody else put there is followed.
 """
 
 import errno
@@ -17,14 +17,19 @@ from .errors import UsageError, usage_error
 
 StrPath = str | os.PathLike[str]
 _TEMPORARY = ".tmp"
-_NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}  # a file system without it
+_NO_SYNC = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EBADF,
+}  # raised by file systems without fsync
 
 
 class FileError(UsageError):
-    """The system refused to read or to write a file: no word about what the file holds.
+    """The system refused to read or write a file; this says nothing about the file's content.
 
     Attributes:
-        reason: what it said.
+        reason: the system's message.
     """
 
     reason = ""
@@ -32,24 +37,24 @@ class FileError(UsageError):
 
 @contextmanager
 def writing(path: StrPath) -> Iterator[None]:
-    """Inside, what the system refuses is said of ``path``.
+    """Turn errors of the system inside the block into a ``FileError`` that names ``path``.
 
     Raises:
-        FileError: it was refused (permission, a full disk, a limit), or memory was not enough.
+        FileError: writing failed (permission, a full disk, a limit), or memory ran out.
     """
-    with _said(path, "a place that can be written"):
+    with _file_errors(path, "a place that can be written"):
         yield
 
 
 @contextmanager
 def reading(path: StrPath) -> Iterator[None]:
-    """As ``writing``, for a file that is read."""
-    with _said(path, "a file that can be read"):
+    """Do the same as ``writing`` for a file that is read."""
+    with _file_errors(path, "a file that can be read"):
         yield
 
 
 def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a new file, which then is ``path``; after an error ``path`` is as it was.
+    """Let ``write`` fill a new file and rename it to ``path``; after an error ``path`` is unchanged.
 
     Raises:
         FileError: as ``writing``.
@@ -71,12 +76,12 @@ def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None
 
 
 def there(path: StrPath) -> bool:
-    """Whether a name is taken, if only by a link to nowhere.
+    """True if ``path`` exists, also as a link to a file that does not.
 
     Raises:
-        FileError: the system does not let us see, which is no answer.
+        FileError: the system does not allow to look.
     """
-    with _said(path, "a place that can be looked into"):
+    with _file_errors(path, "a place that can be looked into"):
         try:
             os.lstat(path)
         except FileNotFoundError:
@@ -88,14 +93,14 @@ def names_in(folder: StrPath) -> list[str]:
     """The names in ``folder``, sorted.
 
     Raises:
-        FileError: the system does not let us see.
+        FileError: the folder cannot be read.
     """
-    with _said(folder, "a folder that can be read"):
+    with _file_errors(folder, "a folder that can be read"):
         return sorted(os.listdir(folder))
 
 
 def probe(folder: Path) -> None:
-    """Find out now whether files can be written in ``folder``.
+    """Check that files can be written in ``folder``.
 
     Raises:
         FileError: they cannot.
@@ -107,13 +112,13 @@ def probe(folder: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether ``path`` is a temporary file of ``write_atomically``, whose process died."""
+    """True if ``path`` is a temporary file left behind by an interrupted ``write_atomically``."""
     name = path.name
     return name.startswith(".") and name.endswith(_TEMPORARY) and len(name) == len(_TEMPORARY) + 17
 
 
 def own_folder(path: Path) -> None:
-    """Make the folder ``path`` unless it is there.
+    """Create the folder ``path`` unless it exists.
 
     Raises:
         FileError: the system refuses, or something else is there, such as a link to elsewhere.
@@ -127,11 +132,11 @@ def own_folder(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in ``folder`` to the disk."""
+    """Flush the folder's entries to the disk."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return  # one may write into a folder that one may not read
+        return  # a folder may be writable but not readable
     try:
         _sync(descriptor)
     finally:
@@ -139,10 +144,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_bytes(path: StrPath, most: int | None = None) -> bytes:
-    """The whole content of the file ``path``.
+    """Read the whole file ``path``.
 
     Raises:
-        FileError: it cannot be read, or has more than ``most`` bytes; that says nothing about its content.
+        FileError: it cannot be read, or has more than ``most`` bytes.
     """
     with reading(path), open_plain(path) as file:
         data = file.read() if most is None else file.read(most + 1)
@@ -152,10 +157,10 @@ def read_bytes(path: StrPath, most: int | None = None) -> bytes:
 
 
 def open_plain(path: StrPath) -> BinaryIO:
-    """The file ``path``, open for reading.
+    """Open the file ``path`` for reading.
 
     Raises:
-        OSError: the system refuses, or it is a pipe, which would be waited for, or a device.
+        OSError: the system refuses, or it is a device or a pipe, on which reading would block.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
     file = os.fdopen(descriptor, "rb")
@@ -166,14 +171,14 @@ def open_plain(path: StrPath) -> BinaryIO:
 
 
 def _new_file(folder: Path) -> tuple[Path, int]:
-    """A file that was not there before, open for writing."""
+    """Create a temporary file; return its path and its descriptor, open for writing."""
     path = folder / f".{secrets.token_hex(8)}{_TEMPORARY}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
     return path, os.open(path, flags, 0o666)
 
 
 @contextmanager
-def _said(path: StrPath, wanted: str) -> Iterator[None]:
+def _file_errors(path: StrPath, wanted: str) -> Iterator[None]:
     try:
         yield
     except OSError as failure:

@@ -1,4 +1,4 @@
-"""Modules built of the twice-differentiable operators; parameter names and meanings as torch.nn's."""
+"""Modules built of the twice-differentiable operators, with the parameter names of torch.nn."""
 
 import weakref
 from typing import Any
@@ -10,7 +10,10 @@ from .errors import UnsupportedError, usage_error
 from .ops import attention, gelu, layer_norm
 from .ops.attention_qkvpacked import taken_apart
 from .ops.checks import check_choice
-from .penalty.head_gradients import Captured, Projected, head_gradients, layer_penalty
+from .penalty.captured import Captured
+from .penalty.head_gradients import head_gradients
+from .penalty.input_projections import ProjectionOutput
+from .penalty.layer_penalty import layer_penalty
 
 
 class LayerNorm(nn.LayerNorm):
@@ -30,10 +33,10 @@ class GELU(nn.GELU):
 
 
 class _LastRun(weakref.WeakKeyDictionary):
-    """The tensors of each module's last forward, kept outside the module and owned by the graph.
+    """The tensors of each module's last forward, stored outside the module.
 
-    Copies and pickles of a module know nothing of it, and the tensors live no longer than the graph
-    node of the module's output.
+    So copies and pickles of a module do not contain them, and they live only as long as the graph node
+    of the module's output.
     """
 
     def record(self, module: nn.Module, output: Tensor, **tensors: Tensor) -> None:
@@ -179,8 +182,8 @@ class HeadPenalty(nn.Module):
         if self.wrt == "output":
             return Captured(0, heads, tensor.shape[2], tensor)
         weight = attention.qkv.weight
-        made = Projected(tensor, "qkv", weight, len(weight))
-        return Captured(0, heads, tensor.shape[1], projected=(made,))
+        made = ProjectionOutput(tensor, "qkv", weight, len(weight))
+        return Captured(0, heads, tensor.shape[1], projections=(made,))
 
     def extra_repr(self) -> str:
         return f"wrt={self.wrt!r}, granularity={self.granularity!r}, reduction={self.reduction!r}"

@@ -1,6 +1,6 @@
-"""Safetensors files: read whole, written whole or not at all; the error for one that does not fit.
+"""Read and write safetensors files atomically, with a checksum.
 
-A file of ours holds a checksum of all of it among its metadata, and is not read when it is another's.
+The metadata of a file written here hold a checksum of the rest; a file whose checksum differs is refused.
 """
 
 import hashlib
@@ -15,21 +15,27 @@ from torch import Tensor
 from .errors import UsageError, require, usage_error
 from .files import StrPath, read_bytes, reading, there, write_atomically
 
-_BROKEN = (AttributeError, LookupError, RecursionError, TypeError, ValueError)  # no header
+_BROKEN = (
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)  # raised by a broken header
 _CHECKSUM, _KIND = "checksum", "sha256:"
 
 
 def existing_file(path: StrPath) -> Path:
-    """``path`` as a ``Path``.
+    """Check that ``path`` is a readable file and return it as a ``Path``.
 
     Raises:
-        UsageError: it is no file, or one that the system does not let us read.
+        UsageError: it is no file, or cannot be read.
     """
     with reading(path):
         folder = os.path.isdir(path)
         if folder or not there(path):
             got = "a folder" if folder else "nothing there"
-            raise misfit(path, "a file", got, "check the path")
+            raise path_error(path, "a file", got, "check the path")
         os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)))
     return Path(path)
 
@@ -37,16 +43,16 @@ def existing_file(path: StrPath) -> Path:
 def write_tensors(
     path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file; a reader of ``path`` sees all of it or what was there before.
+    """Write a safetensors file atomically: readers see the old file or the whole new one.
 
     Raises:
         UsageError: the folder does not exist, the system refuses, or safetensors is not installed.
-        RuntimeError: what safetensors cannot store.
+        RuntimeError: safetensors cannot store the tensors.
     """
     safetensors = require("safetensors.torch", extra="train")
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir():
-        raise misfit(path, "a file name in an existing folder", "none", "make its folder first")
+        raise path_error(path, "a file name in an existing folder", "none", "make its folder first")
     plain = safetensors.save(dict(tensors), metadata={"format": "pt", **metadata})
     header, body = _parts(plain)
     entries = {**header["__metadata__"], _CHECKSUM: _checksum(header, body)}
@@ -61,10 +67,13 @@ def write_tensors(
 
 
 def read_tensors(path: StrPath, hint: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file; the tensors are copies, which outlive it.
+    """Read the metadata and tensors of a safetensors file; the tensors do not depend on the file.
+
+    Args:
+        hint: ends the error for a file that is not intact.
 
     Raises:
-        UsageError: no such file, one that cannot be read, or no intact one, for which ``hint`` helps.
+        UsageError: there is no such file, it cannot be read, or it is not intact.
     """
     safetensors: Any = require("safetensors", extra="train")
     torch_safetensors: Any = require("safetensors.torch", extra="train")
@@ -72,45 +81,47 @@ def read_tensors(path: StrPath, hint: str) -> tuple[dict[str, str], dict[str, Te
     try:
         header, body = _parts(data)
         metadata = dict(header.get("__metadata__", {}))
-        with reading(path):  # too little memory is not the file's fault
+        with reading(path):  # running out of memory says nothing about the file
             tensors = dict(sorted(torch_safetensors.load(data).items()))
     except UsageError:
         raise
     except (safetensors.SafetensorError, *_BROKEN):
-        raise misfit(path, "an intact safetensors file", "another or a damaged one", hint) from None
-    # by name and by value, lest a damaged name or value hide that there is one
+        raise path_error(
+            path, "an intact safetensors file", "another or a damaged one", hint
+        ) from None
+    # by name and by value, so that a damaged name or value does not hide the checksum
     found = {k: v for k, v in metadata.items() if k == _CHECKSUM or v.startswith(_KIND)}
     if found and found != {_CHECKSUM: _checksum(header, body)}:
         got = "one that does not fit its checksum: it was damaged or changed"
-        raise misfit(path, "an intact safetensors file", got, "restore it from a copy")
+        raise path_error(path, "an intact safetensors file", got, "restore it from a copy")
     metadata.pop(_CHECKSUM, None)
     return metadata, tensors
 
 
 def _parts(data: bytes) -> tuple[dict[str, Any], memoryview]:
-    """The header of a safetensors file, and all that follows it."""
+    """Split a safetensors file into its header and the rest."""
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
 
 
 def _checksum(header: Mapping[str, Any], body: memoryview) -> str:
-    """Of all that the file says but this."""
+    """The checksum of the tensors and of all metadata but the checksum."""
     metadata = {k: v for k, v in header["__metadata__"].items() if k != _CHECKSUM}
     said = json.dumps([metadata, _listed(header)], sort_keys=True).encode()
     return _KIND + hashlib.sha256(said + hashlib.sha256(body).digest()).hexdigest()
 
 
 def _listed(header: Mapping[str, Any]) -> dict[str, Any]:
-    """What a header says of the tensors."""
+    """The entries of a header that describe tensors."""
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
-def misfit(path: StrPath, wanted: str, got: object, hint: str) -> UsageError:
-    """The error for a file that is not what it should be."""
+def path_error(path: StrPath, wanted: str, got: object, hint: str) -> UsageError:
+    """Build the ``usage_error`` for a file that is not what it should be."""
     return usage_error(f"path {str(path)!r}", wanted, got, hint)
 
 
 def listing(keys: Sequence[object]) -> str:
-    """The first three keys by name, the rest by number."""
+    """Name the first three keys and count the rest."""
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return ", ".join(map(str, keys[:3])) + more

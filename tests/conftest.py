@@ -39,7 +39,7 @@ def lesser_processor(request, monkeypatch):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Rows of the README's tables go into the report (``--junitxml``) with their tests' outcomes."""
+    """Rows of the tables in docs/systems.md go into the report (``--junitxml``) with their tests' outcomes."""
     for item in items:
         for mark in item.iter_markers("system"):
             item.user_properties.append(("system", "\t".join(mark.args)))

@@ -98,12 +98,59 @@ def test_kernels_of_an_operator_stand_on_the_runtime(module):
 
 BORROWS = {
     "diversevit_kernels.cpu.warmup": ("diversevit_kernels.cpu.attention",),
-    "diversevit_kernels.triton.head_penalty": (
-        "diversevit_kernels.triton.attention",
-        "diversevit_kernels.triton.layer_norm",
-    ),
 }
 """What an operator takes from another's folder."""
+
+
+# folder of the repository -> what it may import of ``benchmarks``, ``tests`` and ``tools``
+OUTSIDE = {
+    "diversevit_fast": (),
+    "kernels": (),
+    "examples": (),
+    "benchmarks": ("benchmarks",),
+    "tools/interpreter": ("tools.interpreter",),
+    "tools/kernel_analysis": ("benchmarks", "tools.interpreter", "tools.kernel_analysis"),
+    "tools/docs": ("tools.docs",),
+    "tests": ("tests",),
+    "tests/benchmarks": ("benchmarks", "tests"),
+    "tests/docs": ("benchmarks", "tests", "tools"),
+    "tests/kernels/triton": ("tests", "tools.interpreter"),
+    "tests/tools": ("benchmarks", "tests", "tools"),
+}
+
+
+def forbidden(path: Path, root: Path = ROOT) -> list[str]:
+    """What a file imports of ``benchmarks``, ``tests`` and ``tools`` that ``OUTSIDE`` does not allow its folder."""
+    here = path.relative_to(root)
+    folder = next(str(one) for one in here.parents if str(one) in OUTSIDE)
+    allowed = tuple(f"{name}." for name in OUTSIDE[folder])
+    names = imports(path, ".".join(here.with_suffix("").parts).removesuffix(".__init__"))
+    ours = [n for n in names if n.partition(".")[0] in ("benchmarks", "tests", "tools")]
+    return [name for name in ours if not f"{name}.".startswith(allowed)]
+
+
+@pytest.mark.parametrize("folder", OUTSIDE)
+def test_tests_and_benchmarks_do_not_import_each_other(folder):
+    paths = list((ROOT / folder).rglob("*.py"))
+    assert paths
+    assert not {str(path): found for path in paths if (found := forbidden(path))}
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "found"),
+    [
+        ("benchmarks/steps.py", "from tests.helpers.vits import step", ["tests.helpers.vits"]),
+        ("benchmarks/steps.py", "from .timing import summary", []),
+        ("tests/ops/test_gelu.py", "import benchmarks.timing", ["benchmarks.timing"]),
+        ("tests/kernels/triton/test_gelu.py", "from tools.interpreter import traffic", []),
+        ("tests/kernels/triton/test_gelu.py", "from tools import docs", ["tools"]),
+        ("tests/docs/test_readme.py", "from tools.docs import pipeline", []),
+    ],
+)
+def test_a_forbidden_import_is_seen(path, line, found, tmp_path):
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(line)
+    assert forbidden(tmp_path / path, tmp_path) == found
 
 
 def test_files_are_small():

@@ -1,13 +1,13 @@
-"""What `every` and `fraction` cost and what they keep: cost of a step, and accuracy under shift on MNIST-CIFAR.
+"""Measure `every` and `fraction`: the cost of a step, and the accuracy under shift on MNIST-CIFAR.
 
-The two are measured apart, so that trainings may share the machine with other work:
+The two are measured separately, so that trainings may share the machine with other work:
 
 * ``python -m benchmarks.scripts.amortised cost``: steps of every setting in turn, in one process, on one thread
   and by the processor's time; a setting with ``every=k`` is timed over k consecutive steps, of which one takes
   the penalty.
 * ``python -m benchmarks.scripts.amortised train --source FILE.npz --folder FOLDER``: ERM and DiverseViT in every
-  setting, seed by seed, each training in a folder of its own. Run again it repeats nothing that is finished and goes on
-  with the epoch that was cut.
+  setting, seed by seed, each training in a folder of its own. Run again, it skips the trainings that are finished and
+  resumes the one that was interrupted.
 
 Each prints the table and stores its part in ``benchmarks/results/amortised.json``; trainings do so one by one.
 """
@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         for name, extra in (("", {}), (", every 4", {"every": 4}), (", 1/4", {"fraction": 0.25}))
     },
 }
-"""Regularised layers and what is left out: arguments of ``HeadDiversity``, none for ERM."""
+"""Setting -> arguments of ``HeadDiversity``; none for ERM."""
 
 PRESET = "quick"
 
@@ -63,11 +63,11 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, tuple[int, int]]], int]] =
     f"DiverseViT, preset {PRESET}": (_quick, PRESETS[PRESET]["batch_size"]),
     "ViT-S/16": (_vit_small, 4),
 }
-"""What the cost is measured on: model with its image size, and images per step."""
+"""Models that the cost is measured on -> how they are made, with their image size, and images per step."""
 
 
 def step_of(model: nn.Module, images: Tensor, variant: str) -> Callable[[], None]:
-    """A period of training ``model`` in a variant: ``every`` consecutive steps, one where it is 1."""
+    """Return a function that trains ``model`` for one period: ``every`` consecutive steps of a variant."""
     options = VARIANTS[variant]
     labels = torch.arange(len(images)) % 2
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
@@ -89,14 +89,14 @@ def step_of(model: nn.Module, images: Tensor, variant: str) -> Callable[[], None
 
 
 def cpu_seconds_of(job: Callable[[], object]) -> float:
-    """One run, by the processor's time of this process: waiting for a core that others use is not in it."""
+    """Return the processor's time of one run, which excludes waiting for a core that others use."""
     begun = time.process_time()
     job()
     return time.process_time() - begun
 
 
 def measure_cost(name: str, rounds: int, batch: int | None = None) -> dict[str, Any]:
-    """Processor milliseconds of a mean step of every variant on a model of ``MODELS``, and its ratio to ERM's.
+    """Measure the mean step of every variant on a model of ``MODELS``: processor milliseconds, and the ratio to ERM's.
 
     Each variant trains a copy of its own, from the same weights.
     """
@@ -115,13 +115,13 @@ def measure_cost(name: str, rounds: int, batch: int | None = None) -> dict[str, 
 
 
 def settings_of(variant: str, seed: int, shared: Mapping[str, Any]) -> Settings:
-    """What one training of a variant is given."""
+    """Return the settings of one training of a variant."""
     method = "erm" if variant == ERM else "diversevit"
     return resolve({**shared, **VARIANTS[variant], "methods": [method], "seeds": [seed]})
 
 
 def trained(settings: Settings, folder: Path) -> list[Row]:
-    """The rows of one training, made or finished in ``folder`` if they are not there.
+    """Return the rows of one training, which is run or resumed in ``folder`` if it is not finished.
 
     Raises:
         UsageError: the folder holds a training of other settings, or whatever the training raises.
@@ -146,7 +146,7 @@ def trained(settings: Settings, folder: Path) -> list[Row]:
 def train_all(
     shared: Mapping[str, Any], seeds: int, folder: Path, done: Callable[[str, dict[str, Any]], None]
 ) -> None:
-    """Train every variant with one seed, then with the next; ``done`` is told each and all rows so far."""
+    """Train every variant with one seed, then with the next; tell ``done`` each name and all rows so far."""
     rows: dict[str, list[Row]] = {variant: [] for variant in VARIANTS}
     for seed in range(seeds):
         for variant in VARIANTS:
@@ -157,7 +157,7 @@ def train_all(
 
 
 def accuracies(rows: list[Row]) -> dict[str, Any]:
-    """Means and spreads over seeds: of the selected head, and of all heads after the last epoch."""
+    """Return means and deviations over seeds: of the selected head, and of all heads after the last epoch."""
     (line,) = [one for one in compare(rows) if one.rule == SELECTED]
     last = max(row["epoch"] for row in rows)
     whole = [r for r in rows if (r["epoch"], r["heads"]) == (last, "all")]
@@ -175,7 +175,7 @@ def accuracies(rows: list[Row]) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown: what each variant costs over ERM's step, and accuracies of the selected head; blank if not known."""
+    """Return Markdown: each variant's cost over ERM's, and accuracies of the selected head; blank where unknown."""
     costs = result.get("cost", {})
     found = result.get("training", {}).get("rows", {})
     head = ["penalty", *(f"x erm, {name}" for name in costs), "seeds", "ID test", "OOD test"]

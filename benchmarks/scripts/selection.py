@@ -1,4 +1,4 @@
-"""``select_heads`` against the loop it replaces: every choice of heads evaluated by a whole forward in ``keep_heads``.
+"""Measure ``select_heads`` against the loop it replaces: a whole forward in ``keep_heads`` per choice of heads.
 
 ``python -m benchmarks.scripts.selection`` times both on random weights, interleaved, checks that they find the same
 scores, and stores ``benchmarks/results/selection.json``.
@@ -18,7 +18,7 @@ Scores = dict[tuple[int, ...], float]
 
 
 def cached(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Scores:
-    """Accuracy of every choice of heads of the last layer, by ``select_heads``."""
+    """Return the accuracy of every choice of heads of the last layer, by ``select_heads``."""
     found = dvf.select_heads(model, batches, layers="last", search="exhaustive")
     return {tuple(heads): c.score for c in found for heads in c.kept.values()}
 
@@ -27,7 +27,7 @@ def cached(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> Scores
 def one_by_one(
     model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], choices: Sequence[tuple[int, ...]]
 ) -> Scores:
-    """The same by one forward of the whole model for each choice."""
+    """Return the same by a forward of the whole model for each choice."""
     scores = {}
     for heads in choices:
         with dvf.keep_heads(model, {-1: list(heads)}):

@@ -1,1 +1,1 @@
-"""See and change the attention of a model somebody else wrote, without writing to it."""
+"""Observe and change the attention of any vision transformer, without changing its code or state."""

@@ -1,13 +1,13 @@
-"""Seeing and changing the attention of a model somebody else wrote, without writing to it.
+"""Attachment: observes and changes the attention of any model while its ``with`` block is open.
 
-Inside an ``Attachment`` every chosen attention module is an instance of a subclass of its own class whose
-forward says which layer is running and then runs the original forward, and a ``TorchFunctionMode``
-sees the calls that forward makes. Parameters, ``state_dict`` and other modules are not touched; leaving
-the block restores the classes. Nothing is kept on a module, so copies and pickles are plain. A copy or pickle of an
-attachment, made outside its blocks, watches the model that was copied with it.
+Inside the block the class of every chosen attention module is a subclass of its own, whose forward notes
+which layer is running and then runs the original forward. A ``TorchFunctionMode`` sees the calls that this
+forward makes. Parameters, ``state_dict`` and other modules are not touched, and leaving the block
+restores the classes. Nothing is stored on a module, so the model's copies and pickles are ordinary ones.
+An attachment may be copied or pickled outside its block; the copy observes the model that was copied with it.
 
-Inside a compiled loss (``compile_loss``) the compiler does not see a changed class, so there a layer
-runs from its first projection to its output projection, both known by their weights.
+Under ``compile_loss`` the compiler does not see the changed classes. There a layer is taken to run from its
+first projection to its output projection, which are recognised by their weights.
 """
 
 import functools
@@ -34,11 +34,11 @@ from ..ops.attention import attention_operator
 from ..ops.attention_qkvpacked import recognise
 from .attention_modules import AttentionLayer, plain_class_of
 from .torch_mha import multi_head_attention
-from .unfused_attention import Unfused, watched
+from .unfused_attention import Unfused, is_watched
 
 
 def _refuse_compiled(model: nn.Module, first: AttentionLayer) -> None:
-    """A compiled forward that holds a chosen layer, or comes after one, cannot be attached to."""
+    """Refuse a model with a compiled module that contains a chosen layer or follows one."""
     below = True
     for name, module in model.named_modules():
         holds = not name or first.name.startswith(f"{name}.") or name == first.name
@@ -55,7 +55,10 @@ Wrapper = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class _Mode(TorchFunctionMode):
-    """Shows every torch call to an attachment, which is no mode: a compiler would skip its entry."""
+    """Passes every torch call to an attachment.
+
+    The attachment is not a mode itself: a compiler would not trace its ``__enter__``.
+    """
 
     def __init__(self, owner: "Attachment"):
         super().__init__()
@@ -68,41 +71,40 @@ class _Mode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return self.owner._see(func, args, kwargs or {})
+        return self.owner._on_call(func, args, kwargs or {})
 
 
 class Attachment:
-    """A context in which chosen modules' forwards run inside wrappers and torch calls are seen.
+    """Context manager that calls its hooks while the chosen attention layers of a model run.
 
-    Subclasses say what happens: ``started`` is told that a layer runs, ``projected`` sees the outputs of
-    its projections and returns what the model goes on with, ``attended`` runs its attention,
-    ``elsewhere`` sees other calls. Forwards on other threads are left alone.
+    Subclasses override the hooks ``on_enter``, ``on_layer_start``, ``on_projection``, ``on_attention`` and
+    ``on_torch_function``. Forwards on other threads are left alone.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
         _refuse_compiled(model, layers[0])
         self.model, self.layers = model, list(layers)
-        self._begin_apart()
+        self._reset()
         self._wrap_all()
 
-    def _begin_apart(self) -> None:
-        """Set what no copy has of its original: what belongs to one object, or to its last block."""
+    def _reset(self) -> None:
+        """Set the attributes that copies and pickles do not take over from the original."""
         self._wrappers: dict[nn.Module, Wrapper] = {}
         self._classes: dict[tuple[nn.Module, type], type] = {}
         self._swapped: list[tuple[nn.Module, type, type]] = []
         self._running: AttentionLayer | None = None
-        self._attended = False
+        self._attention_called = False
         self._made: Tensor | None = None  # by the running layer's one projection, until it attends
         self._mode = _Mode(self)
-        self._thread: int | None = None  # that entered
-        self._active = True  # the last block was not one that does nothing
+        self._thread: int | None = None  # the one inside the block
+        self._active = True  # what on_enter returned
 
     def _wrap_all(self) -> None:
-        """Make the wrappers; a copy does it at its first entry, when its model is complete."""
+        """Make the wrappers. A copy does it at its first entry, when its model is complete."""
         self._wrappers = {layer.module: self._run_layer(layer) for layer in self.layers}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles have.
+        """The attributes that copies and pickles take over.
 
         Raises:
             UsageError: the ``with`` block is open.
@@ -111,27 +113,30 @@ class Attachment:
             name, wanted = type(self).__name__, "to be copied or pickled outside its `with` block"
             raise usage_error(name, wanted, "an open block", "leave it first")
         blank = object.__new__(type(self))
-        blank._begin_apart()
+        blank._reset()
         return {name: value for name, value in vars(self).items() if name not in vars(blank)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._begin_apart()
+        self._reset()
 
-    def active(self) -> bool:
-        """Asked at each entry: whether this ``with`` block does anything."""
+    def on_enter(self) -> bool:
+        """Called at each entry; returns whether this ``with`` block does anything."""
         return True
 
-    def started(self, layer: AttentionLayer) -> None:
-        """Called when a layer begins to run."""
+    def on_layer_start(self, layer: AttentionLayer) -> None:
+        """Called when a layer's forward begins."""
 
-    def projected(
+    def on_projection(
         self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
     ) -> Tensor:
-        """Called with a projection's input, weight and output ``[B, N, len(roles) H d]``."""
+        """Called with a projection's input, weight and output ``[B, N, len(roles) H d]``.
+
+        The model continues with the tensor returned.
+        """
         return out
 
-    def attended(
+    def on_attention(
         self,
         layer: AttentionLayer,
         attend: Forward,
@@ -141,12 +146,14 @@ class Attachment:
         """Called in place of attention; ``attend(*qkv, **options)`` computes ``[B, H, N, d]``."""
         return attend(*qkv, **options)
 
-    def elsewhere(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called in place of every other torch function."""
+    def on_torch_function(
+        self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Called in place of every other torch function, in chosen layers and elsewhere."""
         return func(*args, **kwargs)
 
     def wrap(self, module: nn.Module, wrapper: Wrapper) -> None:
-        """Also run ``module``'s forward inside ``wrapper``, outside what wraps it already."""
+        """Run ``module``'s forward inside ``wrapper``, around the wrappers it already has."""
         inner = self._wrappers.get(module)
         self._wrappers[module] = wrapper if inner is None else _around(wrapper, inner)
 
@@ -155,7 +162,7 @@ class Attachment:
             raise usage_error(
                 "with", "a context that is not entered", "one that is", "enter it once"
             )
-        self._active = self.active()
+        self._active = self.on_enter()
         if self._active:
             _refuse_broken_graph()
             self._swap_classes()
@@ -173,23 +180,23 @@ class Attachment:
             if type(module) is after:
                 module.__class__ = before
 
-    def _see(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _on_call(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         compiling = torch.compiler.is_compiling()
         if func is F.linear and compiling:
-            self._follow(_linear_call(args, kwargs)[1])
+            self._follow_weight(_linear_call(args, kwargs)[1])
         layer = self._running
         if func is F.multi_head_attention_forward:
             if layer is None and compiling:
-                layer = self._begun_by(args)
-            return self._see_multi_head(layer, args, kwargs)
+                layer = self._layer_called_with(args)
+            return self._on_multi_head_attention(layer, args, kwargs)
         if layer is None:
-            return self.elsewhere(func, args, kwargs)
+            return self.on_torch_function(func, args, kwargs)
         if func is F.linear:
             x, weight = _linear_call(args, kwargs)
             made = layer.projection_of(weight)
             if made is None:
                 return func(*args, **kwargs)
-            out = self.projected(layer, made.roles, x, weight, func(*args, **kwargs))
+            out = self.on_projection(layer, made.roles, x, weight, func(*args, **kwargs))
             if made.roles == "qkv" and not compiling:
                 self._made = out
             return out
@@ -201,17 +208,17 @@ class Attachment:
             options: dict[str, Any] = {}
             options["attn_mask"], options["is_causal"], options["scale"] = args[3:]
             return (self._attend(layer, attention, args[:3], options),)
-        return self.elsewhere(func, args, kwargs)
+        return self.on_torch_function(func, args, kwargs)
 
-    def _see_multi_head(
+    def _on_multi_head_attention(
         self, layer: AttentionLayer | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """PyTorch's whole multi-head attention, of a chosen layer or not."""
+        """Handle a call of PyTorch's function for a whole multi-head attention."""
         if layer is None or not layer.is_torch:
-            return self.elsewhere(F.multi_head_attention_forward, args, kwargs)
+            return self.on_torch_function(F.multi_head_attention_forward, args, kwargs)
 
         def project(roles: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return self.projected(layer, roles, x, weight, F.linear(x, weight, bias))
+            return self.on_projection(layer, roles, x, weight, F.linear(x, weight, bias))
 
         def attend(by: Any, *qkv: Tensor, **options: Any) -> Tensor:
             return self._attend(layer, by or F.scaled_dot_product_attention, qkv, options)
@@ -220,7 +227,7 @@ class Attachment:
 
     def _attend(self, layer: AttentionLayer, attend: Forward, qkv: Any, options: Any) -> Tensor:
         q, k, v = qkv
-        if self._attended:
+        if self._attention_called:
             raise UnsupportedError(
                 f"model: {layer.name} calls attention more than once, so what a head is is not clear"
             )
@@ -229,14 +236,14 @@ class Attachment:
                 f"model: {layer.name} has {layer.num_heads} heads but calls attention with "
                 f"{list(q.shape)}, which is not [B, H, N, d]"
             )
-        self._attended = True
+        self._attention_called = True
         compiling = torch.compiler.is_compiling()
-        if not compiling and watched(layer.module, options.get("dropout_p", 0.0)):
+        if not compiling and is_watched(layer.module, options.get("dropout_p", 0.0)):
             attend = Unfused.of(layer.module)
         elif self._made is not None:
             recognise(q, k, v, self._made)
         self._made = None
-        return self.attended(layer, attend, qkv, options)
+        return self.on_attention(layer, attend, qkv, options)
 
     def _swap_classes(self) -> None:
         if torch.compiler.is_compiling():
@@ -259,11 +266,11 @@ class Attachment:
             self._swapped.append((module, before, self._classes[key]))
 
     def _wrapped_class(self, base: type, wrapper: Wrapper, attends: bool) -> type:
-        """A subclass of ``base`` under its own name whose forward goes through ``wrapper``.
+        """Make a subclass of ``base``, of the same name, whose forward goes through ``wrapper``.
 
-        On other threads than the one that entered it is ``base``'s. timm's attention modules ask
-        ``self.fused_attn`` whether to call attention or to multiply by themselves: yes (``unfused``
-        then does what somebody watches).
+        On threads other than the one that entered, its forward is ``base``'s. timm's attention modules
+        call fused attention only if ``self.fused_attn``, so here it is True; where the steps of unfused
+        attention are watched, ``Unfused`` runs them.
         """
 
         @functools.partial(functools.update_wrapper, wrapped=base.forward, assigned=(), updated=())
@@ -284,23 +291,23 @@ class Attachment:
             "_plain_class": plain_class_of(base),
         }
         if attends:
-            body["fused_attn"] = property(lambda _: True)  # wins over what the instance says
+            body["fused_attn"] = property(lambda _: True)  # overrides the instance's
         swapped = type(base.__name__, (base,), body)
         return swapped
 
     def _begin(self, layer: AttentionLayer) -> None:
-        self._running, self._attended, self._made = layer, False, None
-        self.started(layer)
+        self._running, self._attention_called, self._made = layer, False, None
+        self.on_layer_start(layer)
 
     def _finish(self, layer: AttentionLayer) -> None:
-        if not self._attended:
+        if not self._attention_called:
             raise UnsupportedError(
                 f"model: {layer.name} ({type(layer.module).__name__}) computed attention without "
                 f"F.scaled_dot_product_attention, so its heads cannot be seen; {_HOW_TO_FUSE}"
             )
 
-    def _follow(self, weight: Tensor) -> None:
-        """Under a compiler: which layer is running once ``weight`` is multiplied with."""
+    def _follow_weight(self, weight: Tensor) -> None:
+        """Under a compiler: note which layer begins or ends where ``weight`` is used."""
         for layer in self.layers:
             if self._running is not layer and layer.projection_of(weight) is not None:
                 self._begin(layer)
@@ -308,25 +315,25 @@ class Attachment:
                 self._finish(layer)
                 self._running = None
 
-    def _begun_by(self, args: tuple[Any, ...]) -> AttentionLayer | None:
-        """Under a compiler: the layer whose weights a call of PyTorch's multi-head attention has."""
+    def _layer_called_with(self, args: tuple[Any, ...]) -> AttentionLayer | None:
+        """Under a compiler: start the layer whose weights PyTorch's multi-head attention is called with."""
         for layer in self.layers:
             weight = layer.projections[0].weight
             if layer.is_torch and any(x is weight for x in args):
-                self._attended = False
-                self.started(layer)
+                self._attention_called = False
+                self.on_layer_start(layer)
                 return layer
         return None
 
     def _run_layer(self, layer: AttentionLayer) -> Wrapper:
         def run(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
-            before = self._running, self._attended
+            before = self._running, self._attention_called
             self._begin(layer)
             try:
                 result = forward(*args, **kwargs)
                 self._finish(layer)
             finally:
-                self._running, self._attended = before
+                self._running, self._attention_called = before
             return result
 
         return run
@@ -339,7 +346,7 @@ _HOW_TO_FUSE = (
 
 
 def _this_thread() -> int:
-    """0 under a compiler, which does not trace threads."""
+    """The current thread's number; 0 under a compiler, which cannot trace it."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
@@ -351,9 +358,9 @@ def _around(outer: Wrapper, inner: Wrapper) -> Wrapper:
 
 
 def _refuse_broken_graph() -> None:
-    """In a compiled function, entered eagerly after all, or without ``compile_loss``'s switch."""
+    """Refuse to be entered by a compiled function outside its graph, or in a graph not of ``compile_loss``."""
     compiling = torch.compiler.is_compiling()
-    if compiler_waits() if not compiling else not compiler_traces_gradients():
+    if not compiler_traces_gradients() if compiling else compiler_waits():
         raise UnsupportedError(
             "torch.compile: it broke the graph around this context, so second derivatives would be "
             "refused or dropped; use dvf.compile_loss, which keeps one graph"
@@ -361,12 +368,17 @@ def _refuse_broken_graph() -> None:
 
 
 def open_attachments() -> list[Attachment]:
-    """The attachments whose ``with`` block is running, the outermost first."""
+    """The attachments whose ``with`` block is open, the outermost first."""
     return [mode.owner for mode in function_modes() if isinstance(mode, _Mode)]
 
 
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The first axis of the first tensor in a model's call; 0 if there is none."""
+    return next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), 0)
+
+
 def _linear_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """(input, weight) of a call of F.linear."""
+    """The input and weight of a call of ``F.linear``."""
     named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     return named["input"], named["weight"]
 
@@ -374,7 +386,7 @@ def _linear_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, An
 def _split_attention_call(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-    """(q, k, v) and the other arguments by name, of F.scaled_dot_product_attention or attention."""
+    """The (q, k, v) and the other arguments by name of a call of attention, PyTorch's or ours."""
     named = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False))
     named |= {_ATTENTION_ALIASES.get(name, name): value for name, value in kwargs.items()}
     return (named.pop("q"), named.pop("k"), named.pop("v")), named

@@ -1,8 +1,8 @@
-"""What an attention module of any library looks like from outside: its projections and its heads.
+"""Find the attention modules of a model, with their projections and head counts.
 
-A module is recognised by what it has, not by its name: a head count and linear layers for its queries,
-keys and values, under the names that timm, transformers, torch and open_clip give them. Whether it
-then calls attention, once, with these heads, is seen when it runs (``attach``).
+A module is recognised by its attributes, not its class: a head count and linear layers for queries,
+keys and values, under the names that timm, transformers, torch and open_clip use. That it calls
+attention once, with these heads, is checked when it runs (``Attachment``).
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._torch_internals import has_hooks
 from ..errors import usage_error
-from .indices import Integers, listed, shown, whole_number
+from .indices import Integers, as_list, describe, whole_number
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Projection:
     """A linear layer's weight that makes some of a module's queries, keys and values."""
 
     owner: nn.Module
-    attribute: str  # of the weight in ``owner``
-    roles: str  # "qkv", "kv", "q" ...: what its last rows make, in this order, H d rows each
+    attribute: str  # the weight's name in ``owner``
+    roles: str  # "qkv", "kv", "q" ...: made by its last rows, in this order, H d rows each
 
     @property
     def weight(self) -> Tensor:
@@ -38,7 +38,7 @@ class AttentionLayer:
     module: Any
     projections: tuple[Projection, ...]
     output: nn.Linear | None  # the output projection [D, H d], where it is known
-    query_reads: str = "all"  # its queries: all its input, its "first" token, or "another" tensor
+    query_reads: str = "all"  # its queries read "all" tokens, the "first", or "another" tensor
 
     @property
     def num_heads(self) -> int:
@@ -46,14 +46,14 @@ class AttentionLayer:
 
     @property
     def linear(self) -> list[nn.Module]:
-        """The modules that hold its projections' weights, the output projection's last."""
+        """The modules that hold the weights of its projections; the output projection is last."""
         owners = list(dict.fromkeys(projection.owner for projection in self.projections))
         return owners if self.output is None else [*owners, self.output]
 
     def rows_of(self, roles: str) -> int:
-        """How many rows of a projection make ``roles``, H d each.
+        """The number of rows of the projection that makes ``roles``, H d for each.
 
-        Where one product makes something else as well (a parallel block's MLP), they are its last.
+        Where the projection makes something else as well (a parallel block's MLP), these are its last rows.
         """
         made = next(p for p in self.projections if p.roles == roles or roles in p.roles)
         split = getattr(self.module, "in_split", None)
@@ -62,11 +62,11 @@ class AttentionLayer:
 
     @property
     def is_torch(self) -> bool:
-        """Whether it is PyTorch's own ``nn.MultiheadAttention``, which calls one function for everything."""
+        """True for ``nn.MultiheadAttention``, which calls one function for projections and attention."""
         return isinstance(self.module, nn.MultiheadAttention)
 
     def projection_of(self, weight: Any) -> Projection | None:
-        """The projection that ``weight`` belongs to."""
+        """The projection that ``weight`` belongs to, or None."""
         for projection in self.projections:
             if projection.weight is weight:
                 return projection
@@ -74,7 +74,7 @@ class AttentionLayer:
 
 
 def attention_layers(model: nn.Module) -> list[AttentionLayer]:
-    """Every attention module of ``model``, in order of definition.
+    """List every attention module of ``model``, in order of definition.
 
     Raises:
         UsageError: ``model`` is not a module, or none was found.
@@ -89,16 +89,18 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         hint = "name them as timm, transformers or torch do, or use dvf.nn.MultiHeadAttention"
         raise usage_error("model", wanted, type(model).__name__, hint)
     return [
-        AttentionLayer(i, n, m, p, _output_of(model, n, m), _QUERY_READS.get(qualified(m), "all"))
+        AttentionLayer(
+            i, n, m, p, _output_of(model, n, m), _QUERY_READS.get(qualified_class_name(m), "all")
+        )
         for i, (n, m, p) in enumerate(found)
     ]
 
 
 def choose_layers(model: nn.Module, layers: str | Integers) -> list[AttentionLayer]:
-    """The layers that ``"last"``, ``"all"`` or indices (negative allowed) name.
+    """Look up the layers that ``"last"``, ``"all"`` or indices (negative allowed) name.
 
     Raises:
-        UsageError: unknown word, no index, repeated or out-of-range index, something else.
+        UsageError: an unknown word, no index, one that is repeated or out of range, or another type.
     """
     every = attention_layers(model)
     if isinstance(layers, str):
@@ -106,18 +108,18 @@ def choose_layers(model: nn.Module, layers: str | Integers) -> list[AttentionLay
             wanted = "'last', 'all' or a list of indices"
             raise usage_error("layers", wanted, repr(layers), "check the spelling")
         return every if layers == "all" else every[-1:]
-    given = listed(layers, len(every))
+    given = as_list(layers, len(every))
     if not given:
-        got = shown(layers if given is None else given)
+        got = describe(layers if given is None else given)
         raise usage_error("layers", "'last', 'all' or a list of indices", got, "name a layer")
     chosen = [layer_index(index, len(every)) for index in given]
     if len(set(chosen)) < len(chosen):
-        raise usage_error("layers", "each layer once", shown(given), "remove the repetition")
+        raise usage_error("layers", "each layer once", describe(given), "remove the repetition")
     return [every[index] for index in sorted(chosen)]
 
 
 def blocks_from(model: nn.Module, first: AttentionLayer) -> list[nn.Module]:
-    """The modules that hold the attention layers of ``model`` from ``first`` up, ``model`` if none does."""
+    """The modules that contain the attention layers of ``model`` from ``first`` up; or ``model`` itself."""
     names = [layer.name.rpartition(".")[0] for layer in attention_layers(model)[first.index :]]
     return [model.get_submodule(name) for name in dict.fromkeys(names)]
 
@@ -132,13 +134,13 @@ def layer_index(index: Any, count: int) -> int:
     if number is None or not -count <= number < count:
         wanted = f"layer indices from {-count} to {count - 1}"
         raise usage_error(
-            "layers", wanted, shown([index])[1:-1], f"there are {count} attention layers"
+            "layers", wanted, describe([index])[1:-1], f"there are {count} attention layers"
         )
     return number % count
 
 
 def head_count(module: nn.Module) -> int:
-    """H of an attention module; 0 if it does not say."""
+    """The head count H of a module; 0 if it has none."""
     for name in HEAD_COUNTS:
         count = getattr(module, name, None)
         if isinstance(count, int):
@@ -156,7 +158,7 @@ def plain_class_of(cls: type) -> type:
 
 
 def is_hooked(modules: Iterable[nn.Module]) -> bool:
-    """Whether a forward or backward hook of its own looks at one of ``modules``."""
+    """True if one of ``modules`` has a forward or backward hook."""
     return any(map(has_hooks, modules))
 
 
@@ -170,15 +172,15 @@ _QUERY_READS = {
 }
 
 
-def qualified(module: nn.Module) -> str:
-    """The full name of a module's class, whatever context it is in and however it is sharded."""
+def qualified_class_name(module: nn.Module) -> str:
+    """The full name of a module's class, without the wrappings of attachments and FSDP2."""
     classes = plain_class(module).__mro__
     cls = next(c for c in classes if not c.__module__.startswith("torch.distributed"))
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _projections(module: nn.Module) -> tuple[Projection, ...]:
-    """Of an attention module; empty for any other."""
+    """The projections of an attention module; empty for any other module."""
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is not None:
             return (Projection(module, "in_proj_weight", "qkv"),)
@@ -202,7 +204,7 @@ def _projections(module: nn.Module) -> tuple[Projection, ...]:
 
 
 def _linear(module: nn.Module, name: str) -> bool:
-    """Whether ``module.name`` is a linear layer that computes what its weight says."""
+    """True if ``module.name`` is a linear layer with PyTorch's own forward."""
     child = getattr(module, name, None)
     return isinstance(child, nn.Linear) and plain_class(child).forward is nn.Linear.forward
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .attachment import Attachment, Forward
 from .attention_modules import AttentionLayer, is_hooked, plain_class
-from .unfused_attention import watched
+from .unfused_attention import is_watched
 
 BlockForward = Callable[[Any, Tensor], Tensor]
 """A block and its input ``[B, N, D]`` -> its output for the class token, ``[B, 1, D]``."""
@@ -76,7 +76,7 @@ def class_token_block(model: nn.Module, attention: nn.Module) -> nn.Module | Non
     if plain_class(block) is not known.block_class or getattr(block, "attn", None) is not attention:
         return None
     readers = (whole.blocks, *block.modules(), whole.norm)
-    return None if is_hooked(readers) or watched(attention) else block
+    return None if is_hooked(readers) or is_watched(attention) else block
 
 
 class ClassTokenShortcut:

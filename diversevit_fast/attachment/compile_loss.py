@@ -1,9 +1,9 @@
-"""Compiling a whole training loss, cross-entropy and penalty, into one graph.
+"""compile_loss: compiles a whole training loss, cross-entropy and penalty, into one graph.
 
-``torch.compile`` of a model alone cannot be differentiated twice: the penalty would be refused or, asked
-for in some ways, dropped. In one graph with its loss there is nothing to drop: Dynamo records the inner
-gradient and AOTAutograd differentiates through it. That needs
-``torch._dynamo.config.trace_autograd_ops``, on every call and not at the first only.
+A model that is compiled by itself cannot be differentiated twice: the penalty would be refused or, asked
+for in some ways, dropped. In one graph with its loss it is right: Dynamo records the inner gradient and
+AOTAutograd differentiates through it. That needs ``torch._dynamo.config.trace_autograd_ops`` on every
+call, not only the first.
 """
 
 import ast
@@ -25,7 +25,7 @@ Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 
 def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Loss:
-    """``fn`` compiled as one graph that is right to second order, or an error.
+    """Compile ``fn`` as one graph that is right to second order, or raise an error.
 
     >>> diversity = HeadDiversity(model)
     >>> def loss(model, images, labels):
@@ -95,16 +95,17 @@ def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Lo
 
 @functools.cache
 def _operators() -> str:
-    """Which operators these are: Inductor's cache on disk knows only their names, not what they return.
+    """A checksum of the operators' sources, for the key of Inductor's cache on disk.
 
-    Of another version of this library it would hold code for tensors of other shapes.
+    The cache knows operators only by name: of another version of this library it could hold code for
+    results of other shapes.
     """
     sources = sorted(Path(ops.__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
 def _in_one_line(failure: Exception) -> Exception:
-    """This library's own error that ended the tracing, or what the compiler says, and where."""
+    """The error to raise for a failed compilation: ours if it ended the tracing, else the compiler's."""
     raised = re.search(r"^ *Developer debug context: raised exception (.*)", str(failure), re.M)
     own = raised and re.fullmatch(r"(UsageError|UnsupportedError)\((['\"].*['\"])\)", raised[1])
     if own:
@@ -117,21 +118,21 @@ def _in_one_line(failure: Exception) -> Exception:
 
 
 def _reason(failure: Exception) -> str:
-    """Of a compiler's many lines those that say what happened."""
+    """The part of a compiler's message that says what happened."""
     text = str(failure)
     head, _, rest = text.partition("\n")
-    inner = getattr(failure, "inner_exception", None)  # of the compiler's backend
+    inner = getattr(failure, "inner_exception", None)  # the error of the compiler's backend
     if inner is not None:
         said = next((line for line in str(inner).splitlines() if line.strip()), "")
-        return f"{head} {type(inner).__name__}: {said or 'no message'}{_cure_of(said)}"
+        return f"{head} {type(inner).__name__}: {said or 'no message'}{_hint_for(said)}"
     why = re.search(r"Explanation: (.*)", rest)
     if why:
         return f"{head}: {why[1]}"
     return f"{head} {rest.strip().partition(chr(10))[0]}" if head.rstrip().endswith(":") else head
 
 
-def _cure_of(said: str) -> str:
-    if re.search(r"derivative for aten::_\w*scaled_dot_product\w* is not implemented", said):
+def _hint_for(message: str) -> str:
+    if re.search(r"derivative for aten::_\w*scaled_dot_product\w* is not implemented", message):
         return (
             "; PyTorch's own attention has no second derivative: enter HeadDiversity inside fn around the "
             "model's call, or use dvf.attention"

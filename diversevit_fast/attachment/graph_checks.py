@@ -1,7 +1,7 @@
-"""Looking through the autograd graph of a prediction for what cannot be differentiated twice.
+"""Check that the graph from the captured tensors to the logits can be differentiated twice.
 
-What torch.compile or reentrant checkpointing put there refuses a second derivative, or where it is not asked to
-run, drops it. Said before any gradient is taken, it is one line with the hint.
+The nodes of torch.compile and of reentrant checkpointing refuse a second derivative or silently drop it.
+They are found before a gradient is taken, and reported in one line with a hint.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from .._torch_internals import in_checkpoint
 from ..errors import UnsupportedError
 
-_CURES = {
+_HINTS = {
     "CompiledFunctionBackward": "runs in torch.compile, whose backward cannot be differentiated; compile "
     "only the blocks below the chosen layers, or the whole loss with dvf.compile_loss",
     "CheckpointFunctionBackward": "runs in reentrant checkpointing; checkpoint only the blocks below the "
@@ -20,27 +21,47 @@ _CURES = {
 }
 
 
-def refuse_opaque(score: Tensor, captured: Sequence[Tensor]) -> None:
-    """Raise an UnsupportedError if an opaque node made ``captured`` or lies between it and ``score``.
+def depends_on(score: Tensor, captured: Sequence[Sequence[Tensor]]) -> list[bool]:
+    """Tell for each group of captured tensors whether ``score`` depends on one of them.
 
-    Where ``score`` depends on none of them: if there is one anywhere below it.
+    Raises:
+        UnsupportedError: an opaque node made a captured tensor or lies between it and ``score``; or, where
+            ``score`` depends on none of them, there is one anywhere below it.
     """
-    targets = {get_gradient_edge(x).node for x in captured}
+    groups = [{get_gradient_edge(x).node for x in group} for group in captured]
+    targets = set().union(*groups)
+    found: set[Any] = set()
     above: set[Any] = set()  # nodes from which a captured tensor is reached
     opaque: list[tuple[Any, str]] = []
     for node, children in _leaves_first(get_gradient_edge(score).node):
+        if node in targets:
+            found.add(node)
         if node in targets or any(child in above for child in children):
             above.add(node)
         name = type(node).__name__
-        if name in _CURES:
+        if name in _HINTS:
             opaque.append((node, name))
     for node, name in opaque:
         if not above or node in above:
-            raise UnsupportedError(f"model: what makes the logits {_CURES[name]}")
+            raise UnsupportedError(f"model: what makes the logits {_HINTS[name]}")
+    return [not found.isdisjoint(nodes) for nodes in groups]
+
+
+def refuse_checkpointing() -> None:
+    """Refuse activation checkpointing around a chosen layer: it would run again outside the context.
+
+    Raises:
+        UnsupportedError: non-reentrant checkpointing is saving tensors here.
+    """
+    if in_checkpoint():
+        raise UnsupportedError(
+            "model: a chosen layer runs inside activation checkpointing, which would recompute it "
+            "without this context; checkpoint only the blocks below the chosen layers"
+        )
 
 
 def _leaves_first(root: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """Every node below ``root`` and its children, each after them."""
+    """Yield every node from ``root`` down with its children, each after its children."""
     seen, stack = {root}, [(root, False)]
     while stack:
         node, done = stack.pop()

@@ -1,7 +1,7 @@
-"""Heads and layers as people have them: Python's and NumPy's integers, what ``topk`` and ``argsort`` give.
+"""Read indices of heads and layers: Python's and NumPy's integers, arrays, tensors, any collection.
 
-Booleans are refused everywhere: ``[True, False]`` is a mask to whoever writes it, and heads 1 and 0 to
-whoever reads it.
+Booleans are refused everywhere: whoever writes ``[True, False]`` means a mask, but as indices they would
+be heads 1 and 0.
 """
 
 import operator
@@ -15,25 +15,25 @@ Integers = SupportsIndex | Iterable[SupportsIndex]
 
 
 def whole_number(value: Any) -> int | None:
-    """An integer, also NumPy's or a tensor without axes; None for anything else."""
+    """Convert an integer (Python's, NumPy's, a tensor without axes) to ``int``; None for anything else."""
     if is_boolean(value) or getattr(value, "ndim", 0):
         return None
     try:
         return operator.index(value)
-    except (TypeError, RuntimeError):  # RuntimeError: of a tensor without data
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor without data
         return None
 
 
 def is_boolean(value: Any) -> bool:
-    """Whether ``value`` is a boolean, or an array or tensor of them."""
+    """True if ``value`` is a boolean, or an array or tensor of booleans."""
     return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
 
 
-def listed(values: Any, limit: int) -> list[Any] | None:
-    """The items of ``values``, or its only one, at most ``limit + 1``; None if it holds no integers.
+def as_list(values: Any, limit: int) -> list[Any] | None:
+    """List the items of ``values``, or ``values`` itself if it is one integer; None if it is neither.
 
-    More than ``limit`` different integers below ``limit`` there are not, so the rest need not be seen: a
-    range or a generator may be endless.
+    At most ``limit + 1`` items are read, since a range or a generator may be endless: so many cannot be
+    different indices below ``limit``.
     """
     if whole_number(values) is not None:
         return [values]
@@ -45,8 +45,8 @@ def listed(values: Any, limit: int) -> list[Any] | None:
         return None
 
 
-def shown(values: Any) -> str:
-    """What was given, for an error's one line: integers as they are meant, long lists cut."""
+def describe(values: Any) -> str:
+    """Format ``values`` for an error message: integers of all types alike, long lists cut."""
     if not isinstance(values, list):
         return reprlib.repr(values)
     numbers = [whole_number(value) for value in values]

@@ -1,4 +1,4 @@
-"""What data parallelism has to be told, or refused, before a gradient is taken inside a step.
+"""Make data parallelism work with a gradient taken inside the step, or refuse what cannot.
 
 Measured with torch 2.14: DDP is right with one backward pass of the whole loss, but not with
 ``static_graph``; FSDP2 frees parameters after the inner backward pass unless told not to; FSDP1
@@ -16,8 +16,8 @@ from .._torch_internals import fsdp_modules, is_fsdp_root, reshards_after_backwa
 from ..errors import UnsupportedError
 
 
-def unwrapped(model: Any) -> Any:
-    """The module inside DistributedDataParallel, or ``model``.
+def unwrap(model: Any) -> Any:
+    """Return the module inside DistributedDataParallel, or ``model`` itself.
 
     Raises:
         UnsupportedError: DDP with ``static_graph``, FSDP1 or DataParallel.
@@ -42,15 +42,15 @@ def unwrapped(model: Any) -> Any:
 
 
 def is_ddp(model: Any) -> bool:
-    """Whether ``model`` is wrapped in DistributedDataParallel."""
+    """True if ``model`` is wrapped in DistributedDataParallel."""
     return isinstance(model, nn.parallel.DistributedDataParallel)
 
 
 def check_ddp_forward(wrapped: bool) -> None:
-    """Raise in a forward after which ranks would diverge.
+    """Refuse a forward after which the ranks would diverge.
 
     Args:
-        wrapped: the model was given inside DDP, so DDP's forward has to be the one running.
+        wrapped: the model was passed inside DDP, so it must be running inside DDP's forward.
 
     Raises:
         UnsupportedError: DDP runs with ``static_graph``, or the module inside was called past it.
@@ -74,8 +74,8 @@ def _refuse_static_graph(model: Any) -> None:
 
 
 @contextmanager
-def kept_unsharded(model: nn.Module) -> Iterator[None]:
-    """FSDP2: inside the block a backward pass does not free the parameters it gathered."""
+def keep_unsharded(model: nn.Module) -> Iterator[None]:
+    """Keep a backward pass inside the block from freeing the parameters that FSDP2 gathered."""
     sharded = [(module, reshards_after_backward(module)) for module in fsdp_modules(model)]
     roots = [module for module, _ in sharded if is_fsdp_root(module)]
     if len(roots) > 1:

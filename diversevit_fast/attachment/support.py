@@ -1,4 +1,4 @@
-"""What each attention layer of a model allows, as far as it can be told before it runs."""
+"""Tell which uses each attention layer of a model allows, as far as it is known before a forward."""
 
 import inspect
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from torch import nn
 
 from .._torch_internals import own_parameters
 from ..errors import UnsupportedError
-from .attention_modules import AttentionLayer, attention_layers, plain_class, qualified
+from .attention_modules import AttentionLayer, attention_layers, plain_class, qualified_class_name
 
 USES = ("wrt='input'", "wrt='output'", "mask", "prune")
-"""Of an attention layer: both definitions of the penalty, ``keep_heads``, ``prune_heads``."""
+"""Uses of an attention layer: both definitions of the penalty, ``keep_heads``, ``prune_heads``."""
 
 
 @dataclass(frozen=True)
 class LayerSupport:
-    """One attention layer, and why not, for each of ``USES`` that it does not allow."""
+    """One attention layer, with the reason for each of ``USES`` that it does not allow."""
 
     index: int
     name: str
@@ -27,7 +27,7 @@ class LayerSupport:
     refusals: dict[str, str]
 
     def allows(self, use: str) -> bool:
-        """Whether the layer allows one of ``USES``."""
+        """True if the layer allows ``use``, one of ``USES``."""
         return use not in self.refusals
 
     def __str__(self) -> str:
@@ -36,13 +36,13 @@ class LayerSupport:
 
 
 def supported(model: nn.Module) -> list[LayerSupport]:
-    """What can be done with each attention layer of ``model``, in order of definition.
+    """List what each attention layer of ``model`` allows, in order of definition.
 
     >>> for layer in supported(model):
     ...     print(layer)
 
-    What only a forward shows (attention called twice, queries made of another tensor) is refused
-    there, in one line.
+    Reasons that only a forward shows (attention called twice, queries made of another tensor) are not
+    listed; the forward then raises a one-line error.
 
     Raises:
         UsageError: no attention layer was found.
@@ -70,24 +70,26 @@ def refuse(layers: Sequence[AttentionLayer], use: str) -> None:
 
 
 def refusals(layer: AttentionLayer) -> dict[str, str]:
-    """Why not, for each of ``USES`` that ``layer`` does not allow."""
+    """The reason for each of ``USES`` that ``layer`` does not allow."""
     unseen = _why_unseen(layer)
     if unseen:
         return dict.fromkeys(USES, unseen)
     found = {"wrt='input'": _why_no_input(layer), "prune": _why_not_pruned(layer)}
-    if qualified(layer.module) in _OVER_CHANNELS:
+    if qualified_class_name(layer.module) in _OVER_CHANNELS:
         found["wrt='output'"] = "its heads attend over channels, not tokens; use wrt='input'"
     return {use: reason for use, reason in found.items() if reason}
 
 
 def _why_unseen(layer: AttentionLayer) -> str | None:
-    """Its attention is not a call that can be seen."""
+    """The reason if the layer computes attention without a call that can be observed, else None."""
     module = layer.module
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
     if implementation not in ("sdpa", "diversevit"):
         hint = "model.set_attn_implementation('sdpa') first"
         return f"its attention is {implementation!r}, whose heads cannot be seen; {hint}"
-    if qualified(module).startswith("timm.") and not _calls_attention(plain_class(module)):
+    if qualified_class_name(module).startswith("timm.") and not _calls_attention(
+        plain_class(module)
+    ):
         return "it computes attention itself, not by F.scaled_dot_product_attention; choose other layers"
     return None
 
@@ -110,7 +112,7 @@ def _why_no_input(layer: AttentionLayer) -> str | None:
 def _why_not_pruned(layer: AttentionLayer) -> str | None:
     module: Any = layer.module
     hint = "use dvf.keep_heads"
-    if _qualified_name(module) not in PRUNABLE:
+    if _class_name(module) not in PRUNABLE:
         return f"its own forward does not allow fewer heads; {hint}"
     gate, norm = getattr(module, "gate", None), getattr(module, "norm", None)
     if gate is not None or not (norm is None or isinstance(norm, nn.Identity)):
@@ -122,8 +124,8 @@ def _why_not_pruned(layer: AttentionLayer) -> str | None:
     return None
 
 
-def _qualified_name(module: nn.Module) -> str:
-    name = qualified(module)
+def _class_name(module: nn.Module) -> str:
+    name = qualified_class_name(module)
     return f"transformers.{name.rpartition('.')[2]}" if name.startswith("transformers.") else name
 
 

@@ -1,7 +1,7 @@
-"""``F.multi_head_attention_forward`` taken apart, so that its projections and its attention can be seen.
+"""``F.multi_head_attention_forward`` with replaceable projections and attention.
 
-PyTorch hides both inside one function: what an overriding function mode is shown is the whole. The
-formulas are PyTorch's; attention and the projections are done by whoever calls.
+PyTorch computes all of it in one function, so a function mode sees only the whole. The formulas here are
+PyTorch's; the caller passes the functions that compute attention and the projections.
 """
 
 from collections import namedtuple
@@ -37,15 +37,15 @@ def multi_head_attention(
     project: Project = _plain,
     attend: Callable[..., Tensor] = _attention,
 ) -> tuple[Tensor, Tensor | None]:
-    """What ``F.multi_head_attention_forward(*args, **kwargs)`` returns.
+    """Compute ``F.multi_head_attention_forward(*args, **kwargs)``.
 
     Where ``query is key is value`` the projection is one product, whose output ``[B, N, 3 H d]`` is what
-    ``project`` returns; else there is one for each. ``attend`` is given what is to compute attention, None
-    for whatever it likes, and then called as SDPA is, on ``[B, H, N, d]``.
+    ``project`` returns; else there is one for each. ``attend`` is called with the function that has to
+    compute attention, or None if any may, followed by the arguments of SDPA, on ``[B, H, N, d]``.
 
-    With ``need_weights`` the weights are computed beside the output: N x N memory, as PyTorch's. Where a
-    query may attend to nothing they are zero, as attention's output is, and not NaN. Of a dropout
-    they are what it left, from which the output is then computed.
+    With ``need_weights`` the weights are computed as well, in N x N memory as PyTorch's. For a query that
+    may attend to nothing they are zero, as attention's output is, not NaN. With dropout they are the
+    weights after dropout, and the output is computed from them.
 
     Raises:
         UnsupportedError: ``bias_k``, ``bias_v``, ``add_zero_attn``, ``static_k`` or ``static_v``.
@@ -83,7 +83,7 @@ _Call = namedtuple(
 
 
 def _project(call: Any, batched: bool, project: Project) -> tuple[Tensor, ...]:
-    """Queries, keys and values ``[B, H, N, d]``."""
+    """Compute queries, keys and values, each ``[B, H, N, d]``."""
 
     def samples_first(x: Tensor) -> Tensor:
         return x.transpose(0, 1) if batched else x[None]
@@ -104,7 +104,7 @@ def _project(call: Any, batched: bool, project: Project) -> tuple[Tensor, ...]:
 
 
 def _mask(call: Any, q: Tensor, k: Tensor) -> Tensor | None:
-    """``attn_mask`` and ``key_padding_mask`` as one additive mask; True there means: do not attend."""
+    """Combine ``attn_mask`` and ``key_padding_mask`` (True: do not attend) into one additive mask."""
     mask = None
     if call.attn_mask is not None:
         mask = _additive(call.attn_mask, q.dtype)
@@ -117,7 +117,10 @@ def _mask(call: Any, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers in their own dtype: a large one that masks would be -inf in another."""
+    """Convert a boolean mask (True: do not attend) to an additive one; keep an additive one.
+
+    It keeps its dtype: a large finite number that masks would be -inf in a narrower one.
+    """
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -torch.inf)

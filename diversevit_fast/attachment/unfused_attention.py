@@ -1,9 +1,9 @@
-"""Attention in steps, for those who watch its weights: timm's ``fused_attn=False`` and a hook on ``attn_drop``.
+"""Unfused attention, for hooks on its weights: timm's ``fused_attn=False`` with a hook on ``attn_drop``.
 
-timm's attention modules multiply by themselves where ``fused_attn`` is False, and then call ``softmax`` and
-``attn_drop`` as modules. Fused attention calls neither: a hook on them, or a module of one's own in
-their place, would silently not run. So where one of them is watched, attention is computed in the
-same steps. It has derivatives of any order, and N x N memory.
+With ``fused_attn=False`` timm's attention modules compute attention step by step and call ``softmax``
+and ``attn_drop`` as modules. Fused attention calls neither, so a hook on them, or a user's module in
+their place, would silently not run. Where there is one, attention is computed in the same steps.
+This has derivatives of any order, and takes N x N memory.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ _INERT = (nn.Dropout, nn.Identity, nn.Softmax)
 
 
 class Unfused:
-    """Attention in steps, called as ``F.scaled_dot_product_attention`` is.
+    """Attention in steps, called like ``F.scaled_dot_product_attention``.
 
     Attributes:
-        weights: of the last call, ``[B, H, Nq, Nk]``, as they met the values.
+        weights: the weights of the last call after dropout, ``[B, H, Nq, Nk]``.
     """
 
     def __init__(self, drop: Callable[[Tensor], Tensor], softmax: Any = None):
@@ -33,7 +33,7 @@ class Unfused:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Unfused":
-        """With the modules that ``module`` has for it."""
+        """Unfused attention with the softmax and dropout modules of ``module``."""
         drop: Any = getattr(module, "attn_drop", None)
         return cls(drop or nn.Identity(), getattr(module, "softmax", None))
 
@@ -48,7 +48,7 @@ class Unfused:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """``[B, H, Nq, d]`` to ``[B, H, Nq, dv]``; what is dropped is not ``dropout_p``'s affair."""
+        """Attention ``[B, H, Nq, dv]``; dropout is the module's, and ``dropout_p`` is ignored."""
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
         scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
@@ -59,11 +59,11 @@ class Unfused:
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None, softmax: Any) -> Tensor:
-    """Softmax over the keys; a row that a mask forbids wholly is zero, and so are its gradients.
+    """Softmax over the keys; a fully masked row is zero, and so are its gradients.
 
     Args:
-        mask: bool (True: attend) or added to the scores; where it is -inf, do not attend.
-            Of a wider dtype than the scores, it is added in its own; the weights are in theirs.
+        mask: bool (True: attend) or added to the scores (-inf: do not attend). It is added in its own
+            dtype if that is wider than the scores'; the weights have the scores' dtype.
     """
     if mask is None:
         return softmax(scores)
@@ -74,18 +74,18 @@ def masked_softmax(scores: Tensor, mask: Tensor | None, softmax: Any) -> Tensor:
     return weights.to(scores.dtype)
 
 
-def watched(module: nn.Module, dropout_p: float | None = None) -> bool:
-    """Whether ``module`` left alone runs unfused, and calls something there that fused attention lacks.
+def is_watched(module: nn.Module, dropout_p: float | None = None) -> bool:
+    """True if ``module`` runs unfused by itself and calls something that fused attention would skip.
 
-    That is a hook, a module of somebody's own, or a dropout of which ``dropout_p``, what fused attention
-    is to drop, says something else (on in eval mode, for instance).
+    That is a hook, a user's module, or a dropout with another probability than ``dropout_p``, which fused
+    attention would use (a dropout that is on in eval mode, for instance).
 
     Raises:
         UnsupportedError: a hook that cannot be kept.
     """
     if vars(module).get("fused_attn", getattr(plain_class(module), "fused_attn", True)):
         return False
-    bias = getattr(module, "rel_pos", None)  # fused, only its table is read
+    bias = getattr(module, "rel_pos", None)  # fused attention reads its table without calling it
     if isinstance(bias, nn.Module) and is_hooked([bias]):
         raise UnsupportedError(
             f"model: a {type(module).__name__} with fused_attn=False has a hook on its rel_pos, which would "
@@ -94,10 +94,10 @@ def watched(module: nn.Module, dropout_p: float | None = None) -> bool:
     drop = getattr(module, "attn_drop", None)
     drops = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
     otherwise = dropout_p is not None and drops != dropout_p
-    return otherwise or any(map(_is_watched, (drop, getattr(module, "softmax", None))))
+    return otherwise or any(map(_child_is_watched, (drop, getattr(module, "softmax", None))))
 
 
-def _is_watched(child: Any) -> bool:
+def _child_is_watched(child: Any) -> bool:
     if not isinstance(child, nn.Module):
         return False
     plain = plain_class(child) in _INERT and "forward" not in vars(child)

@@ -1,4 +1,4 @@
-"""Digits over photographs: dominoes from what scikit-learn carries, with no network and no file.
+"""DigitsPhotos: digits over photographs, made of scikit-learn's data without network or files.
 
 Above, an 8 x 8 handwritten digit 0 or 1 enlarged to 32 x 32; below, a 32 x 32 patch in grey of one
 of two photographs (label 0: china.jpg, a pavilion among trees; label 1: flower.jpg, a dahlia).
@@ -41,7 +41,7 @@ from .dominoes import (
     part_of,
     role_of,
     stream,
-    too_many,
+    too_many_samples,
 )
 
 SAMPLES = {"train": 3000, "val": 400, "test": 1000}
@@ -99,7 +99,7 @@ class DigitsPhotos(Dominoes):
 
 
 def equalize(patches: Tensor, generator: torch.Generator) -> Tensor:
-    """Standardise, add grain, rank: ``[m, 32, 32]`` grey values -> uint8, all of one histogram."""
+    """Standardise grey patches ``[m, 32, 32]``, add grain and rank: uint8, all with one histogram."""
     contrast, mean = torch.std_mean(patches, dim=(1, 2), keepdim=True)
     noise = torch.randn(patches.shape, generator=generator, dtype=patches.dtype)
     grey = ((patches - mean) / contrast + GRAIN * noise).flatten(1)
@@ -110,7 +110,7 @@ def equalize(patches: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _digits(role: str, samples: int, generator: torch.Generator) -> Pool:
-    """The part's digits, repeated to twice what is needed: flips must not exhaust a pile.
+    """Draw the part's digits, repeated to twice what is needed so that flips do not exhaust a pile.
 
     With m digits of each class a pile falls short of m / 2 with probability below exp(-m / 4).
     """
@@ -131,7 +131,7 @@ def _patches(role: str, samples: int, generator: torch.Generator) -> Pool:
     corners = _corners(photographs, role)
     most = 2 * min(len(indices) for indices in corners)
     if samples > most:
-        raise too_many(samples, most)
+        raise too_many_samples(samples, most)
     index = torch.cat(
         [
             indices[torch.randperm(len(indices), generator=generator)[: samples // 2]]
@@ -146,7 +146,7 @@ def _patches(role: str, samples: int, generator: torch.Generator) -> Pool:
 
 
 def _corners(photographs: Tensor, role: str) -> list[Tensor]:
-    """Per photograph, the upper left pixels of all patches inside the part's bands."""
+    """For each photograph, find the upper left pixels of all patches inside the part's bands."""
     _, height, width = photographs.shape
     mean, square = (
         F.avg_pool2d(F.avg_pool2d(power, (PATCH, 1), stride=1), (1, PATCH), stride=1)
@@ -163,7 +163,7 @@ def _corners(photographs: Tensor, role: str) -> list[Tensor]:
 
 @cache
 def _photographs() -> Tensor:
-    """Both photographs in grey, float64 ``[2, 427, 640]``, values 0 to 255."""
+    """Load both photographs in grey, float64 ``[2, 427, 640]``, values 0 to 255."""
     require("PIL", extra="train")  # decodes the photographs for scikit-learn
     load = require("sklearn.datasets", extra="train").load_sample_image
     pixels = torch.stack([torch.tensor(load(f"{name}.jpg")) for name in PHOTOGRAPHS])

@@ -1,4 +1,4 @@
-"""Dominoes: a digit above a photograph, and the law that correlates the two.
+"""Dominoes: a digit above a photograph, and the pairing that correlates the two.
 
 The photograph's class is the label; the digit is a simpler feature that agrees with the label
 with probability ``correlation``. In one split (method: "Data: MNIST-CIFAR"):
@@ -37,7 +37,7 @@ class Pool(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Which digit stands above which photograph: positions in the two pools."""
+    """Pairs of a digit and the photograph below it, as positions in the two pools."""
 
     digit: Tensor  # int64 [n]
     photo: Tensor  # int64 [n]
@@ -96,7 +96,7 @@ def pair(
     generator: torch.Generator,
     samples: int | None = None,
 ) -> Pairs:
-    """Steps 2 to 4 of the pairing law, then one shuffle so that any prefix is a fair sample.
+    """Pair digits and photographs (steps 2 to 4 above) and shuffle, so that any prefix is a fair sample.
 
     Args:
         digit_classes: int64 ``[m]``, as many zeros as ones.
@@ -123,14 +123,14 @@ def pair(
         )
     size = smallest if samples is None else samples // 2
     if size > smallest:
-        raise too_many(samples, 2 * smallest)
+        raise too_many_samples(samples, 2 * smallest)
     order = torch.randperm(2 * size, generator=generator)
     digit0, digit1, photo0, photo1 = (pile[:size] for pile in piles)
     return Pairs(torch.cat([digit0, digit1])[order], torch.cat([photo0, photo1])[order])
 
 
 def part_of(classes: Tensor, share: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """One part of a shuffled source, as indices ``[m]``: equally many of class 0, then of class 1.
+    """Choose one part of a shuffled source: indices ``[m]``, as many of class 0 as then of class 1.
 
     ``share`` is an interval of [0, 1]; with equal generators, disjoint intervals give disjoint
     parts.
@@ -142,7 +142,7 @@ def part_of(classes: Tensor, share: tuple[float, float], generator: torch.Genera
 
 
 def stream(generator: torch.Generator | None, name: str) -> torch.Generator:
-    """A fresh generator, seeded by the first four bytes of SHA-256 of ``"<seed>/<name>"``.
+    """Make a generator seeded by the first four bytes of SHA-256 of ``"<seed>/<name>"``.
 
     The seed is ``generator.initial_seed()`` (0 for None); its state is neither read nor advanced.
     The names in use are the splits, for flips and pairing; ``sources``, for cutting the sources
@@ -159,7 +159,7 @@ def stream(generator: torch.Generator | None, name: str) -> torch.Generator:
 
 
 def role_of(split: str) -> str:
-    """``train``, ``val`` or ``test``: the part of the sources that a split is made of.
+    """The part of the sources that a split is made of: ``train``, ``val`` or ``test``.
 
     Raises:
         UsageError: no such split.
@@ -170,7 +170,7 @@ def role_of(split: str) -> str:
 
 
 def correlation_of(split: str, correlation: float | None) -> float:
-    """The correlation given, or the split's own: 0.9 in distribution, 0.5 out of it.
+    """Return ``correlation``, or the split's default: 0.9 in distribution, 0.5 out of it.
 
     Raises:
         UsageError: not a number in [0, 1].
@@ -185,7 +185,7 @@ def correlation_of(split: str, correlation: float | None) -> float:
 
 
 def check_samples(samples: int | None) -> None:
-    """Labels are balanced, so a split has an even number of images.
+    """Check that ``samples`` is even, since labels are balanced.
 
     Raises:
         UsageError: not a positive even integer.
@@ -196,8 +196,8 @@ def check_samples(samples: int | None) -> None:
         )
 
 
-def too_many(samples: int | None, most: int) -> UsageError:
-    """The error of asking for more images than the sources can give."""
+def too_many_samples(samples: int | None, most: int) -> UsageError:
+    """Build the error for more images than the sources have."""
     return usage_error(
         "samples", f"at most {most}", samples, "ask for fewer or use a larger source"
     )
@@ -206,7 +206,7 @@ def too_many(samples: int | None, most: int) -> UsageError:
 def batches(
     dataset: Dominoes, batch_size: int, *, generator: torch.Generator | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """One pass over a split without a ``DataLoader``: the same values, gathered batch by batch.
+    """Iterate over a split in batches: the values of a ``DataLoader``, without one.
 
     Shuffles if and only if a (CPU) generator is given, and advances it, so that each epoch has its
     own order. The last, smaller batch is kept.

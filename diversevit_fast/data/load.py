@@ -1,4 +1,4 @@
-"""All five splits of a data set, by name."""
+"""Build all five splits of a data set, by its name."""
 
 import os
 import reprlib
@@ -23,7 +23,7 @@ def load_splits(
     samples: int | Mapping[str, int] | None = None,
     download: bool = False,
 ) -> dict[str, Dominoes]:
-    """The five ``SPLITS`` of a data set, all from one seed.
+    """Build the five ``SPLITS`` of a data set from one seed.
 
     Args:
         name: ``digits-photos`` or ``mnist-cifar``.

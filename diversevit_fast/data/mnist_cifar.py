@@ -1,4 +1,4 @@
-"""MNIST-CIFAR dominoes: the paper's benchmark (arXiv 2308.16274), 64 x 32 pixels.
+"""MNISTCIFAR: dominoes of MNIST and CIFAR-10, the paper's benchmark (arXiv 2308.16274), 64 x 32 pixels.
 
 A digit 0 or 1, zero-padded from 28 to 32 pixels and repeated to three channels, above an
 automobile (label 0) or a truck (label 1). Train images come from the train sources; the test
@@ -185,7 +185,7 @@ def _from_npz(path: Path, part: str) -> Sources:
 
 
 def _header(archive: Any, key: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype that an array of an ``.npz`` claims to have, at the price of a few bytes."""
+    """Read the shape and dtype of an array in an ``.npz`` from its header alone."""
     with archive.open(f"{key}.npy") as file:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0}

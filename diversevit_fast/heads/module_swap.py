@@ -1,4 +1,4 @@
-"""Setting several attributes of modules, all or none, and what else holds the parameters that went."""
+"""Set several attributes of modules, all or none; warn of optimizers that hold the old parameters."""
 
 import gc
 import warnings
@@ -16,7 +16,7 @@ _MISSING = object()
 
 
 def swap(changes: Sequence[Change]) -> None:
-    """Set every attribute, or, if one cannot be set or somebody interrupts, none."""
+    """Set every attribute, or none if one cannot be set or the user interrupts."""
     before: list[Change] = []
     try:
         for module, name, value in changes:
@@ -28,19 +28,19 @@ def swap(changes: Sequence[Change]) -> None:
         raise
 
 
-def replaced_by(changes: Sequence[Change]) -> list[nn.Parameter]:
-    """The parameters that ``changes`` would take from their modules."""
+def replaced_parameters(changes: Sequence[Change]) -> list[nn.Parameter]:
+    """The parameters that ``changes`` would replace."""
     before = (_current(module, name) for module, name, _ in changes)
     return [value for value in before if isinstance(value, nn.Parameter)]
 
 
 def _current(module: nn.Module, name: str) -> Any:
-    """What the instance itself has under ``name``."""
+    """The value the instance itself has under ``name``, or ``_MISSING``."""
     return own_parameters(module).get(name, vars(module).get(name, _MISSING))
 
 
 def _restore(module: nn.Module, name: str, value: Any) -> None:
-    """Past ``__setattr__``, which may be what failed."""
+    """Set the old value again without ``__setattr__``, which may be what failed."""
     if isinstance(value, nn.Parameter):
         own_parameters(module)[name] = value
     elif value is _MISSING:
@@ -50,7 +50,7 @@ def _restore(module: nn.Module, name: str, value: Any) -> None:
 
 
 def warn_of_optimizers(replaced: Sequence[nn.Parameter]) -> None:
-    """Say so where a living optimizer holds one of the parameters that are to be replaced."""
+    """Warn if an existing optimizer holds one of the parameters that are to be replaced."""
     gone = {id(parameter) for parameter in replaced}
     kinds = _kinds(Optimizer)
     for found in [x for x in gc.get_objects() if type(x) in kinds]:
@@ -64,5 +64,5 @@ def warn_of_optimizers(replaced: Sequence[nn.Parameter]) -> None:
 
 
 def _kinds(cls: type) -> set[type]:
-    """``cls`` and all that inherit from it."""
+    """``cls`` and all its subclasses."""
     return {cls}.union(*map(_kinds, cls.__subclasses__()))

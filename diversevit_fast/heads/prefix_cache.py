@@ -1,10 +1,10 @@
-"""Running a model for many choices of heads, what comes before the heads once.
+"""PrefixCache: runs a model for many choices of heads, and what precedes the heads only once.
 
-The first forward of a batch is recorded: up to the first attention that the choices differ in, the output of
-every module that does not hold it is kept, and so are the head outputs. In the forwards after it those
-modules return what was kept without running, and the attention returns the kept head outputs
-times the new factors; all that follows runs. Nothing is assumed about the model's structure: calls are
-matched in order, and what cannot be kept (see ``Replay``) runs again.
+The first forward of a batch is recorded up to the first attention in which the choices differ: the output
+of every module that does not contain it, and its head outputs. In later forwards these modules return
+the recorded outputs without running, the attention returns the recorded head outputs times the new
+factors, and everything after it runs. Nothing is assumed about the model's structure: calls are matched
+in order, and a module whose output cannot be cached (see ``PrefixCache``) runs again.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torc
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What a call returned: tensors and constants, and how often each tensor had been written to."""
+    """The arguments or the output of a call, with the version of each tensor (its count of writes)."""
 
     leaves: list[Any]
     structure: Any
@@ -35,7 +35,7 @@ class _Recorded:
 
     @staticmethod
     def of(value: Any) -> "_Recorded | None":
-        """None if something in ``value`` is neither a tensor nor a constant, so it might change unseen."""
+        """Record ``value``; None if it holds anything but tensors and constants, which could change unseen."""
         leaves, structure = tree_flatten(value)
         if not all(isinstance(leaf, (Tensor, *_CONSTANTS)) for leaf in leaves):
             return None
@@ -45,7 +45,7 @@ class _Recorded:
         return self.versions == _versions(self.leaves)
 
     def same(self, value: Any) -> bool:
-        """Whether ``value``, whatever was done to it, still is the same tensors with the same contents."""
+        """True if ``value`` still holds the recorded tensors with their recorded contents."""
         leaves, structure = tree_flatten(value)
         unmoved = all(a is b for a, b in zip(leaves, self.leaves, strict=False))
         return structure == self.structure and unmoved and self.intact()
@@ -55,36 +55,35 @@ class _Recorded:
 
 
 def _versions(leaves: Iterable[Any]) -> list[int]:
-    """Inference tensors count no writes, but refuse them here: ``Replay`` runs outside inference mode."""
+    """The version of each tensor; 0 for inference tensors, which cannot be written to outside inference mode."""
     tensors = (x for x in leaves if isinstance(x, Tensor))
     return [0 if x.is_inference() else write_count(x) for x in tensors]
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One module call before the attention; nothing is kept of one that runs again."""
+    """One module call before the attention, with its output unless it has to run again."""
 
     module: nn.Module
     kept: _Recorded | None = None
 
 
-class Replay(Attachment):
-    """Context manager: the outputs of one batch for many choices of heads.
+class PrefixCache(Attachment):
+    """Context manager that computes a model's outputs for many choices of heads.
 
-    >>> with Replay(model, layers) as replay:
-    ...     for output in replay.outputs([{11: [0]}, {11: [1]}], images):
-    ...         ...                             # as of keep_heads(model, {11: [0]}), and so on
+    >>> with PrefixCache(model, layers) as cache:
+    ...     for output in cache.outputs([{11: [0]}, {11: [1]}], images):
+    ...         ...                             # as inside keep_heads(model, {11: [0]}), and so on
 
-    A module's output is not kept, and the module or those inside it run again, where keeping it could
-    change a result: it writes to its input or is given something other than tensors and constants;
-    it returns something else; somebody writes to its output in place; a module inside it has
-    hooks of its own, which are to see every forward (those for all modules, profilers', see what
-    runs); it is compiled. A module that hands something on
-    other than by its return value (a global, an attribute) does so once for each batch.
+    A module's output is not cached, and the module or its children run again, where caching could change
+    a result: the module is compiled, writes to its input, takes or returns something other than tensors
+    and constants; its output is written to in place; a module inside it has hooks, which should see
+    every forward (hooks for all modules, as profilers', see what runs). A module that passes something
+    on in another way than its return value (a global, an attribute) does so once per batch.
 
     Args:
-        model: run in the mode (eval, train) in which it is.
-        layers: attention layers of ``model``, those that choices may name.
+        model: runs in the mode (eval, train) it is in.
+        layers: attention layers of ``model`` that choices may name.
 
     Raises:
         UnsupportedError: as ``keep_heads``.
@@ -108,17 +107,19 @@ class Replay(Attachment):
         self._not_kept = {m for m, inside in self._inside.items() if is_hooked(inside)}
 
     def outputs(self, choices: Sequence[Kept], *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """``model(*args, **kwargs)`` for each choice, as inside ``keep_heads(model, choice)``.
+        """Yield ``model(*args, **kwargs)`` for each choice, as inside ``keep_heads(model, choice)``.
 
-        One whole forward, then for each further choice what follows the first layer that ``choices``
-        differ in; nothing is kept once the iterator is exhausted.
+        The first choice takes a whole forward; each further one computes what follows the first layer in
+        which ``choices`` differ. The cache is emptied once the iterator is exhausted.
 
         Raises:
             UsageError: outside the ``with`` block.
             UnsupportedError: the model calls its modules in another order the second time.
         """
         if self._thread is None:
-            raise usage_error("with", "a Replay that is entered", "one that is not", "use `with`")
+            raise usage_error(
+                "with", "a PrefixCache that is entered", "one that is not", "use `with`"
+            )
         self._varied = {
             layer.index
             for layer in self.layers
@@ -134,7 +135,7 @@ class Replay(Attachment):
         finally:
             self._forget()
 
-    def attended(
+    def on_attention(
         self,
         layer: AttentionLayer,
         attend: Forward,
@@ -148,7 +149,7 @@ class Replay(Attachment):
             self._past = True
         else:
             heads = self._heads
-            if isinstance(attend, Unfused):  # somebody wants to see it
+            if isinstance(attend, Unfused):  # its weights are watched, so they are computed again
                 heads = attend(*qkv, **options)
             if heads is None or self._next < len(self._calls):
                 raise _another_order(layer.name)
@@ -195,7 +196,7 @@ class Replay(Attachment):
             self._keeping = None
         kept = _Recorded.of(output)
         if kept is None or self._past or not given.same((args, kwargs)):
-            self._not_kept.add(module)  # found out too late to record what is inside
+            self._not_kept.add(module)  # too late to record the modules inside it
             self._void = True
         else:
             self._calls.append(_Call(module, kept))

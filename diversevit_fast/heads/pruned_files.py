@@ -1,8 +1,8 @@
-"""Pruned models in files, and what pruning saves.
+"""Save and load pruned models, and report what pruning saves.
 
-A pruned model fits no constructor, so the safetensors file says in its metadata which heads are left
-(``pruned_layers``, JSON) and loading prunes a fresh model first. Tensors that the model uses under
-several names are stored once, as ``safetensors.torch.save_model`` does.
+No constructor builds a pruned model, so the metadata of the safetensors file say which heads are left
+(``pruned_layers``, JSON), and loading prunes a fresh model first. A tensor that the model uses under
+several names is stored once, as ``safetensors.torch.save_model`` does.
 """
 
 import copy
@@ -21,17 +21,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from .._torch_internals import cpu_flash_attention, overload_of
 from ..attachment.attention_modules import AttentionLayer, attention_layers
 from ..attachment.indices import whole_number
-from ..attachment.parallel import unwrapped
+from ..attachment.parallel import unwrap
 from ..errors import UnsupportedError, UsageError
 from ..ops.attention import attention_operator
 from ..version import __version__
-from ..weight_files import StrPath, listing, misfit, read_tensors, write_tensors
+from ..weight_files import StrPath, listing, path_error, read_tensors, write_tensors
 from .pruning import Heads, check_kept, prune_heads
 
 
 @dataclass(frozen=True)
 class _PrunedLayer:
-    """What the metadata say of one layer."""
+    """The entry of one pruned layer in the metadata."""
 
     layer: int
     name: str
@@ -54,7 +54,7 @@ def save_pruned(model: nn.Module, path: StrPath) -> None:
         UnsupportedError: state that is not whole dense tensors (sharded, quantised, extra state), or
             tensors that share a part of their memory.
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     state = _state(model)
     stored = _stored_names(state)
     layers = [vars(layer) for layer in _pruned_layers(model)]
@@ -72,9 +72,8 @@ def save_pruned(model: nn.Module, path: StrPath) -> None:
 def load_pruned(model: nn.Module, path: StrPath) -> nn.Module:
     """Prune ``model`` as the saved one was and load its weights.
 
-    A model that is pruned alike already is loaded into as it is. If anything does not fit, ``model``
-    stays as it was. Pruning makes new parameters: build the optimizer, and DDP,
-    afterwards.
+    A model that is already pruned in the same way is not pruned again. If anything does not fit, ``model``
+    stays as it was. Pruning makes new parameters, so build the optimizer and DDP afterwards.
 
     Args:
         model: of the architecture and dtype that was saved, on any device; its weights do not matter.
@@ -88,8 +87,8 @@ def load_pruned(model: nn.Module, path: StrPath) -> nn.Module:
             architecture; a missing, an extra or a misshapen tensor; ``model`` is pruned otherwise.
         UnsupportedError: as ``prune_heads`` and ``save_pruned``.
     """
-    target = unwrapped(model)
-    metadata, tensors = read_tensors(path, _CURE)
+    target = unwrap(model)
+    metadata, tensors = read_tensors(path, _HINT)
     heads = _heads_to_prune(path, target, _parse(path, metadata))
     pruned = _without_storage(target)
     if heads:
@@ -106,7 +105,7 @@ def load_pruned(model: nn.Module, path: StrPath) -> nn.Module:
 
 @dataclass(frozen=True)
 class PrunedPart:
-    """Parameters, and FLOPs of one forward, of a model or a layer before and after pruning."""
+    """A model or layer with its parameters, and FLOPs of one forward, before and after pruning."""
 
     name: str
     parameters: tuple[int, int]
@@ -115,7 +114,7 @@ class PrunedPart:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What pruning saves: the whole model, and each layer pruned with its output projection."""
+    """The savings of pruning: of the whole model, and of each pruned layer with its output projection."""
 
     model: PrunedPart
     layers: tuple[PrunedPart, ...]
@@ -137,11 +136,11 @@ class PruningReport:
 
 
 def pruning_report(model: nn.Module, heads: Heads, images: Tensor) -> PruningReport:
-    """What ``prune_heads(model, heads)`` would save; ``model`` stays as it is.
+    """Compute what ``prune_heads(model, heads)`` would save, without changing ``model``.
 
     FLOPs are those of products (matrix products, convolutions, attention) in one forward in eval
     mode, as ``torch.utils.flop_counter`` counts them: two for a multiplication and an addition.
-    Time is another matter: measure it.
+    Measure time separately: it need not fall alike.
 
     Args:
         model, heads: as in ``prune_heads``. The model is copied.
@@ -150,7 +149,7 @@ def pruning_report(model: nn.Module, heads: Heads, images: Tensor) -> PruningRep
     Raises:
         UsageError, UnsupportedError: as ``prune_heads``.
     """
-    changed = copy.deepcopy(unwrapped(model)).eval()
+    changed = copy.deepcopy(unwrap(model)).eval()
     kept = {layer.index: which for layer, which in check_kept(changed, heads)}
     before = _measure(changed, list(kept), images)
     after = _measure(prune_heads(changed, kept), list(kept), images)
@@ -162,10 +161,10 @@ def pruning_report(model: nn.Module, heads: Heads, images: Tensor) -> PruningRep
 
 
 def _measure(model: nn.Module, named: list[int], images: Tensor) -> list[tuple[str, int, int]]:
-    """(name, parameters, FLOPs) of the whole model and of the layers named."""
+    """Count (name, parameters, FLOPs) of the whole model and of the layers named."""
     root = type(model).__name__
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
-    # with a function mode active PyTorch takes no fast path whose products would not be counted
+    # inside a function mode PyTorch does not take its fast path, whose products are not counted
     with torch.no_grad(), BaseTorchFunctionMode(), counter:
         model(images)
     found = counter.get_flop_counts()
@@ -190,16 +189,16 @@ def _saving(before: int, after: int) -> tuple[str, str, str]:
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """Two products, of Nq x d x Nk and Nq x Nk x dv, for each head of each sample."""
+    """FLOPs of two products, Nq x d x Nk and Nq x Nk x dv, for each head of each sample."""
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
-_ATTENTION_FLOPS = {  # that torch's counter does not know
+_ATTENTION_FLOPS = {  # operators that torch's counter does not know
     overload_of(attention_operator).overloadpacket: _attention_flops,
     cpu_flash_attention: _attention_flops,
 }
 _VERSION, _LAYERS = "diversevit_fast", "pruned_layers"
-_CURE = "pass a file that dvf.save_pruned wrote"
+_HINT = "pass a file that dvf.save_pruned wrote"
 
 
 def _pruned_layers(model: nn.Module) -> list[_PrunedLayer]:
@@ -216,7 +215,7 @@ def _pruned_layers(model: nn.Module) -> list[_PrunedLayer]:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, of parameters themselves, so that those used twice are the same object."""
+    """The state dict with the parameters themselves, so that shared ones are the same object."""
     state = model.state_dict(keep_vars=True)
     for name, value in state.items():
         plain = type(value) in (Tensor, nn.Parameter, nn.Buffer)
@@ -229,7 +228,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _stored_names(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """For each name the one under which its tensor is stored: the first of all its names."""
+    """Map each name to the name its tensor is stored under: the first of all its names."""
     first: dict[int, str] = {}
     for name in sorted(state):
         first.setdefault(id(state[name]), name)
@@ -239,9 +238,9 @@ def _stored_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 def _under_every_name(
     wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The file's tensors, one that the model has under several names under each of them.
+    """The file's tensors, each under all names that the model has for it.
 
-    A file that holds different tensors for these names keeps them, to be found out.
+    Different tensors that a file holds under these names are kept, so that ``_check_shared`` finds them.
     """
     stored = _stored_names(wanted)
     alone = {stored[name]: tensors[name] for name in wanted if name in tensors}
@@ -249,7 +248,7 @@ def _under_every_name(
 
 
 def _without_storage(model: nn.Module) -> nn.Module:
-    """A copy on the meta device: shapes to compare with, nothing allocated."""
+    """Copy ``model`` to the meta device: it has shapes to compare with but no storage."""
     memo: dict[int, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
@@ -260,13 +259,13 @@ def _without_storage(model: nn.Module) -> nn.Module:
 
 def _parse(path: StrPath, metadata: Mapping[str, str]) -> list[_PrunedLayer]:
     if _LAYERS not in metadata:
-        raise misfit(path, f"metadata {_LAYERS!r}", "a file without", _CURE)
+        raise path_error(path, f"metadata {_LAYERS!r}", "a file without", _HINT)
     try:
         layers = [_PrunedLayer(**entry) for entry in json.loads(metadata[_LAYERS])]
         return [_PrunedLayer(_number(x.layer), x.name, x.heads, tuple(x.kept)) for x in layers]
     except (TypeError, ValueError) as failure:
         got = f"something that does not parse ({type(failure).__name__})"
-        raise misfit(path, f"metadata {_LAYERS!r}", got, _CURE) from None
+        raise path_error(path, f"metadata {_LAYERS!r}", got, _HINT) from None
 
 
 def _number(value: Any) -> int:
@@ -279,7 +278,7 @@ def _number(value: Any) -> int:
 def _heads_to_prune(
     path: StrPath, model: nn.Module, filed: list[_PrunedLayer]
 ) -> dict[int, list[int]]:
-    """What is left to prune of ``model``, if it is of the architecture the file is of."""
+    """The heads to prune ``model`` to, after checking that it has the file's architecture."""
     layers: list[AttentionLayer] = attention_layers(model)
     has = {layer.layer: layer for layer in _pruned_layers(model)}
     heads: dict[int, list[int]] = {}
@@ -287,7 +286,7 @@ def _heads_to_prune(
     for entry in filed:
         named = layers[entry.layer].name if 0 <= entry.layer < len(layers) else "no such layer"
         if named != entry.name:
-            raise misfit(path, f"layer {entry.layer} named {named!r}", repr(entry.name), hint)
+            raise path_error(path, f"layer {entry.layer} named {named!r}", repr(entry.name), hint)
         pruned = has.pop(entry.layer, None)
         if pruned is not None:
             if pruned.kept != entry.kept:
@@ -298,7 +297,7 @@ def _heads_to_prune(
         whole = entry.heads is None or whole_number(entry.heads) == count
         if not found or len(found) < len(entry.kept) or not whole:
             got = f"heads {list(entry.kept)} of {entry.heads or 'more'}"
-            raise misfit(path, f"heads of the model's {count} in {entry.name}", got, hint)
+            raise path_error(path, f"heads of the model's {count} in {entry.name}", got, hint)
         heads[entry.layer] = list(entry.kept)
     for pruned in has.values():
         raise _pruned_otherwise(path, pruned.name, pruned.kept, "all")
@@ -307,7 +306,7 @@ def _heads_to_prune(
 
 def _pruned_otherwise(path: StrPath, name: str, kept: object, filed: object) -> UsageError:
     wanted = f"heads {kept} of {name}, as the model is pruned already"
-    return misfit(path, wanted, filed, "load into a fresh model")
+    return path_error(path, wanted, filed, "load into a fresh model")
 
 
 def _check_tensors(
@@ -315,18 +314,18 @@ def _check_tensors(
 ) -> None:
     hint = "build the model that was saved"
     if missing := [name for name in wanted if name not in given]:
-        raise misfit(path, f"the tensors {listing(missing)}", "a file without", hint)
+        raise path_error(path, f"the tensors {listing(missing)}", "a file without", hint)
     if extra := [name for name in given if name not in wanted]:
-        raise misfit(path, "no other tensors", listing(extra), hint)
+        raise path_error(path, "no other tensors", listing(extra), hint)
     for name, tensor in wanted.items():
         ours, theirs = ((list(x.shape), x.dtype) for x in (tensor, given[name]))
         if ours != theirs:
             wish = f"{name} of shape {ours[0]} and {ours[1]}, the model's"
-            raise misfit(path, wish, f"{theirs[0]} and {theirs[1]}", hint)
+            raise path_error(path, wish, f"{theirs[0]} and {theirs[1]}", hint)
 
 
 def _check_shared(path: StrPath, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     for name, first in _stored_names(wanted).items():
         if given[name] is not given[first]:
             wish = f"one tensor for {first} and {name}, which the model shares"
-            raise misfit(path, wish, "two", "build the model that was saved")
+            raise path_error(path, wish, "two", "build the model that was saved")

@@ -1,7 +1,7 @@
-"""Taking heads away: by multiplying their outputs with zero, or for good.
+"""Mask heads (multiply their outputs by zero) or prune them (remove their weights).
 
-The heads that stay are multiplied by H / kept, as published, so that the layer's output keeps its
-scale; ``rescale=False`` leaves them alone.
+The heads that stay are multiplied by H / kept, as published, so that the layer's output keeps its scale;
+``rescale=False`` leaves them unscaled.
 """
 
 from collections import Counter
@@ -19,20 +19,20 @@ from ..attachment.attention_modules import (
     attention_layers,
     layer_index,
 )
-from ..attachment.indices import Integers, is_boolean, listed, shown, whole_number
-from ..attachment.parallel import is_ddp, unwrapped
+from ..attachment.indices import Integers, as_list, describe, is_boolean, whole_number
+from ..attachment.parallel import is_ddp, unwrap
 from ..attachment.support import refuse
 from ..errors import UnsupportedError, usage_error
-from .module_swap import Change, replaced_by, swap, warn_of_optimizers
+from .module_swap import Change, replaced_parameters, swap, warn_of_optimizers
 
 Heads = Mapping[Any, Integers]
-"""For each layer's index the heads that stay, as users give them."""
+"""The heads that stay by layer index, as users pass them."""
 Kept = Mapping[int, Sequence[int]]
-"""The same, checked."""
+"""The same after ``check_kept``."""
 
 
 class keep_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
-    """Context manager: in the layers named, heads not listed are multiplied by zero.
+    """Context manager that multiplies the heads not listed by zero, in the layers named.
 
     >>> with keep_heads(model, {-1: [2]}):        # only head 2 of the last layer
     ...     logits = model(images)
@@ -52,13 +52,13 @@ class keep_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
     """
 
     def __init__(self, model: nn.Module, heads: Heads, rescale: bool = True):
-        model = unwrapped(model)
+        model = unwrap(model)
         kept = check_kept(model, heads)
         super().__init__(model, [layer for layer, _ in kept])
         refuse(self.layers, "mask")
         self._scale = {layer.index: head_scale(layer, which, rescale) for layer, which in kept}
 
-    def attended(
+    def on_attention(
         self,
         layer: AttentionLayer,
         attend: Forward,
@@ -73,23 +73,23 @@ class keep_heads(Attachment):  # noqa: N801 (a verb, like torch.no_grad)
 
 
 def check_kept(model: nn.Module, heads: Heads) -> list[tuple[AttentionLayer, list[int]]]:
-    """The layers named and their heads to keep, sorted and validated, in the model's order."""
+    """Check ``heads`` and return the layers named, each with its sorted heads, in the model's order."""
     every = attention_layers(model)
     if not isinstance(heads, Mapping) or not heads:
-        raise usage_error("heads", "a dictionary {layer: [heads]}", shown(heads), "name a layer")
+        raise usage_error("heads", "a dictionary {layer: [heads]}", describe(heads), "name a layer")
     kept: dict[int, list[int]] = {}
     for index, which in heads.items():
         layer = every[layer_index(index, len(every))]
         if layer.index in kept:
             raise usage_error(
-                "heads", "each layer once", shown(list(heads)), "remove the repetition"
+                "heads", "each layer once", describe(list(heads)), "remove the repetition"
             )
         kept[layer.index] = _check_heads(layer, which)
     return [(every[index], kept[index]) for index in sorted(kept)]
 
 
 def _check_heads(layer: AttentionLayer, which: Any) -> list[int]:
-    given = listed(which, layer.num_heads)
+    given = as_list(which, layer.num_heads)
     numbers = [whole_number(head) for head in given or ()]
     found = sorted(n for n in numbers if n is not None and 0 <= n < layer.num_heads)
     if not found or len(set(found)) < len(numbers):
@@ -100,19 +100,19 @@ def _check_heads(layer: AttentionLayer, which: Any) -> list[int]:
         hint = (
             "for a mask pass the numbers of the heads that stay" if masked else "keep at least one"
         )
-        raise usage_error("heads", wanted, shown(which if given is None else given), hint)
+        raise usage_error("heads", wanted, describe(which if given is None else given), hint)
     return found
 
 
 def head_scale(layer: AttentionLayer, kept: Sequence[int], rescale: bool) -> Tensor:
-    """``[H]``: zero for the heads that go, 1 or H / kept for those that stay."""
+    """The factors ``[H]`` of the heads: 0 for those that go, 1 or H / kept for those that stay."""
     scale = torch.zeros(layer.num_heads, dtype=torch.float64)
     scale[list(kept)] = layer.num_heads / len(kept) if rescale else 1.0
     return scale
 
 
 def prune_heads(model: nn.Module, heads: Heads, rescale: bool = True) -> nn.Module:
-    """Remove the heads not listed: same outputs as ``keep_heads``, smaller, saved as any model.
+    """Remove the heads not listed from the weights; the outputs are those of ``keep_heads``.
 
     The layer's projections lose the rows and its output projection the columns of the heads that go; H /
     kept is folded into the latter. The model is changed in place, entirely or, whatever fails or
@@ -143,13 +143,13 @@ def prune_heads(model: nn.Module, heads: Heads, rescale: bool = True) -> nn.Modu
     _refuse_in_use(model, chosen)
     _refuse_shared(model, chosen)
     changes = [change for layer, which in kept for change in _changes(layer, which, rescale)]
-    warn_of_optimizers(replaced_by(changes))
+    warn_of_optimizers(replaced_parameters(changes))
     swap(changes)
     return model
 
 
 def _refuse_in_use(model: nn.Module, chosen: Sequence[AttentionLayer]) -> None:
-    """What would go on with the parameters or the head counts of before."""
+    """Refuse a model in use by DDP or an open context, which would keep its old parameters or head counts."""
     if is_ddp(model):
         raise UnsupportedError(
             "prune: DDP averages the gradients of the parameters it was built with; prune the model "
@@ -164,7 +164,7 @@ def _refuse_in_use(model: nn.Module, chosen: Sequence[AttentionLayer]) -> None:
 
 
 def _refuse_shared(model: nn.Module, chosen: Sequence[AttentionLayer]) -> None:
-    """A linear layer of two attention modules, of which the other one would still need it whole."""
+    """Refuse a layer that shares a linear layer with another attention module, which needs it whole."""
     uses = Counter(linear for layer in attention_layers(model) for linear in layer.linear)
     for layer in chosen:
         if any(uses[linear] > 1 for linear in layer.linear):
@@ -176,7 +176,7 @@ def _refuse_shared(model: nn.Module, chosen: Sequence[AttentionLayer]) -> None:
 
 @torch.no_grad()
 def _changes(layer: AttentionLayer, kept: list[int], rescale: bool) -> Iterator[Change]:
-    """What pruning ``layer`` sets; nothing is set yet."""
+    """Yield the changes that prune ``layer``, without making them."""
     module, heads = layer.module, layer.num_heads
     factor = heads / len(kept) if rescale else 1.0
     original = getattr(module, "kept_heads", tuple(range(heads)))
@@ -208,7 +208,7 @@ def _shrink_projection(projection: Projection, heads: int, kept: list[int]) -> I
 
 
 def _channels(x: Tensor, groups: int, kept: list[int], dim: int) -> Tensor:
-    """``x`` whose axis ``dim`` is so many equal groups, with those kept."""
+    """Split axis ``dim`` of ``x`` into ``groups`` equal parts and keep those listed."""
     chosen = torch.tensor(kept, device=x.device)
     return x.unflatten(dim, (groups, -1)).index_select(dim, chosen).flatten(dim, dim + 1)
 

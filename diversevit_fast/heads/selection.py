@@ -1,21 +1,22 @@
-"""Choosing heads on validation data: which heads of a trained model follow the robust feature."""
+"""Choose heads on validation data: those of a trained model that follow the robust feature."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations, product
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..attachment.attention_modules import AttentionLayer, choose_layers
-from ..attachment.batch_checks import Batch, class_indices, group_names, split_batch
 from ..attachment.indices import Integers
-from ..attachment.parallel import unwrapped
+from ..attachment.parallel import unwrap
 from ..errors import usage_error
 from ..ops.checks import check_choice
-from .prefix_cache import Replay
+from .loader_batches import Batch, class_indices, group_names, split_batch
+from .prefix_cache import PrefixCache
+from .scores import SCORES, CallableScore, Predictions, ThresholdedConfidence, WorstGroup
 
 Score = (
     Literal["accuracy", "worst_group", "confidence", "atc"]
@@ -27,7 +28,7 @@ MAX_CANDIDATES = 4096
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """One candidate: the heads that stay in each layer, and its score on the validation data."""
+    """One candidate: the heads that stay in each layer, and their score on the validation data."""
 
     kept: dict[int, list[int]]
     score: float
@@ -42,13 +43,13 @@ def select_heads(
     search: str = "single",
     reference_loader: Iterable[Any] | None = None,
 ) -> list[HeadChoice]:
-    """Rank choices of heads by how well the model does with only these.
+    """Rank choices of heads by the model's score with only these heads.
 
     The paper's rule is ``layers="last"``, ``search="single"`` and accuracy on labelled out-of-distribution
-    validation data. The model is evaluated in eval mode, as it is found afterwards; its parameters
-    stay. Each batch goes through the whole model once for each chosen layer (once altogether with
-    ``"exhaustive"``); a further candidate costs what follows the first attention it changes
-    (``replay.Replay`` says what is computed again all the same).
+    validation data. The model is evaluated in eval mode and then set back to its mode; its parameters do
+    not change. Each batch goes through the whole model once for each chosen layer (once in total with
+    ``"exhaustive"``). Every further candidate only computes what follows the first attention it changes
+    (see ``PrefixCache`` for what cannot be cached).
 
     Args:
         model: a classifier, images -> logits ``[B, classes]`` or an object with ``.logits``, whose chosen
@@ -92,8 +93,8 @@ def select_heads(
     """
     check_choice("search", search, ("single", "greedy", "exhaustive"))
     if not callable(score):
-        check_choice("score", score, tuple(_TALLIES))
-    model = unwrapped(model)
+        check_choice("score", score, tuple(SCORES))
+    model = unwrap(model)
     chosen = choose_layers(model, layers)
     evaluate = _Evaluation(model, chosen, loader, reference_loader, score, search == "greedy")
     if search == "greedy":
@@ -105,7 +106,7 @@ def select_heads(
 
 
 def _single(layers: Sequence[AttentionLayer]) -> list[list[Kept]]:
-    """For each layer, its heads."""
+    """The candidates of each layer: one of its heads alone."""
     return [[{layer.index: [head]} for head in range(layer.num_heads)] for layer in layers]
 
 
@@ -137,7 +138,7 @@ def _greedy(layers: Sequence[AttentionLayer], evaluate: "_Evaluation") -> list[H
         ]
         if path:
             found = evaluate(steps)
-        else:  # all heads: the same run of the loader
+        else:  # the start (all heads) is scored in the same run of the loader
             whole, *others = steps or [[]]
             start, *found = evaluate([[kept, *whole], *others])
             path.append(start)
@@ -148,10 +149,10 @@ def _greedy(layers: Sequence[AttentionLayer], evaluate: "_Evaluation") -> list[H
 
 
 class _Evaluation:
-    """The scores of candidates, all of them in one run of the loader.
+    """Scores candidates, all of them in one run of the loader.
 
-    Candidates come in groups; within a group what precedes the first layer that they differ in is
-    computed once for a batch. Between batches nothing but tallies is kept.
+    Candidates come in groups. Within a group, what precedes the first layer in which they differ is
+    computed once per batch. Between batches only tallies are kept.
     """
 
     def __init__(
@@ -164,10 +165,10 @@ class _Evaluation:
         several: bool,
     ):
         self._model, self._loader, self._reference = model, loader, reference
-        self._tally: Any = partial(_Logits, score) if callable(score) else _TALLIES[score]
+        self._tally: Any = partial(CallableScore, score) if callable(score) else SCORES[score]
         self._labelled = callable(score) or score in ("accuracy", "worst_group")
         self._grouped = callable(score) or score == "worst_group"
-        if (reference is not None) != (self._tally is _ThresholdedConfidence):
+        if (reference is not None) != (self._tally is ThresholdedConfidence):
             wanted, got = (
                 ("labelled in-distribution data for score='atc'", "none")
                 if reference is None
@@ -179,16 +180,16 @@ class _Evaluation:
                 hint = "pass a list or a DataLoader"
                 wanted = "data that can be run through again for search='greedy'"
                 raise usage_error(name, wanted, "an iterator, which runs once", hint)
-        self._replay = Replay(model, layers)
+        self._cache = PrefixCache(model, layers)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def __call__(self, groups: Sequence[Sequence[Kept]]) -> list[HeadChoice]:
-        """The candidates of every group with their scores, in order."""
+        """Score the candidates of every group; returns them in order."""
         tallies = [[self._tally() for _ in group] for group in groups]
         training = [m for m in self._model.modules() if m.training]
         self._model.eval()
         try:
-            with self._replay:
+            with self._cache:
                 self._run("loader", self._loader, groups, tallies)
                 if self._reference is not None:
                     self._run("reference_loader", self._reference, groups, tallies)
@@ -217,7 +218,7 @@ class _Evaluation:
             labels, members = self._answers(name, batch)
             seen += batch.size
             for group, scored in zip(groups, tallies, strict=True):
-                outputs = self._replay.outputs(group, *batch.args, **batch.kwargs)
+                outputs = self._cache.outputs(group, *batch.args, **batch.kwargs)
                 for output, tally in zip(outputs, scored, strict=True):
                     predictions = Predictions(_logits(output), labels, members)
                     _check(predictions)
@@ -226,7 +227,7 @@ class _Evaluation:
             raise usage_error(name, "at least one batch", "none", "pass a list or a DataLoader")
 
     def _answers(self, name: str, batch: Batch) -> tuple[Tensor | None, Tensor | list[str] | None]:
-        """Labels and groups of one batch, where they are looked at."""
+        """The labels and groups of one batch, where the score needs them."""
         if name == "loader" and not self._labelled:
             return None, None
         if batch.labels is None:
@@ -235,15 +236,7 @@ class _Evaluation:
         labels = class_indices(batch.labels, batch.size)
         if not self._grouped or batch.groups is None:
             return labels, None
-        return labels, group_names(batch.groups, batch.size, named=self._tally is _WorstGroup)
-
-
-class Predictions(NamedTuple):
-    """What was predicted for one batch, on the CPU, and what it is."""
-
-    logits: Tensor  # [b, classes]
-    labels: Tensor | None  # [b]
-    groups: Tensor | list[str] | None  # [b]
+        return labels, group_names(batch.groups, batch.size, named=self._tally is WorstGroup)
 
 
 def _logits(output: Any) -> Tensor:
@@ -267,89 +260,3 @@ def _check(batch: Predictions) -> None:
     if labels is not None and count and not 0 <= labels.min() <= labels.max() < classes:
         got = f"{int(labels.min())} to {int(labels.max())}"
         raise usage_error("labels", f"class indices from 0 to {classes - 1}", got, "check the data")
-
-
-class _Accuracy:
-    def __init__(self) -> None:
-        self._hits = self._seen = 0
-
-    def add(self, batch: Predictions) -> None:
-        self._hits += int((batch.logits.argmax(-1) == batch.labels).sum())
-        self._seen += len(batch.logits)
-
-    def value(self) -> float:
-        return self._hits / self._seen
-
-
-class _WorstGroup:
-    def __init__(self) -> None:
-        self._groups: dict[Any, _Accuracy] = {}
-
-    def add(self, batch: Predictions) -> None:
-        if batch.groups is None or batch.labels is None:
-            hint = "let the loader yield (images, labels, groups)"
-            raise usage_error("loader", "groups for score='worst_group'", "none", hint)
-        names = batch.groups if isinstance(batch.groups, list) else batch.groups.tolist()
-        for group in dict.fromkeys(names):
-            here = torch.tensor([name == group for name in names])
-            tally = self._groups.setdefault(group, _Accuracy())
-            tally.add(Predictions(batch.logits[here], batch.labels[here], None))
-
-    def value(self) -> float:
-        return min(tally.value() for tally in self._groups.values())
-
-
-class _Confidence:
-    def __init__(self) -> None:
-        self._confidences: list[Tensor] = []
-
-    def add(self, batch: Predictions) -> None:
-        self._confidences.append(_confidence(batch.logits))
-
-    def value(self) -> float:
-        return float(torch.cat(self._confidences).mean())
-
-
-class _ThresholdedConfidence(_Confidence):
-    def __init__(self) -> None:
-        super().__init__()
-        self._references: list[Tensor] = []
-        self._wrong = 0
-
-    def refer(self, batch: Predictions) -> None:
-        self._references.append(_confidence(batch.logits))
-        self._wrong += int((batch.logits.argmax(-1) != batch.labels).sum())
-
-    def value(self) -> float:
-        ascending = torch.cat(self._references).sort().values
-        if self._wrong == len(ascending):  # no confidence is enough
-            return 0.0
-        threshold = ascending[self._wrong]  # as many are below as are wrong
-        return float((torch.cat(self._confidences) >= threshold).double().mean())
-
-
-class _Logits:
-    """For a callable, which is given everything at once."""
-
-    def __init__(self, score: Callable[[Tensor, Tensor, Tensor | None], float]):
-        self._score, self._batches = score, []
-
-    def add(self, batch: Predictions) -> None:
-        self._batches.append(batch)
-
-    def value(self) -> float:
-        logits, labels, groups = zip(*self._batches, strict=True)
-        joined = None if any(g is None for g in groups) else torch.cat(groups)
-        return float(self._score(torch.cat(logits), torch.cat(labels), joined))
-
-
-def _confidence(logits: Tensor) -> Tensor:
-    return logits.double().softmax(-1).amax(-1)
-
-
-_TALLIES = {
-    "accuracy": _Accuracy,
-    "worst_group": _WorstGroup,
-    "confidence": _Confidence,
-    "atc": _ThresholdedConfidence,
-}

@@ -1,4 +1,4 @@
-"""``attn_implementation="diversevit"``: twice-differentiable attention through transformers' own seam.
+"""``attn_implementation="diversevit"``: twice-differentiable attention through transformers' extension point.
 
 >>> from diversevit_fast.integrations import huggingface
 >>> huggingface.register()

@@ -1,4 +1,4 @@
-"""timm's own seam, ``attn_layer=``: its attention module on the twice-differentiable operator.
+"""timm's extension point, ``attn_layer=``: its attention module on the twice-differentiable operator.
 
 >>> from diversevit_fast.integrations.timm import Attention
 >>> model = timm.create_model("vit_small_patch16_224", attn_layer=Attention)
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..attachment.unfused_attention import Unfused, watched
+from ..attachment.unfused_attention import Unfused, is_watched
 from ..errors import require
 from ..ops import attention
 from ..ops.attention_qkvpacked import taken_apart
@@ -40,7 +40,7 @@ class Attention(_layers.Attention):
         B, N, _ = x.shape
         q, k, v = taken_apart(self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim))
         # inside a context fused_attn is True: that asks again when it sees the call
-        attend = Unfused.of(self) if not self.fused_attn and watched(self) else attention
+        attend = Unfused.of(self) if not self.fused_attn and is_watched(self) else attention
         heads = attend(
             *(self.q_norm(q), self.k_norm(k), v),
             attn_mask=attn_mask,

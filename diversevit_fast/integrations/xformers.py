@@ -108,7 +108,7 @@ class _Both:
 
 
 class FwOp(_Both, _common.AttentionFwOpBase):
-    """d0 for ``xops.memory_efficient_attention(..., op=(FwOp, BwOp))``: first order only."""
+    """The forward operator for ``xops.memory_efficient_attention(..., op=(FwOp, BwOp))``: first order only."""
 
     OPERATOR = torch.ops.diversevit.attention
     SUPPORTS_BMGHK = True  # xformers' own backward pass takes no such inputs
@@ -139,7 +139,7 @@ class FwOp(_Both, _common.AttentionFwOpBase):
 
 
 class BwOp(_Both, _common.AttentionBwOpBase):
-    """d1 of the pair; it takes what ``FwOp`` kept."""
+    """The backward operator of the pair; it takes what ``FwOp`` kept."""
 
     OPERATOR = torch.ops.diversevit.attention_backward
     SUPPORTS_ATTN_BIAS_GRAD = True

@@ -44,7 +44,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, class_token_only: bool = False) -> Tensor:
         """``[B, N, D] -> [B, N, D]``, or ``[B, 1, D]`` with ``class_token_only``.
 
-        Only attention mixes tokens, so what a pooled class token does not need ends with it.
+        Only attention mixes tokens, so after it the class token can be computed alone.
         """
         y = cast(Tensor, self.attn(self.norm1(x)))
         if class_token_only:
@@ -52,7 +52,7 @@ class Block(nn.Module):
         return self.after_attention(x, y)
 
     def after_attention(self, x: Tensor, y: Tensor) -> Tensor:
-        """The rest of the block, given its input ``x`` and its attention's output ``y``."""
+        """Compute the rest of the block from its input ``x`` and its attention's output ``y``."""
         x = x + y if self.residual else y
         return x + self.mlp(self.norm2(x))
 
@@ -128,7 +128,7 @@ class DiverseViT(nn.Module):
 
     @property
     def kept_heads(self) -> dict[int, tuple[int, ...]]:
-        """The heads each layer still has, by their indices before any pruning."""
+        """The heads that each layer still has, by their indices before pruning."""
         attentions = [cast(Block, block).attn for block in self.blocks]
         return {
             layer: tuple(getattr(attn, "kept_heads", range(attn.num_heads)))
@@ -145,7 +145,7 @@ class DiverseViT(nn.Module):
         return self.head(self.norm(x[:, 0]))
 
     def features(self, images: Tensor) -> Tensor:
-        """The tokens ``[B, N, D]`` that enter the last block.
+        """Compute the tokens ``[B, N, D]`` that enter the last block.
 
         Raises:
             UsageError: images of another shape, dtype or device than the model's.
@@ -158,7 +158,7 @@ class DiverseViT(nn.Module):
         return x
 
     def head_logits(self, images: Tensor) -> Tensor:
-        """Logits of all heads, then of each head of the last layer alone.
+        """Compute the logits of all heads, then of each head of the last layer alone.
 
         A head alone is the published test-time pruning: the other head outputs times zero, this one
         times H. The trunk and the last attention run once for all; H counts the heads that the last
@@ -190,7 +190,7 @@ class DiverseViT(nn.Module):
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "DiverseViT":
-        """The model that ``save`` wrote to ``path``, pruned as it was, on the CPU.
+        """Load the model that ``save`` wrote to ``path``, pruned as it was, on the CPU.
 
         Raises:
             UsageError: no such file, or not one that ``save`` wrote.
@@ -247,7 +247,7 @@ register_class_token_model(DiverseViT, Block, partial(Block.forward, class_token
 
 
 def to_patches(images: Tensor, size: int) -> Tensor:
-    """``[B, C, height, width] -> [B, patches, size * size * C]``, (p1 p2 c) each."""
+    """Cut images ``[B, C, height, width]`` into patches ``[B, patches, size * size * C]``, (p1 p2 c) each."""
     B, C, height, width = images.shape
     grid = images.reshape(B, C, height // size, size, width // size, size)
     patches = (height // size) * (width // size)

@@ -1,4 +1,4 @@
-"""The authors' checkpoint format: their names for our tensors, read and written.
+"""Read and write the authors' checkpoint format, which has other names for the same tensors.
 
 The published weights are a plain ``torch.save`` of a state dict. In both, patch pixels are ordered
 row, column, channel and the rows of ``to_qkv`` (q, k, v), head, channel: only names change.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import usage_error
 from ..files import read_bytes
-from ..weight_files import StrPath, existing_file, listing, misfit
+from ..weight_files import StrPath, existing_file, listing, path_error
 from .restore import check_tensors, skeleton
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ _BLOCK_NAMES = {
 def load(
     path: StrPath, build: "type[DiverseViT]", *, num_heads: int, image_size: Sequence[int]
 ) -> "DiverseViT":
-    """See ``DiverseViT.from_published_checkpoint``."""
+    """Implement ``DiverseViT.from_published_checkpoint``."""
     state = _read(path)
     model = skeleton(build, _infer_config(path, state, num_heads, image_size))
     names = published_names(model.config["depth"])
@@ -62,7 +62,7 @@ def load(
 
 
 def to_published_state_dict(model: "DiverseViT") -> dict[str, Tensor]:
-    """The weights under the published names, sharing memory as ``model.state_dict()`` does.
+    """The model's weights under the published names, sharing its memory like ``model.state_dict()``.
 
     Raises:
         UsageError: a model the published format cannot describe: pruned heads, or a residual around
@@ -80,7 +80,7 @@ def to_published_state_dict(model: "DiverseViT") -> dict[str, Tensor]:
 
 
 def published_names(depth: int) -> dict[str, str]:
-    """Our state dict's key -> the published one, for a model of ``depth`` blocks."""
+    """Map our state dict's keys to the published ones, for a model of ``depth`` blocks."""
     blocks = {
         f"blocks.{i}.{ours}": f"vit.transformer.layers.{i}.{theirs}"
         for i in range(depth)
@@ -90,29 +90,31 @@ def published_names(depth: int) -> dict[str, str]:
 
 
 def _read(path: StrPath) -> Mapping[str, Any]:
-    """The state dict in the file, bare or under one of ``_NESTS``."""
+    """Load the state dict of a file, where it may be bare or under one of ``_NESTS``."""
     data = read_bytes(existing_file(path))
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as failure:  # on a foreign file the unpickler can raise anything
         hint = "re-save the weights with torch.save(model.state_dict(), path)"
         got = f"one that weights-only loading refuses ({type(failure).__name__})"
-        raise misfit(path, "an intact torch.save file of tensors", got, hint) from None
+        raise path_error(path, "an intact torch.save file of tensors", got, hint) from None
     if not isinstance(content, Mapping):
-        raise misfit(path, "a state dict", type(content).__name__, "save model.state_dict()")
+        raise path_error(path, "a state dict", type(content).__name__, "save model.state_dict()")
     if any(str(key).startswith("vit.") for key in content):
         return content
     nests = [key for key in _NESTS if isinstance(content.get(key), Mapping)]
     if len(nests) != 1:
         wanted = 'keys "vit.*", bare or under exactly one of "state_dict" and "model"'
-        raise misfit(path, wanted, listing(list(content)) or "no keys", "save the state dict alone")
+        raise path_error(
+            path, wanted, listing(list(content)) or "no keys", "save the state dict alone"
+        )
     return content[nests[0]]
 
 
 def _infer_config(
     path: StrPath, state: Mapping[str, Any], num_heads: int, image_size: Sequence[int]
 ) -> dict[str, Any]:
-    """The constructor's arguments, from the shapes of the tensors that fix them."""
+    """Infer the constructor's arguments from the shapes of the tensors."""
     first = "vit.transformer.layers.0."
     _, tokens, dim = _shape(path, state, "vit.pos_embedding", 3)
     _, pixels = _shape(path, state, "vit.to_patch_embedding.1.weight", 2)
@@ -145,16 +147,16 @@ def _infer_config(
 
 def _shape(path: StrPath, state: Mapping[str, Any], key: str, ndim: int) -> tuple[int, ...]:
     if key not in state:
-        raise misfit(path, f"the key {key}", "a checkpoint without", "is it complete?")
+        raise path_error(path, f"the key {key}", "a checkpoint without", "is it complete?")
     value = state[key]
     if not isinstance(value, Tensor) or value.ndim != ndim or 0 in value.shape:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise misfit(path, f"{key}, a tensor of {ndim} axes", got, "is it another model's?")
+        raise path_error(path, f"{key}, a tensor of {ndim} axes", got, "is it another model's?")
     return tuple(value.shape)
 
 
 def _patch_size(image_size: Sequence[int], patches: int) -> int:
-    """The side of the square patches of which ``patches`` tile the image."""
+    """The side of square patches such that ``patches`` of them tile the image."""
     wanted = f"(height, width) tiled by the checkpoint's {patches} square patches"
     try:
         height, width = image_size
@@ -163,5 +165,5 @@ def _patch_size(image_size: Sequence[int], patches: int) -> int:
         if fits and height % side == width % side == 0:
             return side
     except (TypeError, ValueError):
-        pass  # not a pair of integers: the same mistake
+        pass  # not a pair of integers: the same error as below
     raise usage_error("image_size", wanted, repr(image_size), "pass the size it was trained on")

@@ -1,4 +1,4 @@
-"""How large a ``DiverseViT`` may be and what it takes, from its arguments, before anything is built."""
+"""Check the sizes of a ``DiverseViT`` and estimate its memory, before it is built."""
 
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ _WIDEST = 2**20  # any other size
 
 
 def check_sizes(sizes: Mapping[str, Any]) -> None:
-    """Every size is a whole number within its limits; whether they fit each other is not asked.
+    """Check each size by itself: a whole number within its limits.
 
     Raises:
         UsageError: one is not.
@@ -25,7 +25,7 @@ def check_sizes(sizes: Mapping[str, Any]) -> None:
 
 
 def check_switch(name: str, value: object) -> None:
-    """``value`` is True or False.
+    """Check that ``value`` is True or False.
 
     Raises:
         UsageError: it is not.
@@ -35,7 +35,7 @@ def check_switch(name: str, value: object) -> None:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """All arguments of ``DiverseViT`` are sizes and a switch that make a model together.
+    """Check that the arguments of ``DiverseViT`` fit each other.
 
     Raises:
         UsageError: a size out of its limits, an image that is no whole number of patches, or more
@@ -55,7 +55,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def parameters(config: Mapping[str, Any]) -> int:
-    """How many parameters the model of ``config`` has, before any pruning."""
+    """The number of parameters of the model of ``config``, before any pruning."""
     D, mlp, classes = config["dim"], config["mlp_dim"], config["num_classes"]
     heads = config["num_heads"] * config["head_dim"]
     block = 4 * heads * D + D + 2 * mlp * D + mlp + D + 4 * D
@@ -64,10 +64,10 @@ def parameters(config: Mapping[str, Any]) -> int:
 
 
 def training_bytes(config: Mapping[str, Any], batch: int) -> int:
-    """The least memory that training in float32 with Adam takes.
+    """A lower bound on the memory of training in float32 with Adam.
 
-    Weights, their gradients and Adam's two moments; and what a backward of ``batch`` images cannot do
-    without: of each block its input, q, k, v, the heads' outputs and the hidden layer of the MLP.
+    It counts weights, gradients and Adam's two moments, and the activations of ``batch`` images that the
+    backward needs: of each block its input, q, k, v, the head outputs and the hidden layer of the MLP.
     """
     heads = config["num_heads"] * config["head_dim"]
     kept = config["depth"] * (config["dim"] + 4 * heads) + (config["depth"] - 1) * config["mlp_dim"]

@@ -1,14 +1,14 @@
-"""Saving and loading our own models: one safetensors file that also says what to build.
+"""Save and load ``DiverseViT`` as one safetensors file that also holds its configuration.
 
-The metadata holds ``config`` (the constructor's arguments) and ``kept_heads`` (layer -> heads, for
-the layers that were pruned), both JSON.
+The metadata hold ``config`` (the constructor's arguments) and ``kept_heads`` (layer -> heads, for the
+layers that were pruned), both as JSON.
 """
 
 import json
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
-from ..weight_files import StrPath, misfit, read_tensors, write_tensors
+from ..weight_files import StrPath, path_error, read_tensors, write_tensors
 from .restore import check_tensors, skeleton
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def save(model: "DiverseViT", path: StrPath) -> None:
-    """See ``DiverseViT.save``. The file appears complete or not at all."""
+    """Implement ``DiverseViT.save``. The file appears complete or not at all."""
     heads = model.config["num_heads"]
     kept = {layer: kept for layer, kept in model.kept_heads.items() if len(kept) < heads}
     metadata = {"config": json.dumps(model.config), "kept_heads": json.dumps(kept)}
@@ -25,7 +25,7 @@ def save(model: "DiverseViT", path: StrPath) -> None:
 
 
 def load(path: StrPath, build: "type[DiverseViT]") -> "DiverseViT":
-    """See ``DiverseViT.load``. Heads are pruned first, so that the shapes are the file's."""
+    """Implement ``DiverseViT.load``. Heads are pruned first, so that shapes are the file's."""
     hint = "pass a file that DiverseViT.save wrote"
     metadata, tensors = read_tensors(path, hint)
     try:
@@ -33,12 +33,12 @@ def load(path: StrPath, build: "type[DiverseViT]") -> "DiverseViT":
         kept = {int(layer): heads for layer, heads in json.loads(metadata["kept_heads"]).items()}
         model = skeleton(build, config, kept)
     except KeyError as missing:
-        raise misfit(path, f"metadata {missing}", "a file without", hint) from None
+        raise path_error(path, f"metadata {missing}", "a file without", hint) from None
     except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as failure:
         if isinstance(failure, UsageError):
-            raise misfit(path, "a valid configuration", f"({failure})", hint) from None
+            raise path_error(path, "a valid configuration", f"({failure})", hint) from None
         got = f"one that does not parse ({type(failure).__name__})"
-        raise misfit(path, "a configuration of DiverseViT", got, hint) from None
+        raise path_error(path, "a configuration of DiverseViT", got, hint) from None
     check_tensors(path, tensors, {key: x.shape for key, x in model.state_dict().items()})
     model.load_state_dict(tensors, assign=True)
     return model

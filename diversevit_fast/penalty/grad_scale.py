@@ -1,7 +1,7 @@
-"""The factor on a prediction whose gradient is taken in float16, so that small gradients do not vanish.
+"""Scale the prediction before its gradient is taken in float16, so that small gradients do not vanish.
 
-The penalty compares directions, so any factor leaves it as it is. Chosen as ``torch.amp.GradScaler`` chooses:
-halved while the gradients overflow, doubled after many steps without.
+The penalty compares directions, so it does not depend on the factor. As in ``torch.amp.GradScaler``, the
+factor is halved while the gradients overflow and doubled after many steps without overflow.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,10 @@ GROWTH_INTERVAL = 2000
 
 
 class InnerScale:
-    """Args:
-        fixed: the factor; None chooses it where a gradient is float16, and takes 1 elsewhere.
+    """The factor on the prediction, adapted from step to step.
+
+    Args:
+        fixed: the factor; None adapts it where a gradient is float16, and is 1 elsewhere.
 
     Raises:
         UsageError: a factor that is not a positive number.
@@ -37,7 +39,7 @@ class InnerScale:
     def apply(
         self, tensors: list[Tensor], differentiate: Callable[[float], list[list[Tensor | None]]]
     ) -> tuple[list[list[Tensor | None]], float]:
-        """What ``differentiate(factor)`` returns, and the factor; asked again with half of it on overflow.
+        """Return ``differentiate(factor)`` and the factor, halved until nothing overflows.
 
         Raises:
             UnsupportedError: float16 gradients overflow with any factor, or with the fixed one; inside a

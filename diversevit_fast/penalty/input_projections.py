@@ -1,10 +1,11 @@
-"""Which of a layer's projections read the layer's input: the paper's gradient is that of this input.
+"""Choose the projections that read a layer's input: the paper's penalty compares its gradients.
 
 Self-attention makes queries, keys and values of one tensor. Class attention makes its query of the first
-token, pooling of a learned one. Anything else has no single input, and is refused.
+token, attention pooling of a learned one. Any other layer has no single input, and is refused.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,13 +13,26 @@ from torch import Tensor
 from .._torch_internals import write_count
 from ..attachment.attention_modules import AttentionLayer
 from ..errors import UnsupportedError
-from .head_gradients import Projected
 
 
-def read_from_input(
-    layer: AttentionLayer, made: Sequence[tuple[Projected, Tensor]]
-) -> tuple[Projected, ...]:
-    """Those of a run's projections, given with their inputs, that read what its keys are made of.
+@dataclass(frozen=True)
+class ProjectionOutput:
+    """The output of a linear layer that makes queries, keys or values, ``[B, N, len(roles) H d]``.
+
+    ``roles`` are some of "qkv", in this order, made by the last ``rows`` rows of ``weight``. The output is
+    ``[B, H d]`` where the layer projects the first token alone.
+    """
+
+    tensor: Tensor
+    roles: str
+    weight: Tensor
+    rows: int  # len(roles) H d, with H d those of a whole [B, H, N, d]
+
+
+def input_projections(
+    layer: AttentionLayer, made: Sequence[tuple[ProjectionOutput, Tensor]]
+) -> tuple[ProjectionOutput, ...]:
+    """Choose from a run's projections, given with their inputs, those of the tensor that keys are made of.
 
     Raises:
         UnsupportedError: a projection was not seen, or reads another tensor.
@@ -36,20 +50,20 @@ def read_from_input(
         first_token = reads == "first" and x.ndim == 2
         if "q" not in part.roles or first_token or _same(x, inputs["k"]):
             kept.append(part)
-        elif reads != "another" or _overlap(x, inputs["k"]):
+        elif reads != "another" or _share_memory(x, inputs["k"]):
             raise _refusal(layer, "its queries are made of another tensor than its keys")
     return tuple(kept)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    """True if both are the same tensor, or the same view of one."""
     if a is b or torch.compiler.is_compiling():
         return a is b
     alike = a.shape == b.shape and a.stride() == b.stride() and write_count(a) == write_count(b)
     return alike and a.data_ptr() == b.data_ptr()
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether one is a part of the other."""
+def _share_memory(a: Tensor, b: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

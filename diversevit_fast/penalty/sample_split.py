@@ -1,9 +1,9 @@
-"""Running part of a model on chosen samples and on the rest apart: only the chosen pay for more.
+"""Run modules on the drawn samples and on the rest separately, so that second order costs a fraction.
 
 A module that treats samples independently gives the same output whether its batch runs whole or in two
-parts. Where a tensor goes unchanged from one split module to the next, its parts are passed on as
-they are; the graph above the chosen samples then never meets the rest. Where something changes the
-tensor in between, the parts are entangled: the numbers stay right, the rest pays as well.
+parts. Where a tensor goes unchanged from one split module to the next, its two parts are passed on, so
+the graph of the drawn samples stays apart from the rest. Where something changes the tensor in between,
+the parts are entangled: the numbers stay right, but the rest is differentiated twice as well.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from ..errors import UnsupportedError, usage_error
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a split module returned: ``whole``, not written to since, is ``chosen`` and ``rest`` joined."""
+    """The output of a split module: ``whole`` joins ``chosen`` and ``rest`` while its version is the same."""
 
     whole: Tensor
     version: int
@@ -28,15 +28,15 @@ class _Parts:
 
 
 class SampleSplit:
-    """Draws samples, and runs the modules it wraps on those and on the rest, one after the other.
+    """Draws samples, and runs the modules it wraps first on these and then on the rest.
 
     Args:
         fraction: ``round(fraction * B)`` samples of a batch of B, at least one.
         generator: draws them; the global one of the batch's device if None.
 
     Attributes:
-        with_rest: whether a module is running on the rest.
-        entangled: whether the rest is now computed from something that depends on the chosen.
+        with_rest: a module is running on the rest.
+        entangled: the rest is computed from a tensor that depends on the drawn samples.
 
     Raises:
         UsageError: a fraction that is not above 0 and at most 1, or no generator.
@@ -56,29 +56,29 @@ class SampleSplit:
         self._last: _Parts | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles have: they draw for themselves."""
+        """The state of copies and pickles, without draws: they draw their own samples."""
         return {"fraction": self.fraction, "generator": self.generator}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         SampleSplit.__init__(self, **state)
 
     def forget(self) -> None:
-        """Draw anew from here on."""
+        """Forget the drawn samples: draw again from the next batch on."""
         self._orders.clear()
         self._last = None
 
     def check_reached(self, name: str, batch: int) -> None:
-        """Refuse a layer that runs on a whole batch although the modules around it are split."""
+        """Refuse a layer that runs on the whole batch although its block should be split."""
         if not self._running and self._count(batch) < batch:
             raise UnsupportedError(
                 f"fraction: {name} does not run inside its block's own forward; use fraction=1"
             )
 
     def samples(self, batch: int) -> Tensor | None:
-        """Indices of the samples drawn from a batch of that size; None if they are all.
+        """The indices of the samples drawn from a batch of that size; None if it is all of them.
 
         Raises:
-            UsageError: the wrapped modules met another batch.
+            UsageError: the wrapped modules ran on a batch of another size.
         """
         count = self._count(batch)
         if count == batch:
@@ -89,7 +89,7 @@ class SampleSplit:
         return self._orders[batch][0][:count]
 
     def wrapper_of(self, module: nn.Module) -> Callable[..., Tensor]:
-        """What runs ``module``'s forward in two parts.
+        """Make the wrapper that runs ``module``'s forward in two parts.
 
         Raises:
             UnsupportedError: the module mixes samples.
@@ -142,7 +142,7 @@ class SampleSplit:
         return chosen, rest
 
     def _order_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch's indices, the chosen first, and where each went; one draw until ``forget``."""
+        """The batch's indices with the drawn ones first, and the inverse; one draw until ``forget``."""
         batch = len(x)
         if batch not in self._orders:
             device = x.device if self.generator is None else self.generator.device

@@ -154,7 +154,7 @@ class TestRight:
         for _ in range(2):
             torch.testing.assert_close(loss(model, images, labels), expect)
             assert [type(m) for m in model.modules()] == classes
-            assert (diversity._captured, diversity._running) == ([], None)
+            assert (diversity._recording.runs, diversity._running) == ([], None)
             assert torch.equal(fn(model, images, labels), expect)
 
     def test_heads_kept_inside(self):
@@ -296,8 +296,8 @@ class TestRefused:
         loss = compiled_loss(loss_of(dvf.HeadDiversity(model)))
         with torch.no_grad():
             refused(UsageError, "logits: expected a tensor with a graph", loss, *batch_for(model))
-        twin = copy.deepcopy(model)
-        refused(UsageError, "logits computed under this context", loss, *batch_for(twin))
+        clone = copy.deepcopy(model)
+        refused(UsageError, "logits computed under this context", loss, *batch_for(clone))
 
     def test_python_the_graph_cannot_hold(self):
         model = diverse_vit()

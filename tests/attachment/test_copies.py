@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import diversevit_fast as dvf
 from diversevit_fast.errors import UsageError
-from diversevit_fast.heads.prefix_cache import Replay
+from diversevit_fast.heads.prefix_cache import PrefixCache
 from tests.helpers.versions import compiles_losses
 from tests.helpers.vits import diverse_vit, images_for, labels_for, timm_vit
 
@@ -75,19 +75,19 @@ def test_a_copied_learner_watches_the_copied_model(copied, model, options, used)
     images, labels = images_for(learner.model), labels_for(images_for(learner.model))
     if used:
         step(learner, images, labels)
-    twin = copied(learner)
-    assert twin.diversity.model is twin.model
-    assert twin.diversity.model is not learner.model
+    clone = copied(learner)
+    assert clone.diversity.model is clone.model
+    assert clone.diversity.model is not learner.model
     with torch.no_grad():
-        for p in twin.parameters():
+        for p in clone.parameters():
             p.mul_(1.1)
     whole = Learner(model(), **options)  # made of the changed weights, never copied
-    whole.load_state_dict(twin.state_dict())
-    whole.diversity.step = twin.diversity.step
-    torch.testing.assert_close(step(twin, images, labels), step(whole, images, labels))
-    classes = [type(m) for m in twin.modules()]
+    whole.load_state_dict(clone.state_dict())
+    whole.diversity.step = clone.diversity.step
+    torch.testing.assert_close(step(clone, images, labels), step(whole, images, labels))
+    classes = [type(m) for m in clone.modules()]
     original = step(learner, images, labels)
-    assert [type(m) for m in twin.modules()] == classes
+    assert [type(m) for m in clone.modules()] == classes
     again = Learner(model(), **options)
     again.load_state_dict(learner.state_dict())
     again.diversity.step = learner.diversity.step - 1
@@ -99,12 +99,12 @@ def test_a_model_that_holds_its_own_watcher(copied):
     model = diverse_vit()
     model.diversity = dvf.HeadDiversity(model, layers="all")
     images = images_for(model)
-    twin = copied(model)
-    assert twin.diversity.model is twin
+    clone = copied(model)
+    assert clone.diversity.model is clone
     with model.diversity:
         expect = model.diversity.penalty(model(images))
-    with twin.diversity:
-        found = twin.diversity.penalty(twin(images))
+    with clone.diversity:
+        found = clone.diversity.penalty(clone(images))
     torch.testing.assert_close(found, expect)
 
 
@@ -121,17 +121,19 @@ def test_what_a_copy_keeps(copied):
     images, labels = images_for(learner.model), labels_for(images_for(learner.model))
     step(learner, images, labels)
     learner.diversity.step = 3
-    twin = copied(learner).diversity
+    clone = copied(learner).diversity
     for name in ("every", "step", "wrt", "granularity", "reduction", "target", "num_heads"):
-        assert getattr(twin, name) == getattr(learner.diversity, name)
-    torch.testing.assert_close(twin.cosines, learner.diversity.cosines)
-    assert torch.equal(twin.samples, learner.diversity.samples)
-    with twin:
-        found = twin.penalty(twin.model(images))
+        assert getattr(clone, name) == getattr(learner.diversity, name)
+    torch.testing.assert_close(clone.cosines, learner.diversity.cosines)
+    assert torch.equal(clone.samples, learner.diversity.samples)
+    with clone:
+        found = clone.penalty(clone.model(images))
     with learner.diversity:
         expect = learner.diversity.penalty(learner.model(images))
     torch.testing.assert_close(found, expect)
-    assert torch.equal(twin.samples, learner.diversity.samples)  # drawn anew, from generators alike
+    assert torch.equal(
+        clone.samples, learner.diversity.samples
+    )  # drawn anew, from generators alike
 
 
 def test_a_copy_made_between_forward_and_penalty(copied):
@@ -140,9 +142,9 @@ def test_a_copy_made_between_forward_and_penalty(copied):
     images = images_for(learner.model)
     with learner.diversity:
         logits = learner.model(images)
-    twin = copied(learner).diversity
+    clone = copied(learner).diversity
     with pytest.raises(UsageError, match="logits computed under this context"):
-        twin.penalty(logits)
+        clone.penalty(logits)
     assert learner.diversity.penalty(logits) > 0
 
 
@@ -201,12 +203,12 @@ def test_copies_of_keep_heads_mask_the_copied_model(copied):
     holder.model = diverse_vit()
     holder.keep = dvf.keep_heads(holder.model, {-1: [1]})
     images = images_for(holder.model)
-    twin = copied(holder)
+    clone = copied(holder)
     with holder.keep:
         expect = holder.model(images)
-    assert not torch.allclose(twin.model(images), expect)
-    with twin.keep:
-        torch.testing.assert_close(twin.model(images), expect)
+    assert not torch.allclose(clone.model(images), expect)
+    with clone.keep:
+        torch.testing.assert_close(clone.model(images), expect)
         assert not torch.allclose(holder.model(images), expect)
 
 
@@ -217,17 +219,17 @@ def test_copies_of_captured_heads(copied):
     images = images_for(holder.model)
     with holder.heads:
         holder.model(images)
-    twin = copied(holder)
-    for mine, its in zip(holder.heads, twin.heads, strict=True):
+    clone = copied(holder)
+    for mine, its in zip(holder.heads, clone.heads, strict=True):
         assert torch.equal(mine, its)
         assert mine.requires_grad
         assert not its.requires_grad
     with torch.no_grad():
-        for p in twin.parameters():
+        for p in clone.parameters():
             p.zero_()
-    with twin.heads:
-        twin.model(images)
-    assert all(not heads.any() for heads in twin.heads)
+    with clone.heads:
+        clone.model(images)
+    assert all(not heads.any() for heads in clone.heads)
     assert all(heads.any() for heads in holder.heads)
 
 
@@ -235,24 +237,24 @@ def test_a_shallow_copy_of_captured_heads_keeps_their_graph():
     model = diverse_vit()
     with dvf.capture_heads(model) as heads:
         model(images_for(model))
-    twin = copy.copy(heads)
+    clone = copy.copy(heads)
     with heads:  # which forgets its own
         pass
-    twin[-1].sum().backward()
+    clone[-1].sum().backward()
     assert model.blocks[-1].attn.qkv.weight.grad is not None
 
 
-def test_copies_of_a_replay_run_the_copied_model(copied):
+def test_copies_of_a_prefix_cache_run_the_copied_model(copied):
     holder = nn.Module()
     holder.model = diverse_vit().eval()
     layers = dvf.HeadDiversity(holder.model).layers
-    holder.replay = Replay(holder.model, layers)
+    holder.cache = PrefixCache(holder.model, layers)
     images = images_for(holder.model)
-    twin = copied(holder)
+    clone = copied(holder)
     choices = [{layers[0].index: [0]}, {layers[0].index: [1]}]
-    for one in (holder, twin):
-        with one.replay:
-            found = list(one.replay.outputs(choices, images))
+    for one in (holder, clone):
+        with one.cache:
+            found = list(one.cache.outputs(choices, images))
         for choice, output in zip(choices, found, strict=True):
             with dvf.keep_heads(one.model, choice), torch.no_grad():
                 torch.testing.assert_close(output, one.model(images))
@@ -264,13 +266,13 @@ def test_modules_know_nothing_of_the_forwards_of_their_originals(copied):
     holder.model, holder.penalty = model, dvf.nn.HeadPenalty(wrt="output", reduction="pairs")
     images = images_for(model)
     score = model(images).max(-1).values
-    twin = copied(holder)
-    assert (twin.penalty.wrt, twin.penalty.reduction) == ("output", "pairs")
+    clone = copied(holder)
+    assert (clone.penalty.wrt, clone.penalty.reduction) == ("output", "pairs")
     with pytest.raises(UsageError, match="a forward whose graph is alive"):
-        twin.penalty(score, twin.model.blocks[-1].attn)
+        clone.penalty(score, clone.model.blocks[-1].attn)
     expect = holder.penalty(score, model.blocks[-1].attn)
-    score = twin.model(images).max(-1).values
-    torch.testing.assert_close(twin.penalty(score, twin.model.blocks[-1].attn), expect)
+    score = clone.model(images).max(-1).values
+    torch.testing.assert_close(clone.penalty(score, clone.model.blocks[-1].attn), expect)
 
 
 def test_results_are_plain_values(copied):
@@ -280,9 +282,9 @@ def test_results_are_plain_values(copied):
     found = nn.Module()
     found.choices = dvf.select_heads(model, batches)
     found.support = dvf.supported(model)
-    twin = copied(found)
-    assert twin.choices == found.choices
-    assert twin.support == found.support
+    clone = copied(found)
+    assert clone.choices == found.choices
+    assert clone.support == found.support
 
 
 @compiles_losses

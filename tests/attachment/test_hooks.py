@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 import diversevit_fast as dvf
 from diversevit_fast.attachment.attention_modules import attention_layers
 from diversevit_fast.errors import UnsupportedError
-from diversevit_fast.heads.prefix_cache import Replay
+from diversevit_fast.heads.prefix_cache import PrefixCache
 from tests.attachment.test_zoo import made
 from tests.helpers.vits import assert_same, gradients, images_for, step, timm_vit
 from tests.helpers.zoo import ZOO
@@ -276,15 +276,15 @@ def test_backward_hooks_see_every_token(kind):
     assert shapes[0][1] == 5
 
 
-def test_replay_shows_hooks_every_forward():
+def test_the_prefix_cache_shows_hooks_every_forward():
     model = unfused(timm_vit(num_heads=4)).eval()
     layer, images = attention_layers(model)[1], images_for(model)
     calls, watch = [], model.blocks[1].attn
     watch.attn_drop.register_forward_hook(lambda *_: calls.append("attn_drop"))
     watch.q_norm.register_forward_hook(lambda *_: calls.append("q_norm"))
     model.blocks[0].attn.attn_drop.register_forward_hook(lambda *_: calls.append("below"))
-    with Replay(model, [layer]) as replay:
-        outputs = list(replay.outputs([{1: [h]} for h in range(4)], images))
+    with PrefixCache(model, [layer]) as cache:
+        outputs = list(cache.outputs([{1: [h]} for h in range(4)], images))
     for name in ("attn_drop", "q_norm", "below"):
         assert calls.count(name) == 4
     for head, output in enumerate(outputs):

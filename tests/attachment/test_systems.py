@@ -15,7 +15,7 @@ from tests.helpers import ranks
 from tests.helpers.vits import assert_same, diverse_vit, gradients, images_for, labels_for, timm_vit
 
 system = pytest.mark.system
-"""What a user combines with the penalty, and whether that is right or refused: rows of the README."""
+"""What a user combines with the penalty, and whether that is right or refused: rows of ``docs/systems.md``."""
 
 
 def vit():

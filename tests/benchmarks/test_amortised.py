@@ -1,4 +1,4 @@
-"""What `every` and `fraction` cost is a mean over periods; a training is made once and goes on where it was cut."""
+"""Tests of the measurement of `every` and `fraction`: costs are means over periods, trainings resume and run once."""
 
 import json
 import time

@@ -12,6 +12,7 @@ import pytest
 
 from diversevit_fast.experiment.cli import app
 from tests.helpers.pages import PAGES, ROOT, anchors, blocks, shell, spans
+from tests.test_tree import ALLOWED
 
 PYTHON = [(page, i) for page in PAGES for i in range(len(blocks(page, "python")))]
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()}
@@ -120,6 +121,15 @@ def test_names_of_the_library_exist(page):
     code = "\n".join((*spans(page), *blocks(page, "python")))
     for name in re.findall(r"\b(?:dvf|diversevit_fast|diversevit_kernels)(?:\.\w+)+", code):
         assert pkgutil.resolve_name(name.replace("dvf.", "diversevit_fast.")), f"{page}: {name}"
+
+
+def test_the_import_rules_of_contributing_are_those_of_the_tree():
+    """Each row of a folder of the library names what its imports are allowed to be."""
+    rows = re.findall(
+        r"^\| `diversevit_fast/([\w]+)(?:/|\.py)` \|.*\|([^|]*)\|$", PAGES["CONTRIBUTING.md"], re.M
+    )
+    told = {name: set(re.findall(r"`(\w+)`", rules)) for name, rules in rows}
+    assert told == {name: rules for name, rules in ALLOWED.items() if name != "version"}
 
 
 def test_variables_of_the_environment_exist():

@@ -1,11 +1,14 @@
 """The numbers and pictures of the documentation are the recorded ones."""
 
+import itertools
 import json
 import re
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
+import diversevit_fast as dvf
 from benchmarks import front_page, records, report
 from benchmarks.orders import DOUBLE_BWD
 from tests.helpers.pages import PAGES, ROOT
@@ -122,8 +125,14 @@ def test_the_picture_names_files_that_do_it():
     assert len(ElementTree.fromstring(pipeline.draw())) > 3 * len(boxes)
 
 
-def test_equations_are_those_of_the_code():
-    """The formula of the front page divides by B, N and H squared, as the reference does by default."""
-    formula = re.search(r"```math\n(.*?)```", PAGES["README.md"], re.DOTALL)
-    assert formula is not None
-    assert r"\frac{1}{B N H^2}" in formula[1]
+def test_the_formula_of_the_front_page_is_what_is_computed():
+    (formula,) = re.findall(r"```math\n(.*?)```", PAGES["README.md"], re.DOTALL)
+    assert r"\frac{1}{B N H^2} \sum_{b,\,n} \; \sum_{h \neq h'} \cos^2" in formula
+    B, H, N, D = 2, 3, 4, 5
+    u = torch.randn(B, H, N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    total = sum(
+        torch.cosine_similarity(u[b, h, n], u[b, k, n], dim=0) ** 2
+        for b, n, h, k in itertools.product(range(B), range(N), range(H), range(H))
+        if h != k
+    )
+    torch.testing.assert_close(dvf.head_penalty(u), total / (B * N * H**2))

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diversevit_fast as dvf
 from diversevit_fast.attachment.attention_modules import choose_layers
 from diversevit_fast.errors import UnsupportedError, UsageError
-from diversevit_fast.heads.prefix_cache import Replay
+from diversevit_fast.heads.prefix_cache import PrefixCache
 from tests.helpers.vits import diverse_vit, images_for, timm_vit
 
 
@@ -33,9 +33,9 @@ MODELS = {
 }
 
 
-def replayed(model, choices, *inputs, layers="all"):
-    with Replay(model, choose_layers(model, layers)) as replay:
-        return list(replay.outputs(choices, *inputs))
+def cached_outputs(model, choices, *inputs, layers="all"):
+    with PrefixCache(model, choose_layers(model, layers)) as cache:
+        return list(cache.outputs(choices, *inputs))
 
 
 def assert_as_keep_heads(model, choices, *inputs, layers="all"):
@@ -43,7 +43,7 @@ def assert_as_keep_heads(model, choices, *inputs, layers="all"):
     state = copy.deepcopy(model.state_dict())
     classes = [type(m) for m in model.modules()]
     fresh = [x.clone() for x in inputs]
-    ours = replayed(model, choices, *inputs, layers=layers)
+    ours = cached_outputs(model, choices, *inputs, layers=layers)
     assert [type(m) for m in model.modules()] == classes
     for choice, output in zip(choices, ours, strict=True):
         assert not output.requires_grad
@@ -92,7 +92,7 @@ def test_runs_only_what_follows(layer, after):
     model = timm_vit().eval()
     index = layer % 3
     with Linears(model) as linears:
-        replayed(model, [{index: [h % 3]} for h in range(5)], images_for(model))
+        cached_outputs(model, [{index: [h % 3]} for h in range(5)], images_for(model))
     assert linears.counts.total() == 13 + 4 * after
 
 
@@ -101,7 +101,7 @@ def test_saves_the_products_before():
     images = images_for(model)
     choices = [{2: heads} for heads in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2])]
     with FlopCounterMode(display=False) as ours:
-        replayed(model, choices, images, layers="last")
+        cached_outputs(model, choices, images, layers="last")
     with FlopCounterMode(display=False) as whole, torch.no_grad():
         model(images)
     tokens, dim = 3 * 5, 24
@@ -304,7 +304,7 @@ def test_awkward_models(make):
 def test_heads_not_named():
     """In some choices a layer is whole because it is not named."""
     model = InPlaceHeads()
-    ours = replayed(model, [{}, {1: [0]}, {}], tokens())
+    ours = cached_outputs(model, [{}, {1: [0]}, {}], tokens())
     with torch.no_grad():
         whole = model(tokens())
     assert torch.equal(ours[0], whole)
@@ -323,12 +323,12 @@ def test_what_cannot_be_kept_runs_and_what_is_inside_does_not():
     model = WrittenAtOnce()
     choices = [{1: [h % 2]} for h in range(8)]
     always = {"embed": 8, "first.proj": 8, "second.proj": 8}
-    with Replay(model, choose_layers(model, "last")) as replay:
+    with PrefixCache(model, choose_layers(model, "last")) as cache:
         with Linears(model) as linears:
-            list(replay.outputs(choices, tokens()))
+            list(cache.outputs(choices, tokens()))
         assert linears.counts == {**always, "first.qkv": 3, "second.qkv": 3}
         with Linears(model) as linears:  # what cannot be kept is known by now
-            list(replay.outputs(choices, tokens()))
+            list(cache.outputs(choices, tokens()))
         assert linears.counts == {**always, "first.qkv": 1, "second.qkv": 1}
 
 
@@ -365,11 +365,11 @@ def test_inside_inference_mode():
     model = diverse_vit().eval()
     with torch.inference_mode():
         images = images_for(model)
-        ours = replayed(model, [{2: [0]}, {2: [1]}], images)
+        ours = cached_outputs(model, [{2: [0]}, {2: [1]}], images)
         with dvf.keep_heads(model, {2: [1]}):
             assert torch.equal(ours[1], model(images))
         model = WrittenAfterwards()
-        ours = replayed(model, SECOND, tokens())
+        ours = cached_outputs(model, SECOND, tokens())
         for choice, output in zip(SECOND, ours, strict=True):
             with dvf.keep_heads(model, choice):
                 assert torch.equal(output, model(tokens()))
@@ -379,10 +379,10 @@ def test_batches_do_not_mix():
     model = diverse_vit().eval()
     images = images_for(model, 6)
     choices = [{2: [0]}, {2: [3]}]
-    with Replay(model, choose_layers(model, "last")) as replay:
-        parts = [list(replay.outputs(choices, part)) for part in images.split(4)]
+    with PrefixCache(model, choose_layers(model, "last")) as cache:
+        parts = [list(cache.outputs(choices, part)) for part in images.split(4)]
     joined = [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
-    for ours, whole in zip(joined, replayed(model, choices, images), strict=True):
+    for ours, whole in zip(joined, cached_outputs(model, choices, images), strict=True):
         torch.testing.assert_close(ours, whole)
 
 
@@ -434,7 +434,7 @@ class TiringInside(Toy):
 def test_another_order_is_refused(make):
     model = make()
     with pytest.raises(UnsupportedError, match="another place the second time") as failure:
-        replayed(model, SECOND, tokens(), layers="last")
+        cached_outputs(model, SECOND, tokens(), layers="last")
     assert "\n" not in str(failure.value)
     assert type(model) is make
     assert type(model.embed) is nn.Linear
@@ -442,17 +442,17 @@ def test_another_order_is_refused(make):
 
 def test_outside_of_the_block_is_refused():
     model = Toy()
-    replay = Replay(model, choose_layers(model, "last"))
-    with pytest.raises(UsageError, match="with: expected a Replay that is entered"):
-        next(replay.outputs(SECOND, tokens()))
+    cache = PrefixCache(model, choose_layers(model, "last"))
+    with pytest.raises(UsageError, match="with: expected a PrefixCache that is entered"):
+        next(cache.outputs(SECOND, tokens()))
 
 
 def test_an_error_of_the_model_leaves_nothing_behind():
     model = Toy()
-    with Replay(model, choose_layers(model, "last")) as replay:
+    with PrefixCache(model, choose_layers(model, "last")) as cache:
         with pytest.raises(RuntimeError):
-            list(replay.outputs(SECOND, tokens()[..., :5]))
-        ours = list(replay.outputs(SECOND, tokens()))
-        assert not replay._calls
+            list(cache.outputs(SECOND, tokens()[..., :5]))
+        ours = list(cache.outputs(SECOND, tokens()))
+        assert not cache._calls
     with torch.no_grad(), dvf.keep_heads(model, SECOND[1]):
         assert torch.equal(ours[1], model(tokens()))

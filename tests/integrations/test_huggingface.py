@@ -1,4 +1,4 @@
-"""transformers' own seam: attn_implementation="diversevit"."""
+"""transformers' extension point: attn_implementation="diversevit"."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""timm's own seam: attn_layer=Attention."""
+"""timm's extension point: attn_layer=Attention."""
 
 from contextlib import nullcontext
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
-from diversevit_kernels.cpu.attention import blocked as cpu
+from diversevit_kernels.cpu.attention import blocked
+from diversevit_kernels.cpu.attention import dispatch as cpu
 from tests.helpers.attention_cases import (
     CASES,
     DTYPES,
@@ -43,7 +44,7 @@ def tile(request, monkeypatch):
     """The C++ kernel; tiles of the size users get without it, and so small that every loop runs several times."""
     if request.param != "native":
         monkeypatch.setenv("DIVERSEVIT_COMPILE", "0")
-        monkeypatch.setattr(cpu, "TILE_BYTES", request.param)
+        monkeypatch.setattr(blocked, "TILE_BYTES", request.param)
 
 
 def test_first_and_second_derivative(case, tile):
@@ -109,7 +110,7 @@ def test_any_shape_within_budget(case, dtype, seed, tile):
     with pytest.MonkeyPatch.context() as patch:
         if tile:
             patch.setenv("DIVERSEVIT_COMPILE", "0")
-            patch.setattr(cpu, "TILE_BYTES", tile)
+            patch.setattr(blocked, "TILE_BYTES", tile)
         check_rungs(cpu, case, dtype, seed=seed)
 
 
@@ -129,7 +130,7 @@ def test_the_oracle_bites(mistake):
         check_rungs(Sabotaged(cpu, mistake), case, torch.float32)
 
 
-@pytest.mark.parametrize("dropped", ["X - x", "Y", "P t", "dS B"])
+@pytest.mark.parametrize("dropped", ["ddS - eta", "Y", "P t", "dS ddK"])
 def test_a_missing_term_of_the_double_backward_is_seen(dropped):
     """Equation (6)-(9) with one term left out differ from float64 autograd by far more than rounding."""
     q, k, v, _, _ = operands(CASES["plain"])
@@ -144,10 +145,10 @@ def test_a_missing_term_of_the_double_backward_is_seen(dropped):
         dp = do @ v.mT
         ds = p * (dp - (p * dp).sum(-1, keepdim=True))
         x = scale * (a @ k.mT + q @ b.mT)
-        mean = (p * x).sum(-1, keepdim=True) * (dropped != "X - x")
+        mean = (p * x).sum(-1, keepdim=True) * (dropped != "ddS - eta")
         r = ds * (x - mean) + p * (do @ c.mT) * (dropped != "Y")
         r = r - p * r.sum(-1, keepdim=True) * (dropped != "P t")
-        gq = scale * (r @ k + ds @ b * (dropped != "dS B"))
+        gq = scale * (r @ k + ds @ b * (dropped != "dS ddK"))
     assert (gq - exact[0]).abs().max() > 1e-3 * exact[0].abs().max()
 
 
@@ -172,7 +173,7 @@ def test_nothing_of_size_n_by_n(monkeypatch):
     tensors = operands(Case(Nq=2048, Nk=2048, H=1, Hkv=1, d=4, dv=4), torch.float32)
     with _LargestTensor() as seen:
         rungs(cpu, Case(), tensors)
-    assert cpu.TILE_BYTES // 4 <= seen.elements < 2048**2 / 4
+    assert blocked.TILE_BYTES // 4 <= seen.elements < 2048**2 / 4
 
 
 def test_saved_tensors_are_linear_in_tokens():

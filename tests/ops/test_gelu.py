@@ -14,7 +14,8 @@ import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
 from diversevit_fast.testing import assert_within_budget
-from diversevit_kernels.cpu.gelu import blocked as cpu
+from diversevit_kernels.cpu.gelu import blocked
+from diversevit_kernels.cpu.gelu import dispatch as cpu
 from diversevit_kernels.cpu.gelu import native as gelu_native
 from tests.helpers.second_order import TAILS, WAYS
 
@@ -45,9 +46,9 @@ def form(request):
 def chunk(request, monkeypatch):
     """C++ where it is compiled; chunks of the size users get, and so small that the loop runs several times."""
     if request.param != "native":
-        monkeypatch.setattr(gelu_native, "runs", lambda x: False)
+        monkeypatch.setattr(gelu_native, "supports", lambda x: False)
     if request.param == "small-chunks":
-        monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 3)
+        monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 3)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -152,8 +153,8 @@ def test_finite_at_the_ends(form):
 def test_any_shape_within_budget(shape, dtype, layout, form, seed, scale, chunk):
     with pytest.MonkeyPatch.context() as patch:
         if chunk:
-            patch.setattr(gelu_native, "runs", lambda x: False)
-            patch.setattr(cpu, "CHUNK_ELEMENTS", chunk)
+            patch.setattr(gelu_native, "supports", lambda x: False)
+            patch.setattr(blocked, "CHUNK_ELEMENTS", chunk)
         check_rungs(*triple(tuple(shape), dtype, layout, seed, scale), form)
 
 
@@ -174,7 +175,7 @@ def test_no_worse_than_eager_pytorch(dtype, form):
 
 
 def test_runs_give_the_same_bits(form, monkeypatch):
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 100)
     inputs = triple((3, 65, 16), torch.float32)
     one, two = (rungs(cpu, *inputs, form) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

@@ -17,7 +17,8 @@ import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
 from diversevit_fast.testing import assert_within_budget
-from diversevit_kernels.cpu.layer_norm import blocked as cpu
+from diversevit_kernels.cpu.layer_norm import blocked
+from diversevit_kernels.cpu.layer_norm import dispatch as cpu
 from diversevit_kernels.cpu.layer_norm import native as layer_norm_native
 from tests.helpers.second_order import TAILS, WAYS
 
@@ -100,7 +101,7 @@ def case(request):
 @pytest.fixture
 def chunks_only(monkeypatch):
     """Nothing of LayerNorm runs in C++."""
-    monkeypatch.setattr(layer_norm_native, "runs", lambda x: False)
+    monkeypatch.setattr(layer_norm_native, "supports", lambda x: False)
 
 
 @pytest.fixture(params=["native", "one-chunk", "small-chunks"])
@@ -109,7 +110,7 @@ def chunk(request, monkeypatch):
     if request.param != "native":
         request.getfixturevalue("chunks_only")
     if request.param == "small-chunks":
-        monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 9)
+        monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 9)
 
 
 def test_first_and_second_derivative(case, chunk):
@@ -270,8 +271,8 @@ def any_case(draw):
 def test_any_shape_within_budget(case, dtype, seed, chunk):
     with pytest.MonkeyPatch.context() as patch:
         if chunk:
-            patch.setattr(layer_norm_native, "runs", lambda x: False)
-            patch.setattr(cpu, "CHUNK_ELEMENTS", chunk)
+            patch.setattr(layer_norm_native, "supports", lambda x: False)
+            patch.setattr(blocked, "CHUNK_ELEMENTS", chunk)
         check_rungs(case, dtype, seed=seed)
 
 
@@ -301,7 +302,7 @@ def test_no_worse_than_eager_pytorch(dtype):
 
 
 def test_runs_give_the_same_bits(monkeypatch):
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 100)
     case = Case(shape=(3, 65, 16))
     tensors = operands(case, torch.float32)
     one, two = (rungs(cpu, case, *tensors, cotangents(case, *tensors)) for _ in range(2))
@@ -358,10 +359,10 @@ def test_the_oracle_bites(mistake):
 
 
 def test_the_oracle_sees_a_chunk_the_loop_forgot(monkeypatch, chunks_only):
-    case, chunks = Case(shape=(2, 17, 24)), cpu._chunks
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 100)
+    case, chunks = Case(shape=(2, 17, 24)), blocked._chunks
+    monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 100)
     check_rungs(case, torch.float32)
-    monkeypatch.setattr(cpu, "_chunks", lambda *sizes: list(chunks(*sizes))[:-1])
+    monkeypatch.setattr(blocked, "_chunks", lambda *sizes: list(chunks(*sizes))[:-1])
     with pytest.raises(AssertionError, match="non-finite"):
         check_rungs(case, torch.float32)
 
@@ -433,7 +434,7 @@ def test_double_backward_makes_two_large_tensors(native, monkeypatch, request):
     """Its results; everything else is the size of a chunk."""
     if not native:
         request.getfixturevalue("chunks_only")
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 256)
+    monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 256)
     case = Case(shape=(8, 32, 16))
     x, w, b = operands(case, torch.float32)
     dy, *dd = cotangents(case, x, w, b)

@@ -297,7 +297,7 @@ def test_additive_masks_of_transformers():
 
 @pytest.mark.parametrize("scale", [0.3, 0.7])
 def test_where_one_key_takes_all_nothing_is_left(scale, path):
-    """As in PyTorch: P is 1 to the last bit and dP - D is 0, whatever the scale rounds."""
+    """As in PyTorch: P is 1 to the last bit and dP - delta is 0, whatever the scale rounds."""
     p = saturated(16, 24, 8, 20, False, 0, torch.float32)
     q, k, v = p.inputs
     k[:, :, 5] = 0

@@ -16,8 +16,8 @@ import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
 from diversevit_fast.testing import assert_within_budget
-from diversevit_kernels.cpu.head_penalty import cosine
-from diversevit_kernels.cpu.head_penalty import routed as cpu
+from diversevit_kernels.cpu.head_penalty import cosine, routed_blocked
+from diversevit_kernels.cpu.head_penalty import routed_dispatch as cpu
 from diversevit_kernels.cpu.head_penalty import routed_native as routed_head_penalty_native
 from tests.helpers.second_order import TAILS, WAYS
 
@@ -107,7 +107,7 @@ def kind(request):
 @pytest.fixture
 def tiles_only(monkeypatch):
     """Nothing of the routed penalty runs in C++."""
-    monkeypatch.setattr(routed_head_penalty_native, "runs", lambda r, w: False)
+    monkeypatch.setattr(routed_head_penalty_native, "supports", lambda r, w: False)
 
 
 @pytest.fixture(params=["native", "one-tile", "small-tiles"])
@@ -420,7 +420,11 @@ MISTAKES = {
     "missing tile": (cosine.Grouping, "blocks", _without_last(cosine.Grouping.blocks)),
     "diagonal of M dropped": (cosine, "_slope", _off_diagonal_only(cosine._slope)),
     "M_dot dropped": (cosine, "_curvature", _without_m_dot(cosine._curvature)),
-    "unwritten token": (cpu._Router, "store", _skipping_last_token(cpu._Router.store)),
+    "unwritten token": (
+        routed_blocked._Router,
+        "store",
+        _skipping_last_token(routed_blocked._Router.store),
+    ),
     "pairs divided by H^2": (
         *(cosine.Grouping, "weight"),
         property(lambda g: 1 / (g.H**2 * g.B * (g.N if g.by_token else 1))),

@@ -86,7 +86,7 @@ class TestEvery:
         diversity.step = 1
         with diversity:
             model(images_for(model, 4))
-        assert diversity._captured == []
+        assert diversity._recording.runs == []
 
     def test_what_counts_as_a_step(self):
         model = diverse_vit()

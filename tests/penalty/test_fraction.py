@@ -96,9 +96,9 @@ class TestFraction:
         batches = {"forward": [], "backward": [], "double_backward": [], "packed": []}
         launch = attention_ops.launch
 
-        def spy(stage, rung, *args, **options):
-            batches[rung].append(len(args[0]))
-            return launch(stage, rung, *args, **options)
+        def spy(operator, order, *args, **options):
+            batches[order].append(len(args[0]))
+            return launch(operator, order, *args, **options)
 
         for ops in (attention_ops, packed_ops):
             monkeypatch.setattr(ops, "launch", spy)
@@ -106,8 +106,8 @@ class TestFraction:
             model, dvf.HeadDiversity(model, fraction=0.25, **options), images_for(model, 4)
         )
         assert set(batches["backward"]) <= {1}
-        for rung in batches.values():
-            rung.clear()
+        for order in batches.values():
+            order.clear()
         gradients(model, penalty)
         assert set(batches["double_backward"]) <= {1}
         # a last layer's own outputs are linear in nothing below: wrt="output" has no double backward
@@ -123,9 +123,9 @@ class TestFraction:
         seen = {"attention": [], "gelu": []}
         launch = attention_ops.launch
 
-        def spy(stage, rung, x, *args, **options):
-            seen[stage].append((len(x), x.shape[-2]))
-            return launch(stage, rung, x, *args, **options)
+        def spy(operator, order, x, *args, **options):
+            seen[operator].append((len(x), x.shape[-2]))
+            return launch(operator, order, x, *args, **options)
 
         for ops in (attention_ops, packed_ops, gelu_ops):
             monkeypatch.setattr(ops, "launch", spy)

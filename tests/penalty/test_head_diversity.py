@@ -167,12 +167,12 @@ class TestNothingIsLeftBehind:
         images = images_for(model)
         with dvf.HeadDiversity(model, layers="all") as diversity:
             logits = model(images)
-            twin = copied(model)
-        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+            clone = copied(model)
+        assert [type(m) for m in clone.modules()] == [type(m) for m in model.modules()]
         with torch.no_grad():
-            for p in twin.parameters():
+            for p in clone.parameters():
                 p.zero_()
-        assert not torch.allclose(twin(images), logits)
+        assert not torch.allclose(clone(images), logits)
         assert diversity.penalty(logits) > 0
 
     def test_one_object_serves_many_steps(self, model):

@@ -9,7 +9,7 @@ import torch
 import diversevit_fast as dvf
 from benchmarks import timing
 from diversevit_fast.ops import backends
-from diversevit_kernels.cpu.attention import formulas as attention_rows
+from diversevit_kernels.cpu.attention import formulas
 from diversevit_kernels.cpu.runtime import cpp_library, inductor
 from tools.kernel_analysis import ratios
 from tools.kernel_analysis.ratios import COUNTS, TOLERANCE, counting, slower
@@ -90,10 +90,10 @@ class TestCounts:
 
     def test_a_formula_is_one_call(self, refusing):
         q = torch.randn(1, 1, 256, 8)
-        run = attention_rows.fused(attention_rows.FORWARD, q, q)
+        run = formulas.fused(formulas.FORWARD, q, q)
         assert run is None
         with counting() as counts:
-            run = attention_rows.fused(attention_rows.FORWARD, q, q)
+            run = formulas.fused(formulas.FORWARD, q, q)
             run(torch.randn(256, 256))
         size = 4 * 256 * 256
         found = {what: counts.counts[what] for what in ("traffic", "calls")}

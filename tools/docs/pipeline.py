@@ -40,9 +40,7 @@ LANES = {
         ),
     ),
     "penalty = diversity.penalty(logits)": (
-        Box(
-            "prediction", ("p* = the largest logit", "of each sample"), "penalty/head_gradients.py"
-        ),
+        Box("prediction", ("p* = the largest logit", "of each sample"), "penalty/score.py"),
         Box(
             "head gradients",
             ("one backward pass, all heads:", "r_h = ∂p*/∂qkv_h"),

@@ -10,10 +10,10 @@ machine, however busy:
 * ``memory``: bytes alive at the peak, above inputs and parameters.
 * ``calls``: operators that do something.
 
-Calls inside our operators count, but not for themselves. What a compiler makes, the C++ kernels of GELU and LayerNorm
-(``cpu.native``) and Inductor's formulas (``cpu.inductor``), counts as one call that reads its arguments and writes its
-results, whether or not this machine has a compiler; C++ kernels with products inside do not run, the path without them
-is counted. What a count cannot see: the time of a call, threads, caches.
+Calls inside our operators count, but not for themselves. A compiled kernel, that is the C++ of GELU and LayerNorm or a
+formula compiled by Inductor, counts as one call that reads its arguments and writes its results, whether or not this
+machine has a compiler. C++ kernels with products inside do not run: the path without them is counted. What a count
+cannot see: the time of a call, threads, caches.
 """
 
 import argparse
@@ -108,7 +108,9 @@ class Counts(TorchDispatchMode):
 
         return call
 
-    def gelu(self, rung: str, form: str, *results: str, **operands: Tensor) -> tuple[Tensor, ...]:
+    def gelu(
+        self, direction: str, form: str, *results: str, **operands: Tensor
+    ) -> tuple[Tensor, ...]:
         """In place of ``gelu_native.call``: zeros."""
         x = operands["x"]
         return self.formula(lambda *_: tuple(torch.zeros_like(x) for _ in results))(
@@ -116,7 +118,7 @@ class Counts(TorchDispatchMode):
         )
 
     def layer_norm(
-        self, rung: str, x: Tensor, axes: int, eps: float = 0.0, **tensors: Tensor | None
+        self, direction: str, x: Tensor, axes: int, eps: float = 0.0, **tensors: Tensor | None
     ) -> None:
         """In place of ``layer_norm_native.call``: results are set to zero."""
         given = {name: t for name, t in tensors.items() if t is not None}

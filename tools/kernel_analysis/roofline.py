@@ -2,7 +2,7 @@
 
 ``python -m tools.kernel_analysis.roofline`` runs the three rungs of every stage in Triton's interpreter (it sets
 ``TRITON_INTERPRET=1`` itself) with the launch configurations of each chip, bfloat16, one sample (attention: one head),
-counts lane by lane (``traffic``), and stores ``benchmarks/results/roofline.json``.
+counts lane by lane (``tools.interpreter.traffic``), and stores ``benchmarks/results/roofline.json``.
 
 * compulsory: each tensor that the rung reads, once, and each result, once.
 * unique: distinct bytes read plus distinct bytes written; of an order: over all its launches together.
@@ -63,10 +63,10 @@ def count(stage: str, tokens: int, architecture: str) -> dict[str, Order]:
     """Run the stage's rungs under the interpreter with ``architecture``'s launch configurations."""
     import torch
 
-    from diversevit_kernels.triton.runtime import configurations, launch
+    from diversevit_kernels.triton.runtime import device, launch
+    from tools.interpreter.traffic import counting, unique_bytes
     from tools.kernel_analysis.operators import STAGES, climb
     from tools.kernel_analysis.tensor_traffic import TensorTraffic, bytes_of
-    from tools.kernel_analysis.traffic import counting, unique_bytes
 
     orders: dict[str, Order] = {}
     values = STAGES[stage].values(tokens, torch.bfloat16)
@@ -90,7 +90,7 @@ def count(stage: str, tokens: int, architecture: str) -> dict[str, Order]:
         )
         return returned
 
-    with configurations.pretend(architecture):
+    with device.pretend(architecture):
         climb(stage, values, around)
     return orders
 
@@ -170,11 +170,11 @@ def configured(stage: str, tokens: int, architecture: str) -> tuple[Any, ...]:
     """What ``architecture`` launches, and with which tiles: chips that agree are counted once."""
     import torch
 
-    from diversevit_kernels.triton.runtime import configurations, launch
+    from diversevit_kernels.triton.runtime import device, launch
     from tools.kernel_analysis.operators import STAGES, climb
 
     values = STAGES[stage].values(tokens, torch.bfloat16, "meta")
-    with configurations.pretend(architecture), launch.recording(run=False) as launches:
+    with device.pretend(architecture), launch.recording(run=False) as launches:
         climb(stage, values, lambda _, run: run())
     return tuple((one.name, one.grid, one.configuration.tiles) for one in launches)
 

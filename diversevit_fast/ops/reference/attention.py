@@ -9,7 +9,7 @@ from torch import Tensor
 def attention_scores(
     q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
-    """(1)  S = s Q K^T + M, minus infinity where a query may not look.   -> [B, H, Nq, Nk]."""
+    """(1)  S = scale Q K^T + mask, minus infinity where a query may not look.   -> [B, H, Nq, Nk]."""
     s = scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT
     if mask is not None:
         s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
@@ -37,7 +37,7 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """(2)  O = P V.   [B, H, Nq, d] x [B, Hkv, Nk, d] x [B, Hkv, Nk, dv] -> [B, H, Nq, dv]."""
+    """(2)  O = P V.   [B, H, Nq, d] x [B, Hkv, Nk, d] x [B, Hkv, Nk, d_v] -> [B, H, Nq, d_v]."""
     s = q.shape[-1] ** -0.5 if scale is None else scale
     return attention_forward(q, k, v, mask, is_causal, s)[0]
 
@@ -45,7 +45,7 @@ def attention(
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(1)-(2)  ``o`` [B, H, Nq, dv] and (1a) [B, H, 2, Nq], the latter at least float32."""
+    """(1)-(2)  ``o`` [B, H, Nq, d_v] and (1a) [B, H, 2, Nq], the latter at least float32."""
     p, softmax = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))
     o = p.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
     return o, softmax.to(torch.promote_types(q.dtype, torch.float32))

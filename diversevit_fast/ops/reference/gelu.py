@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 TANH_SCALE = (2 / torch.pi) ** 0.5
-"""k of (23)."""
+"""kappa of (23)."""
 TANH_CUBIC = 0.044715
 """c of (23)."""
 
@@ -46,7 +46,7 @@ def gelu_double_backward(
 
 
 def _tanh_argument(x: Tensor) -> Tensor:
-    """(23)  u = k (x + c x^3)."""
+    """(23)  theta = kappa (x + c x^3)."""
     return TANH_SCALE * (x + TANH_CUBIC * x**3)
 
 

@@ -16,7 +16,7 @@ def _by_head(x: Tensor, like: Tensor) -> Tensor:
 
 
 def pair_weights(grads: Tensor, granularity: str, reduction: str) -> Tensor:
-    """w (1 - I) of (32): [H, H], zero on the diagonal, what a squared cosine counts in the mean."""
+    """omega (1 - I) of (32): [H, H], zero on the diagonal, what a squared cosine counts in the mean."""
     B, H, N, _ = grads.shape
     dtype = torch.promote_types(grads.dtype, torch.float32)
     pairs = B * H * (H if reduction == "all" else H - 1) * (N if granularity == "token" else 1)
@@ -76,7 +76,7 @@ def head_penalty_backward(
 def _cosine_curvature(
     c: Tensor, n: Tensor, k: Tensor, pairs: Tensor, dp: Tensor | None, dc: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(36)-(38)  The derivatives of C and M along A, of which ``k`` = A G^T is given."""
+    """(36)-(38)  The derivatives of C and M along ddG, of which ``k`` = ddG G^T is given."""
     lam, s, _ = _cosine_slope(c, n, pairs, dp, dc, eps)
     over_norms, free = 1 / (n[..., None] * n[..., None, :]), (n > eps) / n.square()
     r_dot = k + k.mT

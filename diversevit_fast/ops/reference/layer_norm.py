@@ -81,12 +81,12 @@ def layer_norm_double_backward(
 def _normalized(
     x: Tensor, mean: Tensor, rstd: Tensor, dy: Tensor, axes: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(11)  xh, r [*lead, 1, ...] and dy, all at least float32."""
+    """(11)  xh, rstd [*lead, 1, ...] and dy, all at least float32."""
     mean, rstd = (t.reshape(*t.shape, *[1] * axes) for t in (mean, rstd))
     return (x - mean) * rstd, rstd, dy.to(rstd.dtype)
 
 
 def _layer_norm_jacobian(z: Tensor, xh: Tensor, r: Tensor, axes: int) -> Tensor:
-    """(13)  J z = r (z - mean(z) - xh mean(xh z)), the derivative of xh, symmetric."""
+    """(13)  J z = rstd (z - mean(z) - xh mean(xh z)), the derivative of xh, symmetric."""
     over = tuple(range(-axes, 0))
     return r * (z - z.mean(over, keepdim=True) - xh * (xh * z).mean(over, keepdim=True))

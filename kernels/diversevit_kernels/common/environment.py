@@ -17,7 +17,7 @@ _unknown: set[tuple[str, str]] = set()  # that a warning has named
 
 
 def switch(name: str, default: bool) -> bool:
-    """What the environment says of ``name``; ``default`` where it says nothing."""
+    """Whether the environment switches ``name`` on; ``default`` where it does not mention it."""
     word = os.environ.get(name)
     if word is None:
         return default

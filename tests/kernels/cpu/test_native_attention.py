@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from diversevit_kernels.cpu.attention import blocked as attention
+from diversevit_kernels.cpu.attention import dispatch as attention
 from diversevit_kernels.cpu.attention import native as attention_native
 from diversevit_kernels.cpu.runtime import compiler, cpp_library
 from tests.helpers.attention_cases import CASES, Case, check_rungs, operands, rungs

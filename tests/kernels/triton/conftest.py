@@ -41,8 +41,8 @@ def quickly(request):
     if not INTERPRETED or request.node.get_closest_marker("overflow"):
         yield
         return
-    from tools.kernel_analysis.interpreted import quick
-    from tools.kernel_analysis.traffic import sanitizer
+    from tools.interpreter.quick import quick
+    from tools.interpreter.sanitizer import sanitizer
 
     with quick(), sanitizer() if os.environ.get("SANITIZE") == "1" else nullcontext():
         yield
@@ -51,10 +51,10 @@ def quickly(request):
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch):
     """Every result a kernel allocates is poisoned with NaN and lies between guard zones."""
-    from diversevit_kernels.triton.runtime import launch
+    from diversevit_kernels.triton.runtime import tensors
     from tests.helpers.guards import Guards
 
     guards = Guards()
-    monkeypatch.setattr(launch, "allocator", guards.empty)
+    monkeypatch.setattr(tensors, "allocator", guards.empty)
     yield guards
     guards.check()

@@ -25,13 +25,14 @@ from tests.helpers.attention_cases import (
 from tests.helpers.second_order import TAILS, WAYS
 
 triton = pytest.importorskip("diversevit_kernels.triton.attention")
-launch = pytest.importorskip("diversevit_kernels.triton.runtime.launch")
+
+allocation = pytest.importorskip("diversevit_kernels.triton.runtime.tensors")
 
 MORE = {
     "many-tiles": Case(B=1, H=2, Nq=70, Nk=70, d=16, dv=16, layout="projection"),
     "ragged": Case(B=1, H=1, Hkv=1, Nq=33, Nk=50, d=8, dv=24),
     "head-per-program": Case(B=2, H=3, Hkv=3, Nq=37, Nk=53, d=8, dv=8),
-    "whole-rows": Case(B=1, H=1, Hkv=1, Nq=40, Nk=31, d=8, dv=8),
+    "all-keys-in-tile": Case(B=1, H=1, Hkv=1, Nq=40, Nk=31, d=8, dv=8),
     "few-queries": Case(B=2, H=2, Nq=16, Nk=53, d=16, dv=16),
     "split-width": Case(B=1, H=1, Hkv=1, Nq=20, Nk=35, d=80, dv=80),
     "causal-tiles": Case(B=2, H=2, Nq=50, Nk=70, d=8, dv=8, mask="causal"),
@@ -96,7 +97,9 @@ def test_first_and_second_derivative(name, device):
 
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
 def test_contracts(kind, device, monkeypatch):
-    monkeypatch.setattr(launch, "allocator", torch.empty)  # a result between guards has an offset
+    monkeypatch.setattr(
+        allocation, "allocator", torch.empty
+    )  # a result between guards has an offset
     with dvf.use_backend("triton"):
         check_contracts(kind, device)
 
@@ -137,7 +140,7 @@ def second_order(kernels, case, tensors, absent):
     ids="+".join,
 )
 @pytest.mark.parametrize(
-    "name", ["whole-rows", "many-tiles", "few-queries", "head-per-program", "grouped-tiles"]
+    "name", ["all-keys-in-tile", "many-tiles", "few-queries", "head-per-program", "grouped-tiles"]
 )
 def test_absent_cotangents_are_zeros(name, absent, device):
     tensors = operands(MORE[name], device=device)
@@ -149,7 +152,8 @@ def test_absent_cotangents_are_zeros(name, absent, device):
 
 @pytest.mark.parametrize("absent", [(), ("ddq",), ("ddq", "ddk")], ids=["none", "ddq", "ddq+ddk"])
 @pytest.mark.parametrize(
-    "name", ["whole-rows", "many-tiles", "few-queries", "grouped-mask-tiles", "head-per-program"]
+    "name",
+    ["all-keys-in-tile", "many-tiles", "few-queries", "grouped-mask-tiles", "head-per-program"],
 )
 def test_dq_that_was_not_kept_is_made_again(name, absent, device):
     tensors = operands(MORE[name], device=device)

@@ -1,6 +1,6 @@
 """Attention on a CPU: forward, backward, double backward."""
 
-from .blocked import (
+from .dispatch import (
     attention_backward,
     attention_double_backward,
     attention_forward,

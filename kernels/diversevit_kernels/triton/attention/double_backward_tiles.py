@@ -32,7 +32,7 @@ from .tiles import (
 def rows_with_all_keys(
     args, out, stats, b, h, tile, scale, const: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):
-    """(3)-(9) for ROWS query rows and all their keys, at most KEYS: gq, gdo, and ``stats`` for the column tiles.
+    """Double backward, (3)-(9), for ROWS query rows and all their keys, at most KEYS: gq, gdo and ``stats``.
 
     All row sums come from tiles: Δ from P ∘ dP, η from P ∘ ddS, t from A.
     """
@@ -78,7 +78,7 @@ def rows_with_all_keys(
 def rows_in_one_pass(
     args, out, stats, b, h, tile, scale, const: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):
-    """(46)-(48) for ROWS query rows, KEYS keys at a time: gq, gdo, and ``stats`` for the column tiles.
+    """Double backward, (46)-(48), for ROWS query rows, KEYS keys at a time: gq, gdo and ``stats``.
 
     η and t are known only after the last key, so the sums are taken without them and corrected at the end
     with rows that are already there: o, dq and P K.
@@ -143,7 +143,10 @@ def columns(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """(49) for KEYS keys of key head ``hk``, ROWS queries at a time in transposed tiles: gk, gv. Reads ``stats``."""
+    """Double backward, (49), for KEYS keys of key head ``hk``, ROWS queries at a time: gk, gv. Reads ``stats``.
+
+    Its tiles are transposed, [KEYS, ROWS].
+    """
     cols = indices(tile * KEYS, KEYS, const)
     j = cols[:, None]
     k = load_qk(args.k, b, hk, cols, args.Nk, const)

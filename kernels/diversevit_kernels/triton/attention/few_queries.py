@@ -28,7 +28,7 @@ from .tiles import (
 def _score_tiles(
     q, do, ddq, ddk, ddv, top, share, args, b, h, rows, cols, scale, const: tl.constexpr
 ):
-    """(3)-(8) for one key tile: keys and values, and the tiles P, dP, ddS and P ∘ Y (zeros if absent)."""
+    """Load a key tile and compute (3)-(8): k and v, and the tiles P, dP, ddS and P ∘ Y (zeros if absent)."""
     i, j = rows[:, None], cols[None, :]
     k = load_qk(args.k, b, h, cols, args.Nk, const)
     v = load_v(args.v, b, h, cols, args.Nk, const)
@@ -47,7 +47,7 @@ def _score_tiles(
 def head_with_few_queries(
     args, out, stats, b, h, scale, const: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
 ):
-    """(6)-(9) for a head whose queries all fit ROWS rows; walks its keys twice, KEYS at a time.
+    """Double backward, (6)-(9), of a head whose queries all fit ROWS rows; walks its keys twice, KEYS at a time.
 
     The first walk gives ``stats``, the second the gradients; it finds the keys in the L2 cache. One walk gives all of
     ``stats`` because with Δ = rowsum(P ∘ dP), rowsum(dS ∘ ddS) is rowsum(P ∘ dP ∘ ddS) − Δ η. Where one key has all the

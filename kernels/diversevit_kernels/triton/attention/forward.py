@@ -9,18 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.launch import allocate, cdiv, launch
-from ..runtime.tiles import add_dot, scale_split
+from ..runtime.launch import run_kernel
+from ..runtime.plan import target_of
+from ..runtime.sizes import cdiv
+from ..runtime.tensors import allocate, operand
+from ..runtime.tiles import add_dot, as_number, scale_split
+from . import configs
 from .tiles import (
     FEW_QUERIES,
     arguments,
-    as_number,
     empty_softmax,
     indices,
     last_key,
     load_qk,
     load_v,
-    operand,
     program_tile,
     scores,
     share_of,
@@ -41,7 +43,7 @@ def attention_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(1)-(2). One program owns BLOCK_M query rows of one head and walks its keys BLOCK_N at a time.
+    """Forward, (1)-(2). One program owns BLOCK_M query rows of one head and walks its keys BLOCK_N at a time.
 
     It carries the row maximum ``top``, the sum ``total`` of exp(S − top) and the matching sum of rows of v; a
     new maximum rescales both. Rows that attend to nothing have total 0: o = 0, and top = +inf is kept.
@@ -76,17 +78,16 @@ def attention_forward_kernel(
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(1)-(2): output ``[B, H, Nq, d_v]`` and the softmax's statistics (1a) ``[B, H, 2, Nq]``."""
+    """Attention forward, (1)-(2): output ``[B, H, Nq, d_v]`` and the softmax's statistics (1a) ``[B, H, 2, Nq]``."""
     B, H, Nq, _ = q.shape
     args, const = arguments(q, k, v, mask, is_causal)
     o = allocate((B, Nq, H, v.shape[-1]), q.dtype, q).transpose(1, 2)
     softmax = empty_softmax(q)
-    launch(
-        "attention_forward_few" if Nq <= FEW_QUERIES else "attention_forward",
+    table = configs.FORWARD_FEW_QUERIES if Nq <= FEW_QUERIES else configs.FORWARD
+    run_kernel(
+        table.plan(target_of(q, widest(q, v))),
         attention_forward_kernel,
         lambda c: B * H * cdiv(Nq, c["BLOCK_M"]),
-        q,
-        widest(q, v),
         args,
         operand(o),
         softmax,

@@ -1,4 +1,4 @@
-"""What the attention kernels share: their arguments, where a program works, and score tiles.
+"""Device functions and arguments that the attention kernels share: rows of operands, statistics, score tiles.
 
 Shapes   q, o, do and their like [B, H, Nq, .]; k, v and theirs [B, Hkv, Nk, .], H = GROUP Hkv; mask
          [B|1, H|1, Nq|1, Nk|1] with stride 0 on axes of size 1; row statistics (Δ, η, t) [B, H, Nq], dense, and
@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.dtypes import accumulation_dtype
-from ..runtime.configurations import accumulator, precision
-from ..runtime.launch import allocate, check_operand, reach, split_width
-from ..runtime.tiles import INTERPRETED, dot, dot_nt, load_split, store_split, zeros_split
+from ..runtime.device import accumulator, precision
+from ..runtime.sizes import split_width
+from ..runtime.tensors import Operand, allocate, check_operand, operand, reach
+from ..runtime.tiles import dot, dot_nt, load_split, store_split, zeros_split
 
 MAX_WIDTH = 256
 CHUNK = tl.constexpr(16)
@@ -31,16 +32,6 @@ UNCHUNKED_WIDTH = 64
 """Up to this head width the tiles of a double backward's loop fit the registers."""
 FEW_QUERIES = 16
 """Up to so many queries, one tile of 16 rows holds them all."""
-
-
-class Operand(NamedTuple):
-    """A tensor [B, H, N, .] and its strides; in a kernel its ``ptr`` is a pointer."""
-
-    ptr: Any
-    sample: int
-    head: int
-    row: int
-    col: int
 
 
 class Rows(NamedTuple):
@@ -55,7 +46,7 @@ class Rows(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """What a kernel reads; None where its order of differentiation, or a caller, has no such tensor."""
+    """The tensors that a kernel reads; None where it, or the caller, has no such tensor."""
 
     q: Operand  # [B, H, Nq, WIDTH]
     k: Operand  # [B, H / GROUP, Nk, WIDTH]
@@ -76,7 +67,7 @@ class Arguments(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """A number for each query, [B, H, Nq], dense: written by row programs, read by the others."""
+    """Numbers for each query, [B, H, Nq], dense: written by row programs, read by the others."""
 
     delta: Any  # Δ of (3)
     eta: Any = None  # η of (7); written only if HAS_DDS
@@ -84,7 +75,7 @@ class RowStatistics(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What is known when a kernel is compiled."""
+    """The constants that a kernel is compiled for."""
 
     WIDTH: int  # d
     WIDTHS: tuple[int, ...]  # of the split tile that holds it
@@ -102,14 +93,6 @@ class Constants(NamedTuple):
 def chunked(const: Constants) -> Constants:
     """For kernels whose unchunked float32 tiles spill even where products are made of bfloat16 ones."""
     return const._replace(CHUNKED=const.CHUNKED or const.PRECISION == "bf16x6")
-
-
-def operand(x: Tensor | None) -> Operand | None:
-    """A tensor with its strides; axes of size 1 get stride 0, so that masks broadcast."""
-    if x is None:
-        return None
-    data = x.view(torch.uint8) if x.dtype == torch.bool else x
-    return Operand(data, *[0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)])
 
 
 def arguments(
@@ -163,12 +146,6 @@ def widest(q: Tensor, v: Tensor) -> int:
     return max(q.shape[-1], v.shape[-1])
 
 
-def empty_heads(like: Tensor) -> Tensor:
-    """Uninitialised, shaped like ``like`` [B, H, N, .] and laid out as ``[B, N, H, .]``, what a projection reads."""
-    B, H, N, width = like.shape
-    return allocate((B, N, H, width), like.dtype, like).transpose(1, 2)
-
-
 def empty_statistic(q: Tensor) -> Tensor:
     """Uninitialised ``[B, H, Nq]``, dense, in the accumulator's dtype."""
     return allocate(tuple(q.shape[:3]), accumulation_dtype(q.dtype), q)
@@ -178,15 +155,6 @@ def empty_softmax(q: Tensor) -> Tensor:
     """Uninitialised ``[B, H, 2, Nq]``, dense, in the accumulator's dtype."""
     B, H, Nq, _ = q.shape
     return allocate((B, H, 2, Nq), accumulation_dtype(q.dtype), q)
-
-
-@triton.jit
-def as_number(x, ACC: tl.constexpr):
-    """A float64 scalar argument in the accumulator's dtype (interpreted, it is a Python number)."""
-    if INTERPRETED:
-        return tl.full([], x, ACC)
-    else:
-        return x.to(ACC)
 
 
 @triton.jit
@@ -271,7 +239,7 @@ def store_statistic(ptr, args, b, h, rows, value):
 
 @triton.jit
 def load_softmax(args, b, h, rows):
-    """(1a): the largest score and the share of each of ``rows``; plus infinity and 0 beyond the end."""
+    """Load the largest score and the share of each of ``rows``, (1a); plus infinity and 0 beyond the end."""
     at = args.softmax + 2 * (b * args.H + h) * args.Nq + rows
     top = tl.load(at, mask=rows < args.Nq, other=float("inf"))
     return top, tl.load(at + args.Nq, mask=rows < args.Nq, other=0.0)
@@ -287,7 +255,7 @@ def store_softmax(ptr, args, b, h, rows, top, share):
 
 @triton.jit
 def row_delta(args, stats, do, b, h, rows, const: tl.constexpr):
-    """(3): Δ = rowsum(dO ∘ O) of a row tile, [rows]; also written to ``stats`` for other programs."""
+    """Δ of (3), rowsum(dO ∘ O) of a row tile, [rows]; also written to ``stats`` for other programs."""
     o = load_v(args.o, b, h, rows, args.Nq, const)
     delta = tl.zeros([rows.shape[0]], const.ACC)
     for i in tl.static_range(len(const.VALUE_WIDTHS)):
@@ -311,14 +279,14 @@ def row_delta_of_few_queries(args, stats, do, b, h, rows, const: tl.constexpr):
 
 @triton.jit
 def value_product(x, y, const: tl.constexpr):
-    """x yᵀ of rows of o and v or their like, as dP = dO Vᵀ: [rows of x, rows of y]."""
+    """The product x yᵀ of rows of o and v or their like, as dP = dO Vᵀ: [rows of x, rows of y]."""
     acc = tl.zeros([x.index.shape[0], y.index.shape[0]], const.ACC)
     return add_product(acc, x, y, const.VALUE_WIDTH, const)
 
 
 @triton.jit
 def add_product(acc, x, y, WIDTH: tl.constexpr, const: tl.constexpr):
-    """acc + x yᵀ of two Rows of WIDTH columns.
+    """Add the product x yᵀ of two Rows of WIDTH columns to ``acc``.
 
     Where CHUNKED, both are read again from the L1 cache, CHUNK columns at a time: for loops whose tiles do not fit the
     registers. Three TF32 products split an operand in two; a double backward's loop has seven of them.
@@ -348,7 +316,7 @@ def mask_tile(mask, b, h, i, j, inside):
 
 @triton.jit
 def scores(x, y, args, b, h, i, j, scale, const: tl.constexpr):
-    """(1): S = scale x yᵀ + mask, minus infinity where a query may not look or no pair (i, j) exists.
+    """Scores, (1): S = scale x yᵀ + mask, minus infinity where a query may not look or no pair (i, j) exists.
 
     ``x, y`` are q and k, or k and q for a transposed tile.
     """
@@ -368,17 +336,17 @@ def scores(x, y, args, b, h, i, j, scale, const: tl.constexpr):
 
 @triton.jit
 def probabilities(x, y, top, share, args, b, h, i, j, scale, const: tl.constexpr):
-    """(1a): P = exp(S − top) share; zero wherever S is minus infinity or ``top`` plus infinity. Both are broadcast.
+    """Probabilities, (1a): P = exp(S − top) share; zero where S is minus infinity or ``top`` plus infinity.
 
-    Subtract before exponentiating. If one key has all the weight and S was summed in the same order as in the forward,
-    S − top is exactly 0 and P exactly 1. (Where CHUNKED, the order may differ.)
+    ``top`` and ``share`` are broadcast. Subtract before exponentiating: if one key has all the weight and S was summed
+    in the same order as in the forward, S − top is exactly 0 and P exactly 1. (Where CHUNKED, the order may differ.)
     """
     return tl.exp(scores(x, y, args, b, h, i, j, scale, const) - top) * share
 
 
 @triton.jit
 def probabilities_of_all_keys(q, k, top, args, b, h, i, j, scale, const: tl.constexpr):
-    """(1a) of a tile that holds all keys of its rows: divided by its own sum, in whatever order S was summed."""
+    """Probabilities, (1a), of a tile that holds all keys of its rows: divided by its own row sum."""
     p = tl.exp(scores(q, k, args, b, h, i, j, scale, const) - top)
     return p * share_of(tl.sum(p, 1))[:, None]
 
@@ -391,7 +359,7 @@ def share_of(total):
 
 @triton.jit
 def score_cotangent(ddq, k, q, ddk, args, b, h, i, j, scale, const: tl.constexpr):
-    """(6): ddS = scale (ddQ Kᵀ + Q ddKᵀ) + ddmask at queries ``i`` and keys ``j``; an absent cotangent costs nothing.
+    """Cotangent of dS, (6): ddS = scale (ddQ Kᵀ + Q ddKᵀ) + ddmask; an absent cotangent costs nothing.
 
     For a transposed tile the four Rows are k, ddq, ddk, q.
     """

@@ -1,1 +1,1 @@
-"""What every Triton kernel needs: launches, configurations, tiles, strided tensors."""
+"""What every Triton kernel needs: the device, launch plans, launches, tensors, tiles, sums."""

@@ -1,73 +1,27 @@
-"""Watching Triton's interpreter: every launch, access, product and elementwise operation.
+"""Observe Triton's interpreter: every launch, memory access, product and elementwise operation.
 
 The interpreter's builder is patched for the length of a ``with`` block and restored after it.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from triton import knobs
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-_FRAME: dict[str, Any] = {}
-_LOCALS = " = ".join(f"x{i}" for i in range(20_000))
-exec(f"def in_large_frame(f):\n    if f:\n        return f()\n    {_LOCALS} = 0", _FRAME)
-_in_large_frame = _FRAME["in_large_frame"]
-
 
 class Observer:
-    """What ``observed`` reports; each method may raise."""
+    """The base class of those whom ``observed`` reports to; each method may raise."""
 
     def begin(self, kernel: str, tensors: list[Tensor], programs: int) -> None: ...
     def access(self, addresses: np.ndarray, itemsize: int, stored: bool) -> None: ...
     def dot(self, a: np.ndarray, b: np.ndarray) -> None: ...
     def elementwise(self, results: int, special: bool) -> None: ...
-
-
-@contextmanager
-def quick() -> Iterator[None]:
-    """The interpreter at three times its speed, with the same results.
-
-    It patches the language anew at every call of a device function, though a launch has already patched it: here each
-    set of language modules is patched once a launch. And it repeats 32-bit arithmetic in 64 bits to see
-    overflows: not here. Its deep calls get one chunk of CPython's frame stack, which would else be mapped and unmapped
-    whenever the depth crosses a chunk's edge.
-    """
-    builder = interpreter.interpreter_builder
-    options = builder.options
-    patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    languages: dict[Any, frozenset[str]] = {}
-    patched: set[frozenset[str]] = set()
-
-    def patch_once(function: Any) -> Any:
-        if function not in languages:
-            seen = function.__globals__.values()
-            languages[function] = frozenset(x.__name__ for x in seen if x is tl or x is tl.core)
-        if languages[function] in patched:
-            return interpreter._LangPatchScope()
-        patched.add(languages[function])
-        return patch(function)
-
-    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return _in_large_frame(lambda: run(self, *args, **kwargs))
-        finally:
-            patched.clear()
-
-    builder.options = replace(options, sanitize_overflow=False)
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch
-    try:
-        yield
-    finally:
-        builder.options = options
-        interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, run
 
 
 @contextmanager
@@ -104,7 +58,7 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def _lanes(ptrs: Any, mask: Any) -> tuple[np.ndarray, int]:
-    """Addresses of the unmasked lanes, and bytes per lane."""
+    """Return the addresses of the unmasked lanes, and bytes per lane."""
     size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
     addresses = np.asarray(ptrs.data)
     if mask is None:
@@ -158,7 +112,7 @@ def _wrap_dot(original, observer):
 
 
 def _wrap_elementwise(special_functions: tuple[Any, ...] | None):
-    """``special_functions``: which NumPy functions count as special; None: whatever is wrapped does."""
+    """Return a wrapper that counts those of ``special_functions`` (None: all that it wraps) as special."""
 
     def wrap(original, observer):
         def operation(self, *args):

@@ -4,10 +4,14 @@ import os
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
-from tools.kernel_analysis.tensor_traffic import TensorTraffic
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from tools.interpreter import traffic  # noqa: E402
+from tools.interpreter.sanitizer import sanitizer  # noqa: E402
+from tools.interpreter.traffic import counting, unique_bytes  # noqa: E402
+from tools.kernel_analysis.tensor_traffic import TensorTraffic  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter"
@@ -50,8 +54,6 @@ def _product_kernel(x_ptr, y_ptr, M, BLOCK: tl.constexpr):
 
 
 def test_masked_lanes_do_not_count():
-    from tools.kernel_analysis.traffic import counting
-
     x, y = torch.randn(10), torch.empty(10)
     with counting() as launches:
         _copy_kernel[(2,)](x, y, 1, 10, BLOCK=8)
@@ -65,8 +67,6 @@ def test_masked_lanes_do_not_count():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_byte_read_twice_is_requested_twice_and_unique_once(dtype):
-    from tools.kernel_analysis.traffic import counting, unique_bytes
-
     size = dtype.itemsize
     x, y = torch.randn(8).to(dtype), torch.empty(24, dtype=dtype)
     with counting() as launches:
@@ -79,8 +79,6 @@ def test_a_byte_read_twice_is_requested_twice_and_unique_once(dtype):
 
 
 def test_many_accesses_are_compacted_without_loss(monkeypatch):
-    from tools.kernel_analysis import traffic
-
     monkeypatch.setattr(traffic, "COMPACT_BEYOND", 20)
     x, y = torch.randn(8), torch.empty(80)
     with traffic.counting() as launches:
@@ -90,8 +88,6 @@ def test_many_accesses_are_compacted_without_loss(monkeypatch):
 
 def test_temporaries_of_one_address_are_two_tensors():
     """A freed tensor's memory given out again must not look like the same bytes."""
-    from tools.kernel_analysis.traffic import counting, unique_bytes
-
     with counting() as launches:
         for _ in range(4):
             _first_row_kernel[(1,)](torch.randn(8), torch.empty(8), BLOCK=8)
@@ -99,8 +95,6 @@ def test_temporaries_of_one_address_are_two_tensors():
 
 
 def test_products_and_what_padding_wastes_of_them():
-    from tools.kernel_analysis.traffic import counting
-
     x, y = torch.rand(5, 16) / 4 + 0.1, torch.empty(5, 16)
     with counting() as launches:
         _product_kernel[(1,)](x, y, 5, BLOCK=16)
@@ -112,8 +106,6 @@ def test_products_and_what_padding_wastes_of_them():
 
 
 def test_an_exception_restores_the_interpreter():
-    from tools.kernel_analysis.traffic import counting
-
     def fail():
         raise KeyError
 
@@ -124,8 +116,6 @@ def test_an_exception_restores_the_interpreter():
 @pytest.mark.parametrize("n", [9, 11, 16])
 def test_one_element_out_of_bounds_is_caught(n):
     """A read that memory around the tensor would forgive: the zone behind it is ours."""
-    from tools.kernel_analysis.traffic import sanitizer
-
     whole = torch.zeros(40)
     x, y = whole[16:24], torch.empty(16)
     _copy_kernel[(1,)](x, y, 1, 8, BLOCK=16)
@@ -136,8 +126,6 @@ def test_one_element_out_of_bounds_is_caught(n):
 
 
 def test_a_store_out_of_bounds_is_caught_before_it_happens():
-    from tools.kernel_analysis.traffic import sanitizer
-
     whole = torch.zeros(16)
     with sanitizer(), pytest.raises(AssertionError, match="stores to"):
         _copy_kernel[(1,)](torch.ones(16), whole[:8], 1, 9, BLOCK=16)
@@ -145,8 +133,6 @@ def test_a_store_out_of_bounds_is_caught_before_it_happens():
 
 
 def test_gaps_of_a_strided_view_are_out_of_bounds():
-    from tools.kernel_analysis.traffic import sanitizer
-
     x, y = torch.randn(32)[::2], torch.empty(16)
     with sanitizer():
         _copy_kernel[(1,)](x, y, 2, 16, BLOCK=16)
@@ -157,8 +143,6 @@ def test_gaps_of_a_strided_view_are_out_of_bounds():
 
 def test_views_that_nest_are_all_inside():
     """Interleaved and transposed views of one buffer, and an expanded one."""
-    from tools.kernel_analysis.traffic import sanitizer
-
     whole = torch.randn(8, 4)
     y = torch.empty(8)
     with sanitizer():
@@ -169,8 +153,6 @@ def test_views_that_nest_are_all_inside():
 
 
 def test_counting_inside_a_sanitizer():
-    from tools.kernel_analysis.traffic import counting, sanitizer
-
     with sanitizer(), counting() as launches:
         _copy_kernel[(1,)](torch.randn(8), torch.empty(8), 1, 8, BLOCK=8)
         with pytest.raises(AssertionError):
@@ -179,8 +161,6 @@ def test_counting_inside_a_sanitizer():
 
 
 def test_launches_are_no_tensor_traffic():
-    from tools.kernel_analysis.traffic import counting
-
     with counting() as launches, TensorTraffic() as eager:
         _copy_kernel[(1,)](torch.empty(8), torch.empty(8), 1, 8, BLOCK=8)
     assert len(launches) == 1

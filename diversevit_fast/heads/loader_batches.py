@@ -1,23 +1,21 @@
-"""Batches as loaders give them, and whether logits belong to the samples that layers ran on.
-
-A part of the logits would be silently averaged away.
-"""
+"""Split the batches of a data loader into a model's inputs, labels and groups."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError, usage_error
-from .attention_modules import plain_class
+from ..attachment.attachment import batch_size
+from ..attachment.attention_modules import plain_class
+from ..errors import usage_error
 
 
 @dataclass
 class Batch:
-    """What a model is called with, and the labels and groups as they were given."""
+    """The arguments of a model's call, with the labels and groups as the loader returned them."""
 
     args: tuple[Tensor, ...]
     kwargs: dict[str, Tensor] = field(default_factory=dict)
@@ -26,14 +24,14 @@ class Batch:
 
     @property
     def size(self) -> int:
-        return batch_of(self.args, self.kwargs)
+        return batch_size(self.args, self.kwargs)
 
 
 def split_batch(name: str, batch: Any, model: nn.Module, device: torch.device) -> Batch:
-    """``batch`` taken apart, images on ``device``.
+    """Split ``batch`` and move its images to ``device``.
 
     Raises:
-        UsageError: naming the loader ``name``, a batch that cannot be understood.
+        UsageError: the batch, of the loader ``name``, has another form.
     """
     if isinstance(batch, Mapping):
         found = _split_mapping(name, batch, model)
@@ -54,7 +52,7 @@ _LABELS, _GROUPS = ("labels", "label"), ("groups", "group")
 
 
 def _split_mapping(name: str, batch: Mapping[str, Any], model: nn.Module) -> Batch:
-    """A dictionary: labels and groups by their names, and what the model's forward names."""
+    """Split a dictionary into labels, groups and the arguments that the model's forward names."""
     answers = []
     for names in (_LABELS, _GROUPS):
         there = [key for key in names if key in batch]
@@ -89,10 +87,10 @@ def _no_batch(name: str, batch: Any) -> Exception:
 
 
 def class_indices(labels: Any, count: int) -> Tensor:
-    """Labels ``[count]`` on the CPU.
+    """Convert labels to a tensor ``[count]`` on the CPU.
 
     Raises:
-        UsageError: names, fractions, or not one per image.
+        UsageError: they are names or fractions, or not one per image.
     """
     found = _as_tensor(labels)
     if found is None:
@@ -106,10 +104,10 @@ def class_indices(labels: Any, count: int) -> Tensor:
 
 
 def group_names(groups: Any, count: int, named: bool) -> Tensor | list[str]:
-    """Groups ``[count]``: numbers on the CPU, or strings where ``named``.
+    """Convert groups to ``[count]`` numbers on the CPU; where ``named``, strings stay strings.
 
     Raises:
-        UsageError: something else, or not one per image.
+        UsageError: they are something else, or not one per image.
     """
     found = _as_tensor(groups)
     if found is None:
@@ -132,7 +130,7 @@ def group_names(groups: Any, count: int, named: bool) -> Tensor | list[str]:
 
 
 def _as_tensor(given: Any) -> Tensor | None:
-    """On the CPU; None if it holds something else than numbers."""
+    """Convert to a tensor on the CPU; None if it holds anything but numbers."""
     try:
         return torch.as_tensor(given).cpu()
     except (TypeError, ValueError, RuntimeError):
@@ -140,7 +138,7 @@ def _as_tensor(given: Any) -> Tensor | None:
 
 
 def _items(given: Any) -> list[Any]:
-    """Of a list, tuple, array or column; nothing of anything else."""
+    """The items of a list, tuple, array or column; empty for anything else."""
     listed = given.tolist() if hasattr(given, "tolist") else given
     return list(listed) if isinstance(listed, (list, tuple)) else []
 
@@ -148,37 +146,3 @@ def _items(given: Any) -> list[Any]:
 def _example(given: Any) -> str:
     first = next(iter(_items(given)), given)
     return f"{type(first).__name__} {first!r}" if isinstance(first, str) else type(first).__name__
-
-
-def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The batch size of a model's call: the first axis of its first tensor; 0 if there is none."""
-    return next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), 0)
-
-
-def check_batch(
-    layer: str, ran_on: Sequence[int], wanted: int, batches: Sequence[int], granularity: str
-) -> None:
-    """Refuse logits of other samples than ``layer`` ran on.
-
-    Args:
-        ran_on: the first axis of what each run of the layer saw.
-        wanted: as many samples as the logits have, or of those as many as were drawn.
-        batches: of the calls of the whole model that were seen, scaled alike.
-
-    Raises:
-        UsageError: the logits are of fewer or more samples.
-        UnsupportedError: groups of tokens (windows) instead of samples, with granularity "sample".
-    """
-    if all(n == wanted for n in ran_on) or sum(ran_on) == wanted:
-        return
-    grouped = all(n % wanted == 0 for n in ran_on) and (wanted in batches or sum(batches) == wanted)
-    if not grouped:
-        hint = "pass the model's output as it is; a loss may leave samples out, the penalty cannot"
-        seen = " + ".join(map(str, ran_on))
-        wish = f"a row for each of the {seen} samples that {layer} ran on"
-        raise usage_error("logits", wish, f"{wanted}", hint)
-    if granularity == "sample":
-        raise UnsupportedError(
-            f"granularity: {layer} runs on {ran_on[0]} groups of tokens of {wanted} samples, so "
-            "'sample' is not what it says; use 'token'"
-        )

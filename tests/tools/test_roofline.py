@@ -16,11 +16,6 @@ interpreted = pytest.mark.skipif(
 TOKENS = 20
 
 
-@pytest.fixture(autouse=True)
-def guarded():
-    """Instead of the package's guard zones: filling them would be counted."""
-
-
 def skip_if_missing(stage: str) -> None:
     if reason := missing(stage):
         pytest.skip(reason)

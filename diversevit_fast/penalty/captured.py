@@ -1,0 +1,74 @@
+"""The tensors captured inside a ``with`` block, which the penalty differentiates by."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..attachment.attention_modules import AttentionLayer
+from .input_projections import ProjectionOutput, input_projections
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One run of one attention layer: the tensors whose gradients are the head gradients.
+
+    ``heads`` is the head output ``[B, H, n, d]``, or None where the gradient of the layer's input is
+    asked for: that one is computed from ``projections``. ``tokens`` is N. Where n < N only the first n
+    queries were computed; the others have zero gradient.
+    """
+
+    layer: int
+    num_heads: int
+    tokens: int
+    heads: Tensor | None = None
+    projections: tuple[ProjectionOutput, ...] = ()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors to differentiate with respect to."""
+        return [part.tensor for part in self.projections] if self.heads is None else [self.heads]
+
+    @property
+    def samples(self) -> int:
+        """The batch size of the run, or the number of windows in it."""
+        return len(self.tensors[0])
+
+
+@dataclass
+class Recording:
+    """The layer runs of one ``with`` block, in order.
+
+    Attributes:
+        runs: those that are complete.
+        batches: the batch size of each forward of the whole model.
+    """
+
+    runs: list[Captured] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
+    _projections: list[tuple[ProjectionOutput, Tensor]] = field(default_factory=list)
+
+    @property
+    def begun(self) -> bool:
+        """True once a tensor is captured: what runs after it may depend on it."""
+        return bool(self.runs or self._projections)
+
+    def start_layer(self) -> None:
+        """Forget the projections of a layer that did not get as far as its attention."""
+        self._projections = []
+
+    def add_projection(
+        self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
+    ) -> None:
+        """Record ``out``, a projection of the running layer's input ``x``."""
+        self._projections.append((ProjectionOutput(out, roles, weight, layer.rows_of(roles)), x))
+
+    def finish_layer(self, layer: AttentionLayer, tokens: int, heads: Tensor | None) -> None:
+        """Record a run of ``layer``: its head output, or if None the projections of its input."""
+        made = input_projections(layer, self._projections) if heads is None else ()
+        self.runs.append(Captured(layer.index, layer.num_heads, tokens, heads, made))
+        self._projections = []
+
+    def take_runs(self) -> list[Captured]:
+        """Return the runs and forget them."""
+        runs, self.runs = self.runs, []
+        return runs

@@ -1,0 +1,102 @@
+"""The penalty of attention layers, from the gradients of their heads."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..attachment.attention_modules import AttentionLayer
+from ..ops import head_penalty, routed_head_penalty
+from .batch_checks import check_reached
+from .captured import Captured
+from .head_gradients import HeadGradients
+from .input_projections import ProjectionOutput
+
+
+def mean_penalty(
+    grads: Sequence[HeadGradients],
+    runs: Sequence[Captured],
+    layers: Sequence[AttentionLayer],
+    granularity: str,
+    reduction: str,
+    scale: float = 1.0,
+) -> tuple[Tensor, list[Tensor]]:
+    """The mean over layers of their penalties, each the mean over the samples of its runs.
+
+    Returns:
+        The scalar penalty, and each layer's detached cosines, of its last run.
+
+    Raises:
+        UsageError: a layer has no gradient.
+    """
+    values: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
+    samples: dict[int, int] = dict.fromkeys(values, 0)
+    cosines: dict[int, Tensor] = {}
+    for grad, run in zip(grads, runs, strict=True):
+        if any(g is not None for g in grad):
+            value, cosine = layer_penalty(grad, run, granularity, reduction, scale)
+            values[run.layer].append(value * run.samples)
+            samples[run.layer] += run.samples
+            cosines[run.layer] = cosine.detach()
+    check_reached(layers, cosines)
+    of_layers = [torch.stack(values[i]).sum() / samples[i] for i in values]
+    return torch.stack(of_layers).mean(), [cosines[i] for i in values]
+
+
+def layer_penalty(
+    grads: HeadGradients,
+    captured: Captured,
+    granularity: str,
+    reduction: str,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The penalty (scalar) and cosines of one run; ``grads`` are its gradients times ``scale``."""
+    kind: dict[str, Any] = {"granularity": granularity, "reduction": reduction}
+    kind |= {"eps": 1e-12 * scale, "return_cosines": True}
+    if captured.heads is not None:
+        (grad,) = grads
+        assert grad is not None
+        rows = grad.shape[2] / captured.tokens if granularity == "token" else 1.0
+        value, cosines = head_penalty(grad, **kind)
+        return value * rows, cosines
+    grad, weight = _routed(grads, captured)
+    return routed_head_penalty(grad, weight.to(grad.dtype), **kind)  # pyright: ignore[reportReturnType]
+
+
+def _routed(grads: HeadGradients, captured: Captured) -> tuple[Tensor, Tensor]:
+    """The gradient of q, k and v ``[B, N, 3, H, d]`` and their weight ``[3, H, d, D]``.
+
+    Both are views where one projection makes all three. Else they are joined from the projections', with
+    zeros for queries that are made of another tensor than the layer's input.
+    """
+    heads = captured.num_heads
+    if len(captured.projections) == 1 and captured.projections[0].roles == "qkv":
+        return _by_head(grads[0], captured.projections[0], heads)
+    made: dict[str, tuple[Tensor, Tensor]] = {}
+    for grad, part in zip(grads, captured.projections, strict=True):
+        values, weight = _by_head(grad, part, heads)
+        for place, role in enumerate(part.roles):
+            made[role] = values[:, :, place], weight[place]
+    key, key_weight = made["k"]
+    query, query_weight = made.get("q", (key.new_zeros(()).expand_as(key), key_weight))
+    if query.shape[1] < key.shape[1]:
+        rest = key.shape[1] - query.shape[1]
+        query = F.pad(query, (0, 0, 0, 0, 0, rest))
+    value, value_weight = made["v"]
+    weights = torch.stack([query_weight, key_weight, value_weight])
+    return torch.stack([query, key, value], 2), weights
+
+
+def _by_head(grad: Tensor | None, part: ProjectionOutput, heads: int) -> tuple[Tensor, Tensor]:
+    """The gradient ``[B, N, roles, H, d]`` and weight ``[roles, H, d, D]`` of one projection."""
+    roles = len(part.roles)
+    grad = torch.zeros_like(part.tensor) if grad is None else grad
+    before = len(part.weight) - part.rows
+    grad, weight = (grad[..., before:], part.weight[before:]) if before else (grad, part.weight)
+    if grad.ndim == 2:  # the first token alone
+        grad = grad.unsqueeze(1)
+    elif grad.ndim > 3:  # tokens on a grid
+        grad = grad.flatten(1, -2)
+    return grad.unflatten(-1, (roles, heads, -1)), weight.unflatten(0, (roles, heads, -1))
