@@ -1,4 +1,4 @@
-"""Switches that a user sets in the environment, all read by one rule.
+"""Switches that a user sets in the environment, all read by the same rule.
 
 On   ``1``, ``true``, ``yes``, ``on``, ``y``, in any case.
 Off  ``0``, ``false``, ``no``, ``off``, ``n``, and nothing (``DIVERSEVIT_COMPILE= python ...``).

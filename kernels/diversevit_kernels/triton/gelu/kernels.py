@@ -101,7 +101,7 @@ def gelu_forward_kernel(
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(20) or (23). One program owns BLOCK elements."""
+    """GELU, (20) or (23). One program owns BLOCK elements."""
     at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     y = _value(_load(x, at, sizes, at < n, ACC), TANH)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < n)
@@ -119,7 +119,7 @@ def gelu_backward_kernel(
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(26): dx = dy y'. One program owns BLOCK elements."""
+    """Backward, (26): dx = dy y'. One program owns BLOCK elements."""
     at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     first, _ = _derivatives(_load(x, at, sizes, at < n, ACC), TANH)
     dx = _load(dy, at, sizes, at < n, ACC) * first
@@ -140,7 +140,7 @@ def gelu_double_backward_kernel(
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(26): gx = ddx dy y'', gdy = ddx y'. One program owns BLOCK elements."""
+    """Double backward, (26): gx = ddx dy y'', gdy = ddx y'. One program owns BLOCK elements."""
     at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     first, second = _derivatives(_load(x, at, sizes, at < n, ACC), TANH)
     cotangent = _load(ddx, at, sizes, at < n, ACC)

@@ -73,7 +73,7 @@ def over_free_norm(x, n, eps):
 
 @triton.jit
 def matrix_places(group, const: tl.constexpr):
-    """Where a group's matrix lies in [groups, H, H], and which of its elements exist."""
+    """Offsets of a group's matrix in [groups, H, H], and which of its elements exist."""
     h = tl.arange(0, const.HEADS)
     at = group * (const.H * const.H) + h[:, None] * const.H + h[None, :]
     return at, (h < const.H)[:, None] & (h < const.H)[None, :]

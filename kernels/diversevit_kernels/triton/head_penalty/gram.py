@@ -298,7 +298,7 @@ def statistics(
     out: Statistics,
     penalties: Tensor,
 ) -> None:
-    """(30)-(32) of the groups of ``x`` by token, of ``raw`` by sample, into ``out`` and ``penalties``."""
+    """Write ``out`` and ``penalties``, (30)-(32), for the groups of ``x`` by token, of ``raw`` by sample."""
     plan = configs.STATISTICS.plan(target_of(penalties if x is None else x, const.HEADS))
     N, parts = 1 if x is None else x.shape[2], 1 if raw is None else raw.shape[1]
     given = operand(x), raw, out, penalties, N, parts, g.weight, g.eps
@@ -309,7 +309,7 @@ def statistics(
 def backward(
     g: Grouping, const: Constants, grads: Tensor, dgrads: Tensor, stats: Statistics
 ) -> None:
-    """(35) of a tile of tokens, into ``dgrads``."""
+    """Write ``dgrads``, (35), for a tile of tokens."""
     plan = configs.BACKWARD.plan(target_of(grads, const.HEADS))
     groups, *sizes = programs_of(const, grads)
     programs = groups * sizes[1]
@@ -325,7 +325,7 @@ def curvatures(
     gdpenalties: Tensor | None,
     gdcosines: Tensor | None,
 ) -> Tensor:
-    """(37)-(38) of samples: writes ``gdpenalties`` [b] and ``gdcosines``, returns Ṁ [b, H, H]."""
+    """Write ``gdpenalties`` [b] and ``gdcosines`` of samples, and return their Ṁ [b, H, H], (37)-(38)."""
     plan = configs.CURVATURE.plan(target_of(raw, const.HEADS))
     m_dot = allocate(tuple(stats.cosines.shape), stats.cosines.dtype, raw)
     given = raw, stats, m_dot, gdpenalties, gdcosines, raw.shape[1], g.weight, g.eps
@@ -346,9 +346,9 @@ def double_backward(
     gdpenalties: Tensor | None,
     gdcosines: Tensor | None,
 ) -> None:
-    """(39) of a tile of tokens into ``ggrads``, and (35) into ``dgrads`` unless it is None.
+    """Write ``ggrads``, (39), for a tile of tokens, and ``dgrads``, (35), unless it is None.
 
-    By token also (37) into ``gdpenalties`` and ``gdcosines``; by sample ``m_dot`` is given.
+    By token also ``gdpenalties`` and ``gdcosines``, (37); by sample ``m_dot`` is given.
     """
     plan = configs.DOUBLE_BACKWARD.plan(target_of(grads, const.HEADS))
     groups, *sizes = programs_of(const, grads)

@@ -72,7 +72,7 @@ class RoutedConstants(NamedTuple):
 
 @triton.jit
 def head_tiles(rows, columns):
-    """(head, row tile, column tile) of this program; tiles of a head are neighbours."""
+    """Head, row tile and column tile of this program; tiles of a head are neighbours."""
     program = tl.program_id(0).to(tl.int64)
     return program // (rows * columns), program // columns % rows, program % columns
 

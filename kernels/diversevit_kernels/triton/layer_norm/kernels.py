@@ -57,7 +57,7 @@ def layer_norm_forward_kernel(
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """(10)-(12). One program owns the rows of one tile.
+    """Forward, (10)-(12). One program owns the rows of one tile.
 
     The mean of x - mean, which rounding left over, corrects the mean: a constant row has xh = 0.
     """
@@ -96,7 +96,7 @@ def layer_norm_backward_kernel(
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """(14). One of P programs owns every P-th tile of rows, and their part of dw and db."""
+    """Backward, (14). One of P programs owns every P-th tile of rows, and their part of dw and db."""
     BLOCK_M: tl.constexpr = rows_per_tile(TILE, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     dw, db = tl.zeros([BLOCK_M, BLOCK_N], ACC), tl.zeros([BLOCK_M, BLOCK_N], ACC)
@@ -135,7 +135,7 @@ def layer_norm_double_backward_kernel(
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """(15)-(19). One of P programs owns every P-th tile of rows, and their part of gw.
+    """Double backward, (15)-(19). One of P programs owns every P-th tile of rows, and their part of gw.
 
     Two rounds of row means: mean(ddx), alpha1 and alpha2, then alpha3 and the two of J gxh.
     """

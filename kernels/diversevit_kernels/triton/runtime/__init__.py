@@ -1,1 +1,1 @@
-"""What every Triton kernel needs: the device, launch plans, launches, tensors, tiles, sums."""
+"""The runtime of the Triton kernels: the device, launch plans, launches, tensors, tiles, sums."""

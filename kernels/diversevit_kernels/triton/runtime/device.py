@@ -37,7 +37,7 @@ _MULTIPROCESSORS = {
     **{"interpreter": 2, "sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148},
     **{"sm_120": 170, "gfx942": 304},
 }
-"""Of the largest chip of an architecture: A100, A40, L40S, H100, B200, RTX 5090, MI300X (vendors' data sheets)."""
+"""Multiprocessors of an architecture's largest chip: A100, A40, L40S, H100, B200, RTX 5090, MI300X (data sheets)."""
 
 _autotune = switch("DIVERSEVIT_AUTOTUNE", default=False)
 _pretended: str | None = None
@@ -87,7 +87,7 @@ def pretend(name: str) -> Iterator[None]:
 
 
 def autotuning() -> bool:
-    """Whether each kind of launch first times its candidates: ``DIVERSEVIT_AUTOTUNE=1`` or ``autotune()``."""
+    """Whether launches time their candidates first: ``DIVERSEVIT_AUTOTUNE=1`` or ``autotune()``."""
     return _autotune and not INTERPRETED and _pretended is None
 
 

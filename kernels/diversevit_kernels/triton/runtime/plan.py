@@ -1,6 +1,6 @@
-"""Launch plans: which configuration a kernel is launched with, looked up once per call.
+"""Launch plans: find the configuration that a kernel is launched with, once per launch.
 
-Each operator has its launch tables in a ``configs.py``: one ``LaunchTable`` a kernel, with rows that say which chips,
+Each operator has its launch tables in a ``configs.py``: one ``LaunchTable`` per kernel, with rows that say which chips,
 element sizes and widths they serve. At most one row serves a launch, so their order means nothing (a test checks it).
 """
 
@@ -31,9 +31,9 @@ ANY_WIDTH = (0, UNBOUNDED)
 
 
 class Target(NamedTuple):
-    """What a launch's configuration depends on, besides the kernel.
+    """Device, dtype and width of a launch: what its configuration depends on, besides the kernel.
 
-    What the width is the operator says: of a head, of a row, or a number of heads.
+    Each operator says what the width is: that of a head, that of a row, or a number of heads.
     """
 
     architecture: str
@@ -48,7 +48,7 @@ def target_of(like: Tensor, width: int = 1) -> Target:
 
 @dataclass(frozen=True)
 class Configuration:
-    """How one kernel is launched: its tile sizes (constexpr arguments of the kernel), warps, stages."""
+    """Tile sizes (constexpr arguments of the kernel), warps and pipeline stages of a launch."""
 
     tiles: tuple[tuple[str, int], ...]
     warps: int
@@ -97,7 +97,7 @@ def row(
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What one launch was found to take: a configuration of a launch table."""
+    """A configuration that was found in a launch table. The same plan is returned for the same target."""
 
     table: "LaunchTable"
     configuration: Configuration
@@ -146,7 +146,7 @@ class LaunchTable:
         return found if found is not None and n <= found[tile] else None
 
     def candidates(self, first: Configuration) -> list[Configuration]:
-        """What autotuning tries: the tiles of every row, whatever its chip, at 4 and 8 warps, 1 to 3 stages.
+        """Configurations that autotuning tries: tiles of every row, at 4 and 8 warps, 1 to 3 stages.
 
         ``first`` comes first, so that it wins ties.
         """

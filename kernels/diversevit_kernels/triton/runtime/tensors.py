@@ -8,7 +8,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 allocator: Callable[..., Tensor] = torch.empty
-"""What ``allocate`` calls: tests replace it by one that poisons and guards."""
+"""The function that ``allocate`` calls: tests replace it by one that poisons and guards."""
 
 
 def check_operand(name: str, x: Tensor) -> None:
