@@ -40,6 +40,10 @@ Under ``no_grad`` they still pass through it."""
 function_modes = _get_current_function_mode_stack
 """The ``TorchFunctionMode`` entered, the outermost first. The stack is not published."""
 
+frame_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
+"""Something callable where ``torch.compile`` runs Python between two of its graphs; there
+``torch.compiler.is_compiling`` is False. A Python function around it would itself be compiled there."""
+
 cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 """What ``F.scaled_dot_product_attention`` runs on a CPU. PyTorch's public flop counter does not know it."""
 
@@ -104,14 +108,6 @@ def in_checkpoint() -> bool:
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
     return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
-
-
-def compiler_waits() -> bool:
-    """Whether a function that ``torch.compile`` made runs eager code between two of its graphs.
-
-    ``torch.compiler.is_compiling`` is False there.
-    """
-    return callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())  # pyright: ignore
 
 
 def compiler_traces_gradients() -> bool:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch_internals import (
     compiler_traces_gradients,
-    compiler_waits,
+    frame_callback,
     function_modes,
     is_compiled,
     overload_of,
@@ -360,7 +360,7 @@ def _around(outer: Wrapper, inner: Wrapper) -> Wrapper:
 def _refuse_broken_graph() -> None:
     """Refuse to be entered by a compiled function outside its graph, or in a graph not of ``compile_loss``."""
     compiling = torch.compiler.is_compiling()
-    if not compiler_traces_gradients() if compiling else compiler_waits():
+    if not compiler_traces_gradients() if compiling else callable(frame_callback()):
         raise UnsupportedError(
             "torch.compile: it broke the graph around this context, so second derivatives would be "
             "refused or dropped; use dvf.compile_loss, which keeps one graph"
