@@ -11,9 +11,10 @@ that it was not used; it can have it outside the context.
 import torch
 from torch import Tensor, nn
 
+from .._torch_internals import has_global_hooks, is_looked_at
 from ..ops import attention, attention_qkvpacked
 from ..ops.attention_qkvpacked import autograd_alone, split_qkv
-from .attention_modules import all_hooked, is_hooked
+from .attention_modules import is_hooked
 
 
 class PackedAttention:
@@ -60,7 +61,7 @@ def packed_attention(made: Tensor, q: Tensor, k: Tensor, v: Tensor) -> PackedAtt
     strides, size = (samples, d * step, tokens, step), H * d * step * made.itemsize
     for place, x in enumerate((q, k, v)):
         lies = x.stride() == strides and x.data_ptr() == made.data_ptr() + place * size
-        if not lies or not _only_views(x, made) or x._backward_hooks or x.retains_grad:
+        if not lies or not _only_views(x, made) or is_looked_at(x):
             return None
     return PackedAttention(made.unflatten(-1, (3, H, d)), (q, k, v))
 
@@ -70,7 +71,7 @@ def may_pack(module: nn.Module, linear: list[nn.Module]) -> bool:
     if torch.compiler.is_compiling():
         return False
     inner = (child for child in module.modules() if child is not module and child not in linear)
-    return not all_hooked() and not is_hooked(inner)
+    return not has_global_hooks() and not is_hooked(inner)
 
 
 _VIEWS = {

@@ -17,6 +17,7 @@ from diversevit_kernels.common.contracts import (
     AttentionKernels,
 )
 
+from .._torch_internals import functorch_active
 from . import reference
 from .attention import attention, cast_for_autocast, check_scale
 from .autograd import Operator, batch_by_loop, uses_formula
@@ -76,7 +77,7 @@ def split_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def autograd_alone() -> bool:
     """Whether nobody but autograd looks on; else three tensors are right, for which ``attention`` has rules."""
-    transformed = torch._C._are_functorch_transforms_active() or uses_formula()
+    transformed = functorch_active() or uses_formula()
     return not transformed and not torch.compiler.is_compiling() and not exporting_to_onnx()
 
 

@@ -22,6 +22,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._torch_internals import (
+    any_requires_grad,
+    below_autograd,
+    dispatch_keys,
+    dispatch_modes,
+    function_of,
+    functorch_active,
+    in_forward_mode,
+    name_of,
+    overload_of,
+    profiler_enabled,
+    tracing_state,
+)
 from ..errors import UnsupportedError
 from .backends import chosen_backend
 
@@ -51,17 +64,17 @@ class Operator:
     ):
         save = _save_inputs(operator) if save is None else save
         operator.register_autograd(derivative, setup_context=save)
-        self._operator = operator
+        self._operator, self._function = operator, function_of(operator)
         self._functorch = _functorch_function(operator, self, save, derivative, batch)
         self._eager = _eager_function(operator, self._run, save, derivative)
 
     def _run(self, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._operator._init_fn(*args)
+        with below_autograd():
+            return self._function(*args)
 
     def __call__(self, *args: Any) -> Any:
         compiling = torch.compiler.is_compiling()
-        if torch._C._are_functorch_transforms_active():
+        if functorch_active():
             if compiling:
                 raise UnsupportedError(
                     "torch.func transforms inside torch.compile drop second-order terms; call "
@@ -71,13 +84,13 @@ class Operator:
         refuse_tangents(args)
         if compiling or _watched(args):
             return self._operator(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and any_requires_grad(*args):
             return self._eager.apply(*args)
         return self._run(*args)
 
 
 def _save_inputs(operator: torch.library.CustomOpDef) -> Save:
-    arguments = operator._opoverload._schema.arguments
+    arguments = overload_of(operator)._schema.arguments
     count = sum("Tensor" in str(argument.type) for argument in arguments)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -91,9 +104,9 @@ def _save_inputs(operator: torch.library.CustomOpDef) -> Save:
 def _functorch_function(
     operator: torch.library.CustomOpDef, call: Any, save: Save, derivative: Derivative, batch: Batch
 ) -> Any:
-    overload = operator._opoverload
+    overload = overload_of(operator)
     return type(
-        f"{operator._name}_functorch",
+        f"{name_of(operator)}_functorch",
         (torch.autograd.Function,),
         {
             "forward": staticmethod(lambda *args: overload(*args)),
@@ -118,7 +131,7 @@ def _eager_function(
         return output
 
     return type(
-        operator._name,
+        name_of(operator),
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(derivative)},
     )
@@ -129,25 +142,16 @@ def _watched(args: Sequence[Any]) -> bool:
 
     Subclasses, vmapped, lazily negated and functional tensors all have dispatch keys of their own.
     """
-    watching = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
-    if watching or torch._C._get_tracing_state() is not None:
+    watching = dispatch_modes() or profiler_enabled()
+    if watching or tracing_state() is not None:
         return True
     tensors = (x for x in args if isinstance(x, Tensor))
-    return any(_keys(x) & ~_ordinary_keys(x.device.type) for x in tensors)
-
-
-def _keys(x: Tensor) -> int:
-    return torch._C._dispatch_keys(x).raw_repr()
+    return any(dispatch_keys(x) & ~_ordinary_keys(x.device.type) for x in tensors)
 
 
 @cache
 def _ordinary_keys(device: str) -> int:
-    return _keys(torch.empty(0, device=device))
-
-
-def in_forward_mode() -> bool:
-    """Whether a forward-mode level is open (``torch.func.jvp``, ``forward_ad.dual_level``)."""
-    return forward_ad._current_level >= 0
+    return dispatch_keys(torch.empty(0, device=device))
 
 
 def uses_formula() -> bool:
