@@ -85,6 +85,13 @@ def name_of(operator: torch.library.CustomOpDef) -> str:
     return operator._name
 
 
+def tensor_arguments(operator: torch.library.CustomOpDef) -> int:
+    """How many of a custom operator's arguments are tensors or None; its schema is read by private names only."""
+    return sum(
+        "Tensor" in str(argument.type) for argument in overload_of(operator)._schema.arguments
+    )
+
+
 def will_run(node: Any) -> bool:
     """Whether the running backward pass executes this node of the graph.
 

@@ -87,6 +87,13 @@ def test_operators():
     assert internals.overload_of(operator) is torch.ops.diversevit.gelu.default
     assert internals.name_of(operator) == "gelu"
     torch.testing.assert_close(internals.function_of(operator)(x, "none"), F.gelu(x))
+    double_backward = torch.library.custom_op(
+        "diversevit_test::some",
+        lambda x, y, n: x,
+        mutates_args=(),
+        schema="(Tensor x, Tensor? y, int n) -> Tensor",
+    )
+    assert internals.tensor_arguments(double_backward) == 2
 
 
 def test_which_nodes_of_a_backward_pass_run():
@@ -172,7 +179,7 @@ def test_modules():
 
 HERE = {"diversevit_fast._torch_internals", "diversevit_kernels.common.torch_internals"}
 OF_OTHERS = {
-    *("_asdict", "_fields", "_replace"),  # public, of named tuples
+    *("_asdict", "_fields", "_make", "_replace"),  # public, of named tuples
     "_attn_implementation",  # transformers'
     *("_bias", "_create_block_mask"),  # xformers'
 }

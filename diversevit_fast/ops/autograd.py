@@ -33,6 +33,7 @@ from .._torch_internals import (
     name_of,
     overload_of,
     profiler_enabled,
+    tensor_arguments,
     tracing_state,
 )
 from ..errors import UnsupportedError
@@ -90,8 +91,7 @@ class Operator:
 
 
 def _save_inputs(operator: torch.library.CustomOpDef) -> Save:
-    arguments = overload_of(operator)._schema.arguments
-    count = sum("Tensor" in str(argument.type) for argument in arguments)
+    count = tensor_arguments(operator)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:count])
