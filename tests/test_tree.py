@@ -97,10 +97,6 @@ def test_kernels_of_an_operator_stand_on_the_runtime(module):
 
 BORROWS = {
     "diversevit_kernels.cpu.warmup": ("diversevit_kernels.cpu.attention",),
-    "diversevit_kernels.triton.head_penalty": (
-        "diversevit_kernels.triton.attention",
-        "diversevit_kernels.triton.layer_norm",
-    ),
 }
 """What an operator takes from another's folder."""
 

@@ -241,7 +241,7 @@ class TestFraction:
 
 
 class TestFractionStaysExact:
-    """Whatever happens between the blocks, the split gives the same numbers."""
+    """The split gives the same numbers whatever the model does between its blocks."""
 
     def check(self, model, monkeypatch, images=None, around=None, **options):
         images = images_for(model, 4) if images is None else images
@@ -333,7 +333,7 @@ class Flat(nn.Module):
 
 
 class Mixing(Flat):
-    """Every way of calling a block that the split cannot follow."""
+    """Calls a block in the ways that the split cannot follow."""
 
     def __init__(self, how):
         super().__init__()

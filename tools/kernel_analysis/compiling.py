@@ -1,6 +1,6 @@
 """What the host functions launch, compiled ahead of time for chips that are not here.
 
-Host functions run on meta tensors under ``configurations.pretend`` while ``launch.recording`` collects their
+Host functions run on meta tensors under ``device.pretend`` while ``launch.recording`` collects their
 launches, so what is compiled is what is launched: same kernel, same specialisation of arguments, same
 tiles and options. Launches that Triton would compile to the same binary are compiled once.
 """
@@ -17,14 +17,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from diversevit_kernels.triton.runtime import configurations, launch
+from diversevit_kernels.triton.runtime import device, launch
 from tools.kernel_analysis.chips import CHIPS
 from tools.kernel_analysis.machine_code import Code, read_amdgcn, read_cubin
 from tools.kernel_analysis.operators import folder
@@ -85,7 +84,7 @@ def record(architecture: str, workloads: list[Workload]) -> tuple[list[Compilati
     wrong: dict[str, list[Workload]] = {}
     for workload in workloads:
         try:
-            with configurations.pretend(architecture), launch.recording(run=False) as launches:
+            with device.pretend(architecture), launch.recording(run=False) as launches:
                 workload.call(host_function(workload.stage, workload.rung))
             prepared = [_prepare(architecture, one) for one in launches]
         except (ModuleNotFoundError, AttributeError) as error:
@@ -121,9 +120,7 @@ def target_of(architecture: str) -> GPUTarget:
 def _prepare(architecture: str, one: launch.Launch) -> tuple[str, Compilation]:
     """A launch as Triton's just-in-time path sees it, and what tells its binary from others."""
     backend = make_backend(target_of(architecture))
-    like = next(_tensors(one.args))
-    with configurations.pretend(architecture):
-        keywords = launch.keywords(one.constants, one.configuration, like) | {"debug": False}
+    keywords = one.keywords | {"debug": False}
     kernel = one.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, rest = bind(*one.args, **keywords)
@@ -133,15 +130,6 @@ def _prepare(architecture: str, one: launch.Launch) -> tuple[str, Compilation]:
     source = ASTSource(kernel, signature, constants, attributes)
     made = Compilation(architecture, one, source, dict(parsed.__dict__))
     return f"{one.name} {source.hash()} {parsed.hash()}", made
-
-
-def _tensors(args: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a launch, those inside its tuples too."""
-    for x in args:
-        if isinstance(x, torch.Tensor):
-            yield x
-        elif isinstance(x, tuple):
-            yield from _tensors(x)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from diversevit_kernels.triton.runtime import configurations, launch
+from diversevit_kernels.triton.runtime import device, launch
 from tools.kernel_analysis.compiling import Workload, compile_one, fresh_compilers, record
 from tools.kernel_analysis.machine_code import Loop, counts
 from tools.kernel_analysis.operators import RUNGS, STAGES, WIDTH, climb, missing
@@ -76,7 +76,7 @@ def workloads(stage: str, tokens: int, architecture: str) -> list[Workload]:
         jobs.append(Workload(stage, RUNGS[order], case, "bfloat16", WIDTH, lambda _: run()))
         return run()
 
-    with configurations.pretend(architecture), launch.recording(run=False):
+    with device.pretend(architecture), launch.recording(run=False):
         climb(stage, STAGES[stage].values(tokens, torch.bfloat16, "meta"), around)
     return jobs
 

@@ -63,7 +63,7 @@ def count(stage: str, tokens: int, architecture: str) -> dict[str, Order]:
     """Run the stage's rungs under the interpreter with ``architecture``'s launch configurations."""
     import torch
 
-    from diversevit_kernels.triton.runtime import configurations, launch
+    from diversevit_kernels.triton.runtime import device, launch
     from tools.interpreter.traffic import counting, unique_bytes
     from tools.kernel_analysis.operators import STAGES, climb
     from tools.kernel_analysis.tensor_traffic import TensorTraffic, bytes_of
@@ -90,7 +90,7 @@ def count(stage: str, tokens: int, architecture: str) -> dict[str, Order]:
         )
         return returned
 
-    with configurations.pretend(architecture):
+    with device.pretend(architecture):
         climb(stage, values, around)
     return orders
 
@@ -170,11 +170,11 @@ def configured(stage: str, tokens: int, architecture: str) -> tuple[Any, ...]:
     """What ``architecture`` launches, and with which tiles: chips that agree are counted once."""
     import torch
 
-    from diversevit_kernels.triton.runtime import configurations, launch
+    from diversevit_kernels.triton.runtime import device, launch
     from tools.kernel_analysis.operators import STAGES, climb
 
     values = STAGES[stage].values(tokens, torch.bfloat16, "meta")
-    with configurations.pretend(architecture), launch.recording(run=False) as launches:
+    with device.pretend(architecture), launch.recording(run=False) as launches:
         climb(stage, values, lambda _, run: run())
     return tuple((one.name, one.grid, one.configuration.tiles) for one in launches)
 

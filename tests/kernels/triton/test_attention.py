@@ -25,7 +25,8 @@ from tests.helpers.attention_cases import (
 from tests.helpers.second_order import TAILS, WAYS
 
 triton = pytest.importorskip("diversevit_kernels.triton.attention")
-launch = pytest.importorskip("diversevit_kernels.triton.runtime.launch")
+
+allocation = pytest.importorskip("diversevit_kernels.triton.runtime.tensors")
 
 MORE = {
     "many-tiles": Case(B=1, H=2, Nq=70, Nk=70, d=16, dv=16, layout="projection"),
@@ -96,7 +97,9 @@ def test_first_and_second_derivative(name, device):
 
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
 def test_contracts(kind, device, monkeypatch):
-    monkeypatch.setattr(launch, "allocator", torch.empty)  # a result between guards has an offset
+    monkeypatch.setattr(
+        allocation, "allocator", torch.empty
+    )  # a result between guards has an offset
     with dvf.use_backend("triton"):
         check_contracts(kind, device)
 

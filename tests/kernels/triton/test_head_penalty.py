@@ -51,16 +51,16 @@ def case(request):
 
 
 class On:
-    """A stage's functions on a device: inputs between guard zones and not written to, results brought back."""
+    """An operator's functions on a device: inputs between guard zones and not written to, results brought back."""
 
-    def __init__(self, stage, device, guards):
-        self.stage, self.device, self.guards = stage, device, guards
+    def __init__(self, operator, device, guards):
+        self.operator, self.device, self.guards = operator, device, guards
 
     def __getattr__(self, name):
         def call(*args):
             there = [self.guards.place(x, self.device) if _is_tensor(x) else x for x in args]
             before = [x.clone() for x in there if _is_tensor(x)]
-            results = getattr(self.stage, name)(*there)
+            results = getattr(self.operator, name)(*there)
             after = [x for x in there if _is_tensor(x)]
             torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
             if _is_tensor(results):
@@ -75,16 +75,16 @@ def _is_tensor(x):
 
 
 @pytest.fixture
-def stage(device, guarded):
+def operator(device, guarded):
     return On(kernels, device, guarded)
 
 
-def check_rungs(stage, case, dtype, kind, seed=0):
-    """All results of the three rungs within the error budget, float64 ones in float64."""
+def check_results(operator, case, dtype, kind, seed=0):
+    """All results of forward, backward and double backward within the error budget, float64 ones in float64."""
     grads = gradients(case, dtype, seed)
     exact = definition.rungs(reference, case, grads.double(), kind)
     eager = definition.rungs(reference, case, grads, kind)
-    ours = definition.rungs(stage, case, grads, kind)
+    ours = definition.rungs(operator, case, grads, kind)
     for i in (3, 4):
         assert ours[i].transpose(1, 2).is_contiguous(), "not laid out as [B, N, H, E]"
     compare(ours, eager, exact, definition.scales(case, grads.double(), kind), case)
@@ -113,8 +113,8 @@ def compare(ours, eager, exact, scales, case):
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rungs_within_budget(stage, case, dtype, kind):
-    check_rungs(stage, case, dtype, kind)
+def test_results_within_budget(operator, case, dtype, kind):
+    check_results(operator, case, dtype, kind)
 
 
 @st.composite
@@ -137,8 +137,8 @@ def any_case(draw):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(any_case(), st.sampled_from(DTYPES), st.sampled_from(KINDS), st.integers(0, 2**31))
-def test_any_shape_within_budget(stage, case, dtype, kind, seed):
-    check_rungs(stage, case, dtype, kind, seed)
+def test_any_shape_within_budget(operator, case, dtype, kind, seed):
+    check_results(operator, case, dtype, kind, seed)
 
 
 @pytest.mark.parametrize("absent", ["dpenalty", "dcosines"])
@@ -237,9 +237,9 @@ class TestLaws(definition.TestLaws):
 
 def test_runs_give_the_same_bits(kind, device):
     case = Case(B=2, H=4, N=9, E=16)
-    stage = On(kernels, device, _NoGuards())
+    operator = On(kernels, device, _NoGuards())
     results = (
-        definition.rungs(stage, case, gradients(case, torch.float32), kind) for _ in range(2)
+        definition.rungs(operator, case, gradients(case, torch.float32), kind) for _ in range(2)
     )
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
@@ -305,15 +305,15 @@ def test_what_no_kernel_takes_is_refused_in_one_line(device):
         dvf.head_penalty(wide)
 
 
-def test_sixty_four_heads_are_taken(stage):
-    check_rungs(stage, Case(B=1, H=64, N=1, E=9), torch.float32, KINDS[0])
+def test_sixty_four_heads_are_taken(operator):
+    check_results(operator, Case(B=1, H=64, N=1, E=9), torch.float32, KINDS[0])
 
 
 class Sabotaged(On):
     """The kernels with one named mistake."""
 
-    def __init__(self, stage, mistake):
-        super().__init__(stage.stage, stage.device, stage.guards)
+    def __init__(self, operator, mistake):
+        super().__init__(operator.operator, operator.device, operator.guards)
         self.mistake = mistake
 
     def head_penalty_forward(self, grads, granularity, reduction, eps):
@@ -357,12 +357,12 @@ MISTAKES += ["M_dot dropped", "gdpenalty halved"]
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("granularity", ["token", "sample"])
-def test_the_oracle_bites(mistake, granularity, stage):
+def test_the_oracle_bites(mistake, granularity, operator):
     kind = (granularity, "pairs")
     case = Case(B=2, H=4, N=5, E=8, eps=2.7 if granularity == "token" else 6.3)
-    check_rungs(Sabotaged(stage, "none"), case, torch.bfloat16, kind)
+    check_results(Sabotaged(operator, "none"), case, torch.bfloat16, kind)
     with pytest.raises(AssertionError, match=r"exceeds budget|non-finite"):
-        check_rungs(Sabotaged(stage, mistake), case, torch.bfloat16, kind)
+        check_results(Sabotaged(operator, mistake), case, torch.bfloat16, kind)
 
 
 KERNELS = {
@@ -372,13 +372,13 @@ KERNELS = {
 
 
 @pytest.mark.parametrize(("granularity", "name"), [(g, n) for g in KERNELS for n in KERNELS[g]])
-def test_the_oracle_sees_a_program_dropped(granularity, name, stage, monkeypatch):
+def test_the_oracle_sees_a_program_dropped(granularity, name, operator, monkeypatch):
     """Of each kernel the last one: what it should have written is NaN."""
 
-    def short(kernel, function, grid, *args, **constants):
-        fewer = (lambda c: grid(c) - 1) if kernel == f"head_penalty_{name}" else grid
-        launching.launch(kernel, function, fewer, *args, **constants)
+    def short(plan, kernel, grid, *args, **constants):
+        fewer = (lambda c: grid(c) - 1) if plan.table.name == f"head_penalty_{name}" else grid
+        launching.run_kernel(plan, kernel, fewer, *args, **constants)
 
-    monkeypatch.setattr(products, "launch", short)
+    monkeypatch.setattr(products, "run_kernel", short)
     with pytest.raises(AssertionError, match="non-finite"):
-        check_rungs(stage, Case(B=2, H=3, N=5, E=9), torch.float32, (granularity, "all"))
+        check_results(operator, Case(B=2, H=3, N=5, E=9), torch.float32, (granularity, "all"))

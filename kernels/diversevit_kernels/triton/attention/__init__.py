@@ -5,7 +5,7 @@
 
 from torch import Tensor
 
-from ..runtime.launch import allocate
+from ..runtime.tensors import allocate
 from .backward import attention_backward
 from .double_backward import attention_double_backward
 from .forward import attention_forward
