@@ -19,13 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
+from .._torch_internals import (
+    compiler_traces_gradients,
+    frame_callback,
+    function_modes,
+    is_compiled,
+    overload_of,
+)
 from ..errors import UnsupportedError, usage_error
 from ..ops import attention
 from ..ops.attention import attention_operator
 from ..ops.attention_qkvpacked import recognise
-from .attention_modules import AttentionLayer, is_compiled, plain_class_of
+from .attention_modules import AttentionLayer, plain_class_of
 from .torch_mha import multi_head_attention
 from .unfused_attention import Unfused, is_watched
 
@@ -195,7 +202,9 @@ class Attachment:
             return out
         if func in (F.scaled_dot_product_attention, attention):
             return self._attend(layer, func, *_split_attention_call(args, kwargs))
-        if func is attention_operator._opoverload:  # a compiler sees the operator, not its function
+        if func is overload_of(
+            attention_operator
+        ):  # a compiler sees the operator, not its function
             options: dict[str, Any] = {}
             options["attn_mask"], options["is_causal"], options["scale"] = args[3:]
             return (self._attend(layer, attention, args[:3], options),)
@@ -350,11 +359,8 @@ def _around(outer: Wrapper, inner: Wrapper) -> Wrapper:
 
 def _refuse_broken_graph() -> None:
     """Refuse to be entered by a compiled function outside its graph, or in a graph not of ``compile_loss``."""
-    if torch.compiler.is_compiling():
-        broken = not getattr(torch._dynamo.config, "trace_autograd_ops", False)  # not in 2.10
-    else:
-        broken = callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())  # pyright: ignore
-    if broken:
+    compiling = torch.compiler.is_compiling()
+    if not compiler_traces_gradients() if compiling else callable(frame_callback()):
         raise UnsupportedError(
             "torch.compile: it broke the graph around this context, so second derivatives would be "
             "refused or dropped; use dvf.compile_loss, which keeps one graph"
@@ -363,8 +369,7 @@ def _refuse_broken_graph() -> None:
 
 def open_attachments() -> list[Attachment]:
     """The attachments whose ``with`` block is open, the outermost first."""
-    modes = _get_current_function_mode_stack()
-    return [mode.owner for mode in modes if isinstance(mode, _Mode)]
+    return [mode.owner for mode in function_modes() if isinstance(mode, _Mode)]
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._torch_internals import is_compiled, tree_flatten, tree_unflatten, write_count
 from ..attachment.attachment import Attachment, Forward
-from ..attachment.attention_modules import AttentionLayer, is_compiled, is_hooked
+from ..attachment.attention_modules import AttentionLayer, is_hooked
 from ..attachment.support import refuse
 from ..attachment.unfused_attention import Unfused
 from ..errors import UnsupportedError, usage_error
@@ -57,7 +57,7 @@ class _Recorded:
 def _versions(leaves: Iterable[Any]) -> list[int]:
     """The version of each tensor; 0 for inference tensors, which cannot be written to outside inference mode."""
     tensors = (x for x in leaves if isinstance(x, Tensor))
-    return [0 if x.is_inference() else x._version for x in tensors]
+    return [0 if x.is_inference() else write_count(x) for x in tensors]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch_internals import functorch_active, in_forward_mode
 from . import reference
-from .autograd import Rung, batch_by_loop, in_forward_mode
+from .autograd import Rung, batch_by_loop
 from .backends import launch
 from .third_order import Places, Stage, differentiated, plain_curvature
 
@@ -96,7 +97,7 @@ def _apart(qkv: Tensor) -> tuple[Tensor, ...]:
 
 def _wanted(qkv: Tensor) -> bool:
     """Whether autograd alone is going to differentiate, for which this is made."""
-    transformed = torch._C._are_functorch_transforms_active() or in_forward_mode()
+    transformed = functorch_active() or in_forward_mode()
     plain = not transformed and not torch.compiler.is_compiling()
     return plain and torch.is_grad_enabled() and qkv.requires_grad
 

@@ -20,6 +20,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._torch_internals import (
+    any_requires_grad,
+    below_autograd,
+    dispatch_keys,
+    dispatch_modes,
+    function_of,
+    functorch_active,
+    in_forward_mode,
+    name_of,
+    overload_of,
+    profiler_enabled,
+    tracing_state,
+)
 from ..errors import UnsupportedError
 from .backends import chosen_backend
 
@@ -48,9 +61,10 @@ class Rung:
     ):
         operator.register_autograd(derivative, setup_context=save)
         self._operator = operator
-        overload = operator._opoverload
+        self._function = function_of(operator)
+        overload = overload_of(operator)
         self._twin = type(
-            f"{operator._name}_twin",
+            f"{name_of(operator)}_twin",
             (torch.autograd.Function,),
             {
                 "forward": staticmethod(lambda *args: overload(*args)),
@@ -70,18 +84,18 @@ class Rung:
             return output
 
         self._plain = type(
-            operator._name,
+            name_of(operator),
             (torch.autograd.Function,),
             {"forward": staticmethod(forward), "backward": staticmethod(derivative)},
         )
 
     def _run(self, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._operator._init_fn(*args)
+        with below_autograd():
+            return self._function(*args)
 
     def __call__(self, *args: Any) -> Any:
         compiling = torch.compiler.is_compiling()
-        if torch._C._are_functorch_transforms_active():
+        if functorch_active():
             if compiling:
                 raise UnsupportedError(
                     "torch.func transforms inside torch.compile drop second-order terms; call "
@@ -91,7 +105,7 @@ class Rung:
         refuse_tangents(args)
         if compiling or _watched(args):
             return self._operator(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and any_requires_grad(*args):
             return self._plain.apply(*args)
         return self._run(*args)
 
@@ -101,25 +115,15 @@ def _watched(args: Sequence[Any]) -> bool:
 
     Subclasses, vmapped, lazily negated and functional tensors all have dispatch keys of their own.
     """
-    watching = torch._C._len_torch_dispatch_stack() or torch.autograd._profiler_enabled()
-    if watching or torch._C._get_tracing_state() is not None:
+    if dispatch_modes() or profiler_enabled() or tracing_state() is not None:
         return True
     tensors = (x for x in args if isinstance(x, Tensor))
-    return any(_keys(x) & ~_ordinary_keys(x.device.type) for x in tensors)
-
-
-def _keys(x: Tensor) -> int:
-    return torch._C._dispatch_keys(x).raw_repr()
+    return any(dispatch_keys(x) & ~_ordinary_keys(x.device.type) for x in tensors)
 
 
 @cache
 def _ordinary_keys(device: str) -> int:
-    return _keys(torch.empty(0, device=device))
-
-
-def in_forward_mode() -> bool:
-    """Whether a forward-mode level is open (``torch.func.jvp``, ``forward_ad.dual_level``)."""
-    return forward_ad._current_level >= 0
+    return dispatch_keys(torch.empty(0, device=device))
 
 
 def any_order() -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch_internals import will_run
 from ..errors import UnsupportedError
 
 Tensors = Sequence[Tensor | None]
@@ -109,7 +110,7 @@ def _will_run(node: Any) -> bool:
     if node is None:
         return False
     try:
-        return torch._C._will_engine_execute_node(node)
+        return will_run(node)
     except RuntimeError:  # a leaf that autograd.grad was asked for, or an engine that does not say
         return True
 

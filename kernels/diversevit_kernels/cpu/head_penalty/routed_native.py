@@ -18,6 +18,7 @@ from torch import Tensor
 from ...common.dtypes import accumulation_dtype
 from ...common.forks import kernel_threads
 from ...common.grouping import Grouping
+from ...common.torch_internals import has_bfloat16_instructions
 from ..runtime.allocator import new_empty
 from ..runtime.cpp_library import library
 
@@ -63,7 +64,7 @@ def gram(g: Grouping, grad_qkv: Tensor, weight: Tensor) -> Tensor:
 
 def backward(g: Grouping, grad_qkv: Tensor, weight: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     """(42), du = M u: ``dgrad_qkv`` and ``dweight``, contiguous, the latter in the accumulation dtype."""
-    if grad_qkv.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+    if grad_qkv.dtype == torch.bfloat16 and not has_bfloat16_instructions():
         dr, dw = backward(g, grad_qkv.float(), weight.float(), m)
         return dr.to(grad_qkv.dtype), dw
     functions: Any = library("routed_head_penalty")
