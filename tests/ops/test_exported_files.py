@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diversevit_fast.ops.onnx import DECOMPOSITIONS
+from tests.helpers.versions import quiet_export
 from tests.helpers.vits import diverse_vit, images_for
 
 LOAD = """
@@ -52,6 +53,7 @@ def test_without_the_import_it_is_asked_for(tmp_path, program):
     assert "import the custom op" in run.stderr
 
 
+@quiet_export
 def test_decomposed_it_needs_none(tmp_path, program):
     exported, images, expect = program
     decomposed = exported.run_decompositions(DECOMPOSITIONS)

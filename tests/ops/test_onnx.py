@@ -16,6 +16,7 @@ import diversevit_fast as dvf
 from diversevit_fast.integrations import huggingface
 from diversevit_fast.integrations.timm import Attention
 from diversevit_fast.ops.onnx import DECOMPOSITIONS
+from tests.helpers.versions import quiet_export
 from tests.helpers.vits import diverse_vit, images_for
 
 EXPORTERS = {"dynamo": True, "torchscript": False}
@@ -235,7 +236,7 @@ def test_inductor_finds_no_decomposition_of_our_operators():
     assert torch._decomp.get_decompositions(list(DECOMPOSITIONS)) == {}
 
 
-@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # PyTorch 2.10's
+@quiet_export
 @pytest.mark.parametrize("name", ["DiverseViT", "boolean mask", "grouped heads, mask", *PENALTIES])
 def test_an_exported_program_holds_our_operators_and_can_be_translated(name, tmp_path):
     make, inputs = EVERYTHING[name]
