@@ -1,4 +1,4 @@
-"""The memory benchmark measures what is in use, in a process of its own, and stores what it prints."""
+"""Tests of the memory benchmark: it measures what is in use, in a process of its own, and stores what it prints."""
 
 import json
 from pathlib import Path
