@@ -24,7 +24,14 @@ from .errors import UnsupportedError, UsageError
 from .heads.pruned_files import PruningReport, load_pruned, pruning_report, save_pruned
 from .heads.pruning import keep_heads, prune_heads
 from .heads.selection import HeadChoice, select_heads
-from .ops import attention, gelu, head_penalty, layer_norm, routed_head_penalty
+from .ops import (
+    attention,
+    attention_qkvpacked,
+    gelu,
+    head_penalty,
+    layer_norm,
+    routed_head_penalty,
+)
 from .ops.backends import empty_cpu_cache, use_backend
 from .ops.warmup import warmup
 from .penalty.head_diversity import HeadDiversity
@@ -39,6 +46,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "attention",
+    "attention_qkvpacked",
     "capture_heads",
     "compile_loss",
     "data",

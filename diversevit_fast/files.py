@@ -75,7 +75,7 @@ def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None
         sync_folder(path.parent)
 
 
-def there(path: StrPath) -> bool:
+def path_exists(path: StrPath) -> bool:
     """True if ``path`` exists, also as a link to a file that does not.
 
     Raises:
@@ -89,7 +89,7 @@ def there(path: StrPath) -> bool:
         return True
 
 
-def names_in(folder: StrPath) -> list[str]:
+def list_names(folder: StrPath) -> list[str]:
     """The names in ``folder``, sorted.
 
     Raises:
@@ -99,7 +99,7 @@ def names_in(folder: StrPath) -> list[str]:
         return sorted(os.listdir(folder))
 
 
-def probe(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Check that files can be written in ``folder``.
 
     Raises:
@@ -117,7 +117,7 @@ def is_leftover(path: Path) -> bool:
     return name.startswith(".") and name.endswith(_TEMPORARY) and len(name) == len(_TEMPORARY) + 17
 
 
-def own_folder(path: Path) -> None:
+def make_folder(path: Path) -> None:
     """Create the folder ``path`` unless it exists.
 
     Raises:

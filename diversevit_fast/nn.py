@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedError, usage_error
-from .ops import attention, gelu, layer_norm
-from .ops.attention_qkvpacked import taken_apart
+from .ops import attention_qkvpacked, gelu, layer_norm
 from .ops.checks import check_choice
 from .penalty.captured import Captured
 from .penalty.head_gradients import head_gradients
@@ -54,7 +53,7 @@ _last_run = _LastRun()
 
 
 class MultiHeadAttention(nn.Module):
-    """Self-attention of a ViT: qkv projection, ``dvf.attention``, output projection.
+    """Self-attention of a ViT: qkv projection, ``dvf.attention_qkvpacked``, output projection.
 
     Args:
         dim: model width D.
@@ -107,7 +106,8 @@ class MultiHeadAttention(nn.Module):
         """
         B, N, _ = x.shape
         qkv = self.qkv(x)
-        heads = attention(*taken_apart(qkv.view(B, N, 3, self.num_heads, self.head_dim)))
+        packed = qkv.view(B, N, 3, self.num_heads, self.head_dim)
+        heads = attention_qkvpacked(packed).transpose(1, 2)
         if head_scale is not None:
             heads = heads * self._per_head(head_scale, B)
         out = self.proj(heads.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim))

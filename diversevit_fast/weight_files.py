@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .errors import UsageError, require, usage_error
-from .files import StrPath, read_bytes, reading, there, write_atomically
+from .files import StrPath, path_exists, read_bytes, reading, write_atomically
 
 _BROKEN = (
     AttributeError,
@@ -33,7 +33,7 @@ def existing_file(path: StrPath) -> Path:
     """
     with reading(path):
         folder = os.path.isdir(path)
-        if folder or not there(path):
+        if folder or not path_exists(path):
             got = "a folder" if folder else "nothing there"
             raise path_error(path, "a file", got, "check the path")
         os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0)))

@@ -19,13 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
+from .._torch_internals import (
+    compiler_traces_gradients,
+    frame_callback,
+    function_modes,
+    is_compiled,
+    overload_of,
+)
 from ..errors import UnsupportedError, usage_error
-from ..ops import attention
+from ..ops import attention, attention_qkvpacked
 from ..ops.attention import attention_operator
-from ..ops.attention_qkvpacked import recognise
-from .attention_modules import AttentionLayer, is_compiled, plain_class_of
+from .attention_modules import AttentionLayer, plain_class_of
+from .packed_projection import PackedAttention, may_pack, packed_attention
 from .torch_mha import multi_head_attention
 from .unfused_attention import Unfused, is_watched
 
@@ -139,6 +146,10 @@ class Attachment:
         """Called in place of attention; ``attend(*qkv, **options)`` computes ``[B, H, N, d]``."""
         return attend(*qkv, **options)
 
+    def _second_order(self) -> bool:
+        """Whether attention that runs now is to be twice differentiable; else it is what the model calls."""
+        return False
+
     def on_torch_function(
         self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -189,13 +200,15 @@ class Attachment:
             made = layer.projection_of(weight)
             if made is None:
                 return func(*args, **kwargs)
-            out = self.on_projection(layer, made.roles, x, weight, func(*args, **kwargs))
-            if made.roles == "qkv" and not compiling:
-                self._made = out
-            return out
+            return self._project(layer, made.roles, x, weight, func(*args, **kwargs))
+        if func is attention_qkvpacked:
+            packed = PackedAttention(*args)
+            return self._attend(layer, packed, packed.parts, kwargs).transpose(1, 2)
         if func in (F.scaled_dot_product_attention, attention):
             return self._attend(layer, func, *_split_attention_call(args, kwargs))
-        if func is attention_operator._opoverload:  # a compiler sees the operator, not its function
+        if func is overload_of(
+            attention_operator
+        ):  # a compiler sees the operator, not its function
             options: dict[str, Any] = {}
             options["attn_mask"], options["is_causal"], options["scale"] = args[3:]
             return (self._attend(layer, attention, args[:3], options),)
@@ -209,12 +222,20 @@ class Attachment:
             return self.on_torch_function(F.multi_head_attention_forward, args, kwargs)
 
         def project(roles: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return self.on_projection(layer, roles, x, weight, F.linear(x, weight, bias))
+            return self._project(layer, roles, x, weight, F.linear(x, weight, bias))
 
         def attend(by: Any, *qkv: Tensor, **options: Any) -> Tensor:
             return self._attend(layer, by or F.scaled_dot_product_attention, qkv, options)
 
         return multi_head_attention(args, kwargs, project, attend)
+
+    def _project(
+        self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
+    ) -> Tensor:
+        out = self.on_projection(layer, roles, x, weight, out)
+        if roles == "qkv" and not torch.compiler.is_compiling():
+            self._made = out
+        return out
 
     def _attend(self, layer: AttentionLayer, attend: Forward, qkv: Any, options: Any) -> Tensor:
         q, k, v = qkv
@@ -231,10 +252,20 @@ class Attachment:
         compiling = torch.compiler.is_compiling()
         if not compiling and is_watched(layer.module, options.get("dropout_p", 0.0)):
             attend = Unfused.of(layer.module)
-        elif self._made is not None:
-            recognise(q, k, v, self._made)
+        elif attend is attention or (
+            attend is F.scaled_dot_product_attention and self._second_order()
+        ):
+            attend = self._twice_differentiable(layer, q, k, v)
         self._made = None
         return self.on_attention(layer, attend, qkv, options)
+
+    def _twice_differentiable(
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor
+    ) -> Forward:
+        """Attention of q, k and v: of the projection's whole output where they are its parts."""
+        if self._made is None or not may_pack(layer.module, layer.linear):
+            return attention
+        return packed_attention(self._made, q, k, v) or attention
 
     def _swap_classes(self) -> None:
         if torch.compiler.is_compiling():
@@ -350,11 +381,8 @@ def _around(outer: Wrapper, inner: Wrapper) -> Wrapper:
 
 def _refuse_broken_graph() -> None:
     """Refuse to be entered by a compiled function outside its graph, or in a graph not of ``compile_loss``."""
-    if torch.compiler.is_compiling():
-        broken = not getattr(torch._dynamo.config, "trace_autograd_ops", False)  # not in 2.10
-    else:
-        broken = callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())  # pyright: ignore
-    if broken:
+    compiling = torch.compiler.is_compiling()
+    if not compiler_traces_gradients() if compiling else callable(frame_callback()):
         raise UnsupportedError(
             "torch.compile: it broke the graph around this context, so second derivatives would be "
             "refused or dropped; use dvf.compile_loss, which keeps one graph"
@@ -363,8 +391,7 @@ def _refuse_broken_graph() -> None:
 
 def open_attachments() -> list[Attachment]:
     """The attachments whose ``with`` block is open, the outermost first."""
-    modes = _get_current_function_mode_stack()
-    return [mode.owner for mode in modes if isinstance(mode, _Mode)]
+    return [mode.owner for mode in function_modes() if isinstance(mode, _Mode)]
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

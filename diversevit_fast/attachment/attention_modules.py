@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._torch_internals import has_hooks
 from ..errors import usage_error
 from .indices import Integers, as_list, describe, whole_number
 
@@ -156,22 +157,11 @@ def plain_class_of(cls: type) -> type:
     return cls.__dict__.get("_plain_class", cls)
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """True if ``torch.compile`` runs the module."""
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-
-
 def is_hooked(modules: Iterable[nn.Module]) -> bool:
     """True if one of ``modules`` has a forward or backward hook."""
-    return any(getattr(m, kind) for m in modules for kind in _HOOKS)
+    return any(map(has_hooks, modules))
 
 
-def all_hooked() -> bool:
-    """True if a hook for all modules is registered, as profilers and counters do."""
-    return any(getattr(nn.modules.module, f"_global{kind}") for kind in _HOOKS)
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 HEAD_COUNTS = ("num_heads", "num_attention_heads")
 _TRIPLES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
 _OUTPUTS = ("proj", "out_proj", "o_proj", "attn_out_proj")

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from .. import ops
+from .._torch_internals import compiler_errors, tracing_gradients
 from ..errors import UnsupportedError, UsageError, usage_error
 from .attachment import open_attachments
 
@@ -68,9 +69,7 @@ def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Lo
             "compile_loss: needs PyTorch 2.14, whose compiler traces torch.autograd.grad and enters a "
             f"context that was made outside the graph; this is {torch.__version__}"
         )
-    # here, since importing it takes a second and only compiled losses need it
-    from torch._dynamo import config, exc
-
+    too_many_shapes, any_error = compiler_errors()
     compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, **options)
 
     @functools.wraps(fn)
@@ -81,14 +80,14 @@ def compile_loss(fn: Loss, *, dynamic: bool | None = None, **options: Any) -> Lo
         try:
             keys: Any = torch.compiler.config
             tag = f"{keys.cache_key_tag}{_operators()}"
-            with config.patch(trace_autograd_ops=True), keys.patch(cache_key_tag=tag):
+            with tracing_gradients(), keys.patch(cache_key_tag=tag):
                 return compiled(*args, **kwargs)
-        except exc.FailOnRecompileLimitHit:
+        except too_many_shapes:
             raise UnsupportedError(
                 "compile_loss: compiled too often for other shapes or values; pass dynamic=True, "
                 "drop the last short batch, or raise torch._dynamo.config.recompile_limit"
             ) from None
-        except exc.TorchDynamoException as failure:
+        except any_error as failure:
             raise _in_one_line(failure) from failure
 
     return loss  # pyright: ignore[reportReturnType]

@@ -7,10 +7,10 @@ They are found before a gradient is taken, and reported in one line with a hint.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from .._torch_internals import in_checkpoint
 from ..errors import UnsupportedError
 
 _HINTS = {
@@ -53,8 +53,7 @@ def refuse_checkpointing() -> None:
     Raises:
         UnsupportedError: non-reentrant checkpointing is saving tensors here.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
-    if hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook."):
+    if in_checkpoint():
         raise UnsupportedError(
             "model: a chosen layer runs inside activation checkpointing, which would recompute it "
             "without this context; checkpoint only the blocks below the chosen layers"

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .._torch_internals import fsdp_modules, is_fsdp_root, reshards_after_backward, running_ddp
 from ..errors import UnsupportedError
 
 
@@ -54,7 +55,7 @@ def check_ddp_forward(wrapped: bool) -> None:
     Raises:
         UnsupportedError: DDP runs with ``static_graph``, or the module inside was called past it.
     """
-    running = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    running = running_ddp()
     if running is not None:
         _refuse_static_graph(running)
     elif wrapped:
@@ -75,15 +76,8 @@ def _refuse_static_graph(model: Any) -> None:
 @contextmanager
 def keep_unsharded(model: nn.Module) -> Iterator[None]:
     """Keep a backward pass inside the block from freeing the parameters that FSDP2 gathered."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    sharded: list[tuple[Any, bool]] = []
-    for module in model.modules() if fsdp else ():
-        if isinstance(module, fsdp.FSDPModule):  # pyright: ignore[reportOptionalMemberAccess]
-            state: Any = module
-            group = state._get_fsdp_state()._fsdp_param_group
-            if group is not None:
-                sharded.append((module, group.reshard_after_backward))
-    roots = [module for module, _ in sharded if module._get_fsdp_state()._is_root]
+    sharded = [(module, reshards_after_backward(module)) for module in fsdp_modules(model)]
+    roots = [module for module, _ in sharded if is_fsdp_root(module)]
     if len(roots) > 1:
         raise UnsupportedError(
             f"model: {len(roots)} of its modules are sharded and nothing above them is, which FSDP2 takes "

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .._torch_internals import own_parameters
 from ..errors import UnsupportedError
 from .attention_modules import AttentionLayer, attention_layers, plain_class, qualified_class_name
 
@@ -118,7 +119,7 @@ def _why_not_pruned(layer: AttentionLayer) -> str | None:
         return f"it has a norm or gate across heads after attention; {hint}"
     if _why_no_input(layer):
         return f"heads share keys and values; {hint}"
-    if not all(type(owner._parameters.get("weight")) is nn.Parameter for owner in layer.linear):
+    if not all(type(own_parameters(owner).get("weight")) is nn.Parameter for owner in layer.linear):
         return f"a weight of it is sharded, quantised, parametrised or none of its own; {hint}"
     return None
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedError
 from ..ops import attention
-from ..ops.attention_qkvpacked import taken_apart
+from .packed_projection import PackedAttention
 from .unfused_attention import Unfused, masked_softmax
 
 Project = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
@@ -27,21 +27,18 @@ def _plain(roles: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return F.linear(x, weight, bias)
 
 
-def _attention(by: Callable[..., Tensor] | None, *qkv: Any, **options: Any) -> Tensor:
-    return (by or attention)(*qkv, **options)
-
-
 def multi_head_attention(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     project: Project = _plain,
-    attend: Callable[..., Tensor] = _attention,
+    attend: Callable[..., Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ``F.multi_head_attention_forward(*args, **kwargs)``.
 
     Where ``query is key is value`` the projection is one product, whose output ``[B, N, 3 H d]`` is what
     ``project`` returns; else there is one for each. ``attend`` is called with the function that has to
-    compute attention, or None if any may, followed by the arguments of SDPA, on ``[B, H, N, d]``.
+    compute attention, or None if any may, followed by the arguments of SDPA, on ``[B, H, N, d]``. Without
+    ``attend`` it is ``dvf.attention``, or ``attention_qkvpacked`` of the one product.
 
     With ``need_weights`` the weights are computed as well, in N x N memory as PyTorch's. For a query that
     may attend to nothing they are zero, as attention's output is, not NaN. With dropout they are the
@@ -59,13 +56,15 @@ def multi_head_attention(
             "build it without add_bias_kv and add_zero_attn"
         )
     batched = call.query.ndim == 3
-    q, k, v = _project(call, batched, project)
+    (q, k, v), ours = _project(call, batched, project)
     mask = _mask(call, q, k)
     causal = call.is_causal and call.key_padding_mask is None and not call.need_weights
     dropout = call.dropout_p if call.training else 0.0
     dropped = Unfused(partial(F.dropout, p=dropout)) if call.need_weights and dropout else None
     options = {"attn_mask": None if causal else mask, "is_causal": causal}
-    heads = attend(dropped, q, k, v, dropout_p=0.0 if dropped else dropout, **options)
+    options["dropout_p"] = 0.0 if dropped else dropout
+    attend = partial(attend, dropped) if attend is not None else (dropped or ours)
+    heads = attend(q, k, v, **options)
     out = F.linear(heads.transpose(1, 2).flatten(2), call.out_proj_weight, call.out_proj_bias)
     weights = _weights(call, q, k, mask, dropped) if call.need_weights else None
     if not batched:
@@ -82,8 +81,10 @@ _Call = namedtuple(
 """The arguments of a call, by name."""
 
 
-def _project(call: Any, batched: bool, project: Project) -> tuple[Tensor, ...]:
-    """Compute queries, keys and values, each ``[B, H, N, d]``."""
+def _project(
+    call: Any, batched: bool, project: Project
+) -> tuple[tuple[Tensor, Tensor, Tensor], Callable[..., Tensor]]:
+    """Compute queries, keys and values, each ``[B, H, N, d]``, and choose attention of these."""
 
     def samples_first(x: Tensor) -> Tensor:
         return x.transpose(0, 1) if batched else x[None]
@@ -96,11 +97,13 @@ def _project(call: Any, batched: bool, project: Project) -> tuple[Tensor, ...]:
         weights = (call.q_proj_weight, call.k_proj_weight, call.v_proj_weight)
     elif key is query and value is key:
         made = project("qkv", query, call.in_proj_weight, call.in_proj_bias)
-        return taken_apart(made.unflatten(-1, (3, call.num_heads, -1)))
+        packed = PackedAttention(made.unflatten(-1, (3, call.num_heads, -1)))
+        return packed.parts, packed
     else:
         weights = call.in_proj_weight.chunk(3)
     each = map(project, "qkv", (query, key, value), weights, biases)
-    return tuple(x.unflatten(-1, (call.num_heads, -1)).transpose(1, 2) for x in each)
+    q, k, v = (x.unflatten(-1, (call.num_heads, -1)).transpose(1, 2) for x in each)
+    return (q, k, v), attention
 
 
 def _mask(call: Any, q: Tensor, k: Tensor) -> Tensor | None:

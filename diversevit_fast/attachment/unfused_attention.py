@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch_internals import has_global_hooks
 from ..errors import UnsupportedError
-from .attention_modules import all_hooked, is_hooked, plain_class
+from .attention_modules import is_hooked, plain_class
 
 _INERT = (nn.Dropout, nn.Identity, nn.Softmax)
 
@@ -100,4 +101,4 @@ def _child_is_watched(child: Any) -> bool:
     if not isinstance(child, nn.Module):
         return False
     plain = plain_class(child) in _INERT and "forward" not in vars(child)
-    return not plain or is_hooked([child]) or all_hooked()
+    return not plain or is_hooked([child]) or has_global_hooks()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, usage_error
-from ..files import read_bytes, there
+from ..files import path_exists, read_bytes
 from .run_files import write_text
 
 Row = dict[str, Any]
@@ -62,7 +62,7 @@ def read_csv(path: Path) -> list[Row]:
     Raises:
         UsageError: no such file, one that cannot be read, other columns, an unfit cell, or rows missing.
     """
-    if not there(path):
+    if not path_exists(path):
         raise _damaged("a readable file", f"no {path}")
     try:
         text = read_bytes(path).decode("utf-8")

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import require
-from ..files import own_folder
+from ..files import make_folder
 from .checkpoint import Task
 from .metrics import Row
 
@@ -101,7 +101,7 @@ class Progress:
         module = require("torch.utils.tensorboard", extra="train")
         folder = events / str(task)
         for path in (events, folder):
-            own_folder(path)
+            make_folder(path)
         self._writer = module.SummaryWriter(str(folder), purge_step=epoch + 1)
 
     def _record(self, epoch: int, rows: list[Row]) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from ..data import load_splits
 from ..errors import UsageError, require, usage_error
-from ..files import FileError, there
+from ..files import FileError, path_exists
 from ..models import DiverseViT
 from . import run_folder
 from .checkpoint import State, Task
@@ -144,13 +144,13 @@ def _tasks(settings: Settings) -> list[Task]:
 
 def _read_record(place: Place) -> dict[str, Any]:
     """Read ``config.json`` of an unfinished run."""
-    if not there(place.partial):
+    if not path_exists(place.partial):
         got = f"{place.out}, which is finished" if place.finished else f"no folder {place.partial}"
         hint = "check the path, or start a run with --out"
         raise usage_error(
             "resume", "an unfinished run", got, "open its report.html" if place.finished else hint
         )
-    if there(place.out):
+    if path_exists(place.out):
         raise usage_error(
             "resume", f"no finished folder {place.out}", "one that exists", "move it away first"
         )

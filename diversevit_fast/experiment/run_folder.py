@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, usage_error
-from ..files import FileError, is_leftover, own_folder, probe, sync_folder, there, writing
+from ..files import (
+    FileError,
+    check_writable,
+    is_leftover,
+    make_folder,
+    path_exists,
+    sync_folder,
+    writing,
+)
 from .checkpoint import Task
 from .run_files import write_json
 
@@ -69,13 +77,13 @@ class Place:
     @property
     def finished(self) -> bool:
         """True if the run was finished: the report is the last file written."""
-        return not there(self.partial) and there(self.out / "report.html")
+        return not path_exists(self.partial) and path_exists(self.out / "report.html")
 
     def whole(self, tasks: Iterable[Task]) -> bool:
         """True if ``partial`` holds all files of the finished run and only its final name is missing."""
         names = {"metrics.csv", "cosines.json", "report.html"}
         names |= {f"{task}{last}.safetensors" for task in tasks for last in ("", "-last")}
-        return all(there(self.partial / name) for name in names)
+        return all(path_exists(self.partial / name) for name in names)
 
 
 class Lock:
@@ -148,7 +156,7 @@ def check_new(place: Place) -> None:
         (place.out, "choose another --out"),
         (place.partial, f"continue with --resume {place.out}, or choose another --out"),
     ):
-        if there(folder):
+        if path_exists(folder):
             raise usage_error("out", "a new folder", f"{folder}, which exists", hint)
 
 
@@ -221,7 +229,7 @@ def tidy(place: Place) -> None:
 
 def untidy(place: Place) -> bool:
     """Return True if ``tidy`` has something to do."""
-    return any(there(place.out / name) for name in (_LOCK, place.checkpoints.name))
+    return any(path_exists(place.out / name) for name in (_LOCK, place.checkpoints.name))
 
 
 def prepare(place: Place) -> None:
@@ -231,10 +239,10 @@ def prepare(place: Place) -> None:
         FileError: the system refuses to write there, or somebody put a link there.
     """
     sweep(place.partial)
-    own_folder(place.checkpoints)
+    make_folder(place.checkpoints)
     sweep(place.checkpoints)
     for folder in (place.partial, place.checkpoints):
-        probe(folder)  # before an epoch is spent
+        check_writable(folder)  # before an epoch is spent
 
 
 def sweep(folder: Path) -> None:

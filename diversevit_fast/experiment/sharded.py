@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from ..errors import UsageError
-from ..files import names_in, open_plain, own_folder, reading, sync_folder, there, writing
+from ..files import list_names, make_folder, open_plain, path_exists, reading, sync_folder, writing
 from .checkpoint import State, Task, foreign, read, write_content
 from .config import Settings
 from .distributed import OneProcess
@@ -53,7 +53,7 @@ def save(state: State, settings: Settings, task: Task, folder: Path, ranks: OneP
 
 
 def _new_folder(folder: Path) -> Path:
-    own_folder(folder)
+    make_folder(folder)
     partial = folder / f".{secrets.token_hex(8)}.partial"
     with writing(partial):
         partial.mkdir()
@@ -145,7 +145,7 @@ def _foreign(path: Path, got: str) -> UsageError:
 
 
 def _check_there(path: Path) -> None:
-    if not there(path):
+    if not path_exists(path):
         raise _foreign(path, "nothing there")
 
 
@@ -172,7 +172,7 @@ def _refused(failure: CheckpointException, folder: Path, doing: Any) -> UsageErr
 
 def _epochs(folder: Path) -> list[Path]:
     """Return the complete checkpoints, oldest first."""
-    names = names_in(folder) if there(folder) else ()
+    names = list_names(folder) if path_exists(folder) else ()
     return [folder / name for name in names if re.fullmatch(r"epoch-\d+", name)]
 
 

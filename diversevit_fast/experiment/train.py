@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..data import batches
 from ..errors import UsageError, usage_error
-from ..files import there
+from ..files import path_exists
 from ..penalty.head_diversity import HeadDiversity
 from .checkpoint import State, Task, adam
 from .config import Settings
@@ -97,13 +97,13 @@ def _open_checkpoint(
 ) -> Callable[[], None]:
     """Wrap the model for the ranks, restore the checkpoint, and return the function that saves the next."""
     folder = path.with_suffix("")
-    if not ranks.launched and not there(folder):
-        if there(path):
+    if not ranks.launched and not path_exists(folder):
+        if path_exists(path):
             state.restore(settings, task, path)
         return lambda: state.save(settings, task, path)
     from . import sharded  # takes a second to import
 
-    if ranks.on_first(lambda: there(path)):
+    if ranks.on_first(lambda: path_exists(path)):
         hint = "resume without torchrun, or delete it to train that seed from the start"
         raise ranks.agreed(usage_error("checkpoint", "one that ranks wrote", path, hint))
     if ranks.launched:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from .._torch_internals import own_parameters
+
 Change = tuple[nn.Module, str, Any]
 """A module, the name of a parameter or a plain attribute, its new value."""
 _MISSING = object()
@@ -34,13 +36,13 @@ def replaced_parameters(changes: Sequence[Change]) -> list[nn.Parameter]:
 
 def _current(module: nn.Module, name: str) -> Any:
     """The value the instance itself has under ``name``, or ``_MISSING``."""
-    return module._parameters.get(name, vars(module).get(name, _MISSING))
+    return own_parameters(module).get(name, vars(module).get(name, _MISSING))
 
 
 def _restore(module: nn.Module, name: str, value: Any) -> None:
     """Set the old value again without ``__setattr__``, which may be what failed."""
     if isinstance(value, nn.Parameter):
-        module._parameters[name] = value
+        own_parameters(module)[name] = value
     elif value is _MISSING:
         vars(module).pop(name, None)
     else:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .._torch_internals import is_compiled, tree_flatten, tree_unflatten, write_count
 from ..attachment.attachment import Attachment, Forward
-from ..attachment.attention_modules import AttentionLayer, is_compiled, is_hooked
+from ..attachment.attention_modules import AttentionLayer, is_hooked
 from ..attachment.support import refuse
 from ..attachment.unfused_attention import Unfused
 from ..errors import UnsupportedError, usage_error
@@ -57,7 +57,7 @@ class _Recorded:
 def _versions(leaves: Iterable[Any]) -> list[int]:
     """The version of each tensor; 0 for inference tensors, which cannot be written to outside inference mode."""
     tensors = (x for x in leaves if isinstance(x, Tensor))
-    return [0 if x.is_inference() else x._version for x in tensors]
+    return [0 if x.is_inference() else write_count(x) for x in tensors]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class _Call:
     """One module call before the attention, with its output unless it has to run again."""
 
     module: nn.Module
-    kept: _Recorded | None = None
+    output: _Recorded | None = None
 
 
 class PrefixCache(Attachment):
@@ -104,7 +104,7 @@ class PrefixCache(Attachment):
         for module in self._inside:
             if module in chosen or module not in left_alone:
                 self.wrap(module, self._run)
-        self._not_kept = {m for m, inside in self._inside.items() if is_hooked(inside)}
+        self._uncacheable = {m for m, inside in self._inside.items() if is_hooked(inside)}
 
     def outputs(self, choices: Sequence[Kept], *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Yield ``model(*args, **kwargs)`` for each choice, as inside ``keep_heads(model, choice)``.
@@ -142,18 +142,18 @@ class PrefixCache(Attachment):
         qkv: tuple[Tensor, Tensor, Tensor],
         options: dict[str, Any],
     ) -> Tensor:
-        if self._past or layer.index not in self._varied:
+        if self._past_heads or layer.index not in self._varied:
             heads = attend(*qkv, **options)
         elif self._recording:
             heads = self._heads = attend(*qkv, **options)
-            self._past = True
+            self._past_heads = True
         else:
             heads = self._heads
             if isinstance(attend, Unfused):  # its weights are watched, so they are computed again
                 heads = attend(*qkv, **options)
             if heads is None or self._next < len(self._calls):
                 raise _another_order(layer.name)
-            self._past = True
+            self._past_heads = True
         scale = self._scale.get(layer.index)
         return heads if scale is None else heads * scale.to(heads)[:, None, None]
 
@@ -163,18 +163,18 @@ class PrefixCache(Attachment):
             for layer in self.layers
             if layer.index in choice or layer.index in self._varied
         }
-        written = {call.module for call in self._calls if call.kept and not call.kept.intact()}
-        self._not_kept |= written
-        if written or self._void:
+        written = {call.module for call in self._calls if call.output and not call.output.intact()}
+        self._uncacheable |= written
+        if written or self._discard:
             self._forget()
         self._recording, self._next = not self._calls, 0
-        self._past = False
+        self._past_heads = False  # the first attention that choices differ in has run
         # inference tensors do not count writes; leaving inference mode turns gradients on
         with torch.inference_mode(False), torch.no_grad():
             return self.model(*args, **kwargs)
 
     def _run(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
-        if self._past or self._keeping is not None:
+        if self._past_heads or self._caching is not None:
             return forward(*args, **kwargs)
         if self._recording:
             return self._record(module, forward, args, kwargs)
@@ -182,31 +182,31 @@ class PrefixCache(Attachment):
         if call is None or call.module is not module:
             raise _another_order(type(module).__name__)
         self._next += 1
-        return forward(*args, **kwargs) if call.kept is None else call.kept.value()
+        return forward(*args, **kwargs) if call.output is None else call.output.value()
 
     def _record(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
         given = _Recorded.of((args, kwargs))
-        if given is None or module in self._holds_heads or module in self._not_kept:
+        if given is None or module in self._holds_heads or module in self._uncacheable:
             self._calls.append(_Call(module))
             return forward(*args, **kwargs)
-        self._keeping = module
+        self._caching = module
         try:
             output = forward(*args, **kwargs)
         finally:
-            self._keeping = None
+            self._caching = None
         kept = _Recorded.of(output)
-        if kept is None or self._past or not given.same((args, kwargs)):
-            self._not_kept.add(module)  # too late to record the modules inside it
-            self._void = True
+        if kept is None or self._past_heads or not given.same((args, kwargs)):
+            self._uncacheable.add(module)  # too late to record the modules inside it
+            self._discard = True
         else:
             self._calls.append(_Call(module, kept))
         return output
 
     def _forget(self) -> None:
         self._calls: list[_Call] = []
-        self._heads: Tensor | None = None
-        self._keeping: nn.Module | None = None
-        self._void = False
+        self._heads: Tensor | None = None  # of the first attention that choices differ in
+        self._caching: nn.Module | None = None  # running, and its output will be cached
+        self._discard = False  # a module was found uncacheable: record anew
 
 
 def _heads(choice: Kept, layer: AttentionLayer) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from .._torch_internals import cpu_flash_attention, overload_of
 from ..attachment.attention_modules import AttentionLayer, attention_layers
 from ..attachment.indices import whole_number
 from ..attachment.parallel import unwrap
@@ -193,8 +194,8 @@ def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 
 
 _ATTENTION_FLOPS = {  # operators that torch's counter does not know
-    attention_operator._opoverload.overloadpacket: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    overload_of(attention_operator).overloadpacket: _attention_flops,
+    cpu_flash_attention: _attention_flops,
 }
 _VERSION, _LAYERS = "diversevit_fast", "pruned_layers"
 _HINT = "pass a file that dvf.save_pruned wrote"

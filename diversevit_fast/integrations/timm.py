@@ -9,12 +9,13 @@ library's everywhere, also outside a ``with`` block, for penalties of your own.
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..attachment.packed_projection import may_pack
 from ..attachment.unfused_attention import Unfused, is_watched
 from ..errors import require
-from ..ops import attention
-from ..ops.attention_qkvpacked import taken_apart
+from ..ops import attention, attention_qkvpacked
+from ..ops.attention_qkvpacked import split_qkv
 
 _layers: Any = require("timm.layers", extra="train")
 
@@ -38,17 +39,24 @@ class Attention(_layers.Attention):
             UnsupportedError: attention dropout in training.
         """
         B, N, _ = x.shape
-        q, k, v = taken_apart(self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim))
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)
+        dropout = self.attn_drop.p if self.training else 0.0
         # inside a context fused_attn is True: that asks again when it sees the call
-        attend = Unfused.of(self) if not self.fused_attn and is_watched(self) else attention
-        heads = attend(
-            *(self.q_norm(q), self.k_norm(k), v),
-            attn_mask=attn_mask,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
-            is_causal=is_causal,
-        )
-        out = self.norm(heads.transpose(1, 2).reshape(B, N, self.attn_dim))
+        unfused = not self.fused_attn and is_watched(self)
+        if attn_mask is None and not dropout and not unfused and self._attends_to_the_whole():
+            heads = attention_qkvpacked(qkv, is_causal=is_causal)
+        else:
+            q, k, v = split_qkv(qkv)
+            attend = Unfused.of(self) if unfused else attention
+            options = {"attn_mask": attn_mask, "dropout_p": dropout, "is_causal": is_causal}
+            heads = attend(self.q_norm(q), self.k_norm(k), v, **options).transpose(1, 2)
+        out = self.norm(heads.reshape(B, N, self.attn_dim))
         gate = getattr(self, "gate", None)  # of timm from 1.0.25 on
         if gate is not None:
             out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
+
+    def _attends_to_the_whole(self) -> bool:
+        """Whether nothing is done to q, k and v between the projection and attention, and no hook sees them."""
+        plain = type(self.q_norm) is nn.Identity and type(self.k_norm) is nn.Identity
+        return plain and may_pack(self, [self.qkv, self.proj])

@@ -1,26 +1,33 @@
-"""Attention, twice differentiable in O(N) memory: schema, fakes and the ladder d0 -> d1 -> d2.
+"""Attention, twice differentiable in O(N) memory: schemas, fakes, and the forward, backward and double backward.
 
 Saved for the backward passes: q, k, v, mask, o, the softmax's row statistics and the cotangent; nothing of size
-Nq x Nk unless the mask itself is. ``o`` and ``softmax`` are constants of a rung: the formulas account for both,
-so their gradients are None. On other devices than the CPU d1's ``dq`` is kept for d2, a constant as well: with it a
-GPU's row program needs one loop over keys. Equations (1)-(9) of ``kernels/README.md``.
+Nq x Nk unless the mask itself is. ``o`` and ``softmax`` are constants of the backward and of the double backward: the
+formulas account for both, so their gradients are None. On other devices than the CPU the backward's ``dq`` is saved for
+the double backward, a constant as well: with it a GPU's row program needs one loop over keys. Equations (1)-(9) of
+``kernels/README.md``.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from diversevit_kernels.common.contracts import (
+    AttentionBackward,
+    AttentionDoubleBackward,
+    AttentionKernels,
+)
+
 from ..errors import UnsupportedError, usage_error
 from . import reference
-from .attention_qkvpacked import packed_attention, whole_of
-from .autograd import Rung, any_order, plainly
-from .backends import cast_for_autocast, launch
+from .autograd import Operator, by_formula, uses_formula
+from .backends import kernels
 from .checks import check_alike, check_tensor, shape_error
+from .library import operator
 from .onnx import decomposes, exported_attention, exporting_to_onnx
-from .third_order import Places, Stage, differentiated, plain_curvature
+from .third_order import Derivatives, Places, formula_along_two, gradients
 
 
 def attention(
@@ -71,21 +78,17 @@ def attention(
             enable_gqa=enable_gqa,
         )
     _check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    q, k, v = cast_for_autocast(q, k, v)  # pyright: ignore[reportAssignmentType]
+    q, k, v = cast_for_autocast(q, k, v)
     check_alike(q=q, k=k, v=v)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if exporting_to_onnx():
         return exported_attention(q, k, v, attn_mask, is_causal, scale, enable_gqa)
-    plain = any_order()
-    whole = whole_of(q, k, v) if attn_mask is None and not plain else None
-    if whole is not None:
-        return packed_attention(whole, is_causal, scale)
     q4, k4, v4, lead = _as_samples(q, k, v, enable_gqa)
-    mask = None if attn_mask is None else _mask_as_samples(attn_mask, lead, q4, k4)
-    if plain:
-        o = plainly(reference.attention, q4, k4, v4, mask, is_causal, scale)
+    mask = None if attn_mask is None else mask_as_samples(attn_mask, lead, q4, k4)
+    if uses_formula():
+        o = by_formula(reference.attention, q4, k4, v4, mask, is_causal, scale)
     else:
-        o = _d0(q4, k4, v4, mask, is_causal, scale)[0]
+        o = _forward(q4, k4, v4, mask, is_causal, scale)[0]
     return o if o.shape[:2] == lead else o.reshape(*lead, *o.shape[2:])
 
 
@@ -121,14 +124,28 @@ def _check(
             f"dropout_p: attention dropout is not supported, got {dropout_p}; pass 0.0 (for timm: "
             "attn_drop_rate=0) and use dropout after the projection instead"
         )
-    if scale is not None and not math.isfinite(scale):
-        raise usage_error("scale", "a finite number", scale, "leave it None for d ** -0.5")
+    check_scale(scale)
     if is_causal and mask is not None:
         raise usage_error("attn_mask", "None with is_causal", "a mask", "put causality in the mask")
     if mask is not None and mask.dtype != torch.bool:
         check_tensor("attn_mask", mask)
     if mask is not None and mask.device != q.device:
         raise usage_error("attn_mask", f"device {q.device} like q", mask.device, "move it")
+
+
+def check_scale(scale: float | None) -> None:
+    """Raise a UsageError unless the softmax scale is a finite number or None."""
+    if scale is not None and not math.isfinite(scale):
+        raise usage_error("scale", "a finite number", scale, "leave it None for d ** -0.5")
+
+
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, tensors other than float64 in the autocast dtype, as PyTorch's attention; else as they are."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _as_samples(
@@ -153,7 +170,7 @@ def _as_samples(
     return view(q), view(k), view(v), (*batch, *(q.shape[-3:-2] if enable_gqa else heads))
 
 
-def _mask_as_samples(mask: Tensor, lead: tuple[int, ...], q: Tensor, k: Tensor) -> Tensor:
+def mask_as_samples(mask: Tensor, lead: tuple[int, ...], q: Tensor, k: Tensor) -> Tensor:
     """The mask as ``[B | 1, H | 1, Nq | 1, Nk | 1]``, broadcast axes kept at size 1."""
     full = (*lead, q.shape[2], k.shape[2])
     shape = (1,) * (len(full) - mask.ndim) + tuple(mask.shape)
@@ -168,58 +185,31 @@ def _mask_as_samples(mask: Tensor, lead: tuple[int, ...], q: Tensor, k: Tensor) 
     return mask.expand(*batch, *shape[-3:]).reshape(math.prod(batch), *shape[-3:])
 
 
-@torch.library.custom_op("diversevit::attention", mutates_args=())
+@operator("attention")
 def attention_operator(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """d0, (1)-(2): ``o`` [B, H, Nq, dv] and ``softmax`` [B, H, 2, Nq], (1a)."""
-    return launch("attention", "forward", q, k, v, _narrow(mask, q), is_causal, scale)
+    """(1)-(2): ``o`` [B, H, Nq, dv] and ``softmax`` [B, H, 2, Nq], (1a)."""
+    run = kernels(AttentionKernels, q).attention_forward
+    return run(q, k, v, _narrow(mask, q), is_causal, scale)
 
 
-@torch.library.custom_op("diversevit::attention_backward", mutates_args=())
-def attention_backward_operator(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    softmax: Tensor,
-    do: Tensor,
-    is_causal: bool,
-    scale: float,
-    mask_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d1, (3)-(5): ``dq, dk, dv`` and ``dmask`` (no elements unless ``mask_grad``)."""
-    tensors = (q, k, v, _narrow(mask, q), o, softmax, do)
-    *grads, dmask = launch("attention", "backward", *tensors, is_causal, scale, mask_grad)
-    return *grads, q.new_empty(0) if dmask is None else dmask
+@operator("attention_backward")
+def attention_backward_operator(inputs: AttentionBackward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(3)-(5): ``dq, dk, dv`` and ``dmask`` (no elements unless ``mask_grad``)."""
+    inputs = _narrowed(inputs)
+    dq, dk, dv, dmask = kernels(AttentionKernels, inputs.q).attention_backward(inputs)
+    return dq, dk, dv, inputs.q.new_empty(0) if dmask is None else dmask
 
 
-@torch.library.custom_op("diversevit::attention_double_backward", mutates_args=())
+@operator("attention_double_backward")
 def attention_double_backward_operator(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    softmax: Tensor,
-    do: Tensor,
-    dq: Tensor | None,
-    ddq: Tensor | None,
-    ddk: Tensor | None,
-    ddv: Tensor | None,
-    ddmask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    mask_grad: bool,
+    inputs: AttentionDoubleBackward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """d2, (6)-(9): ``gq, gk, gv, gdo`` and ``gmask`` (no elements unless ``mask_grad``).
-
-    ``dq`` is d1's; None: a kernel that reads it makes it again.
-    """
-    tensors = (q, k, v, _narrow(mask, q), o, softmax, do, dq, ddq, ddk, ddv, ddmask)
-    *grads, gmask = launch("attention", "double_backward", *tensors, is_causal, scale, mask_grad)
-    return *grads, q.new_empty(0) if gmask is None else gmask
+    """(6)-(9): ``gq, gk, gv, gdo`` and ``gmask`` (no elements unless ``mask_grad``)."""
+    inputs = _narrowed(inputs)
+    gq, gk, gv, gdo, gmask = kernels(AttentionKernels, inputs.q).attention_double_backward(inputs)
+    return gq, gk, gv, gdo, inputs.q.new_empty(0) if gmask is None else gmask
 
 
 def _narrow(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -228,6 +218,13 @@ def _narrow(mask: Tensor | None, q: Tensor) -> Tensor | None:
         return mask
     largest = torch.finfo(torch.float32).max
     return torch.where(mask.isinf(), mask, mask.clamp(-largest, largest))
+
+
+Inputs = TypeVar("Inputs", AttentionBackward, AttentionDoubleBackward)
+
+
+def _narrowed(x: Inputs) -> Inputs:
+    return x if x.mask is None else x._replace(mask=_narrow(x.mask, x.q))
 
 
 def _heads_like(x: Tensor, width: int) -> Tensor:
@@ -242,59 +239,61 @@ def _(q, k, v, mask, is_causal, scale):
     return _heads_like(q, v.shape[-1]), q.new_empty(B, H, 2, Nq, dtype=statistics)
 
 
+def _gradients_fake(x: Inputs, *of: Tensor) -> tuple[Tensor, ...]:
+    dmask = x.mask.new_empty(x.mask.shape) if x.mask_grad and x.mask is not None else None
+    return *(_heads_like(y, y.shape[-1]) for y in of), x.q.new_empty(0) if dmask is None else dmask
+
+
 @attention_backward_operator.register_fake
-def _(q, k, v, mask, o, softmax, do, is_causal, scale, mask_grad):
-    grads = (_heads_like(x, x.shape[-1]) for x in (q, k, v))
-    return *grads, mask.new_empty(mask.shape) if mask_grad else q.new_empty(0)
+def _(*inputs):
+    x = AttentionBackward._make(inputs)
+    return _gradients_fake(x, x.q, x.k, x.v)
 
 
 @attention_double_backward_operator.register_fake
-def _(q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, ddmask, is_causal, scale, mask_grad):
-    grads = (_heads_like(x, x.shape[-1]) for x in (q, k, v, do))
-    return *grads, mask.new_empty(mask.shape) if mask_grad else q.new_empty(0)
+def _(*inputs):
+    x = AttentionDoubleBackward._make(inputs)
+    return _gradients_fake(x, x.q, x.k, x.v, x.do)
 
 
-def _save_d0(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.is_causal, ctx.scale = inputs
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, is_causal, scale = inputs
+    ctx.options = (is_causal, scale)
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _d0_derivative(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
+def _forward_derivative(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
     if do is None:
         return (None,) * 6
     mask_grad = ctx.needs_input_grad[3]
-    dq, dk, dv, dmask = _d1(*ctx.saved_tensors, do, ctx.is_causal, ctx.scale, mask_grad)
+    dq, dk, dv, dmask = _backward(*ctx.saved_tensors, do, *ctx.options, mask_grad)
     return dq, dk, dv, dmask if mask_grad else None, None, None
 
 
-def _save_d1(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.is_causal, ctx.scale, ctx.mask_grad = inputs
-    kept = None if output[0].device.type == "cpu" else output[0]  # no kernel of a CPU reads it
-    ctx.save_for_backward(*tensors, kept)
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, is_causal, scale, mask_grad = inputs
+    ctx.options = (is_causal, scale, mask_grad)
+    dq = None if output[0].device.type == "cpu" else output[0]  # no kernel of a CPU reads it
+    ctx.save_for_backward(*tensors, dq)
     ctx.set_materialize_grads(False)
 
 
-def _d1_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+def _backward_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     if all(x is None for x in cotangents):
         return (None,) * 10
+    *kind, mask_was_differentiated = ctx.options
     *dd, ddmask = cotangents
-    ddmask = ddmask if ctx.mask_grad else None
-    mask_grad = ctx.needs_input_grad[3]  # of its own: dq may be differentiated in a mask d1 was not
-    gq, gk, gv, gdo, gmask = _d2(
-        *ctx.saved_tensors, *dd, ddmask, ctx.is_causal, ctx.scale, mask_grad
-    )
+    ddmask = ddmask if mask_was_differentiated else None
+    mask_grad = ctx.needs_input_grad[
+        3
+    ]  # dq may be differentiated in a mask whose gradient is not asked for
+    gq, gk, gv, gdo, gmask = _double_backward(*ctx.saved_tensors, *dd, ddmask, *kind, mask_grad)
     return gq, gk, gv, gmask if mask_grad else None, None, None, gdo, None, None, None
 
 
-def _save_d2(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.is_causal, ctx.scale, ctx.mask_grad = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _d2_derivative(
+def _double_backward_derivative(
     ctx: Any,
     uq: Tensor | None,
     uk: Tensor | None,
@@ -302,25 +301,26 @@ def _d2_derivative(
     v: Tensor | None,
     umask: Tensor | None,
 ) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    *given, do, dq, _, _, _, ddmask = tensors  # q, k, v, mask and what the forward kept
-    kind = (ctx.is_causal, ctx.scale)
+    *given, do, dq, _, _, _, ddmask = ctx.saved_tensors  # q, k, v, mask and what the forward saved
+    *kind, mask_was_differentiated = ctx.options
+
+    def first(dy: Tensor) -> Any:
+        return _backward(*given, dy, *kind, ddmask is not None)
 
     def second(dy: Any, dd: Any) -> tuple[Tensor, ...]:
-        kept = dq if dy[0] is do else None
+        saved = dq if dy[0] is do else None
         mask_grad = ctx.needs_input_grad[3] or ddmask is not None
-        gq, gk, gv, _, gmask = _d2(*given, *dy, kept, *dd, *kind, mask_grad)
+        gq, gk, gv, _, gmask = _double_backward(*given, *dy, saved, *dd, *kind, mask_grad)
         return gq, gk, gv, gmask
 
-    def curvature(a: Any, u: Any) -> Any:
+    def along_two(a: Any, u: Any) -> Any:
         def formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return reference.attention(q, k, v, mask, ctx.is_causal, ctx.scale)
+            return reference.attention(q, k, v, mask, *kind)
 
-        return plain_curvature(formula, given[:4], a, u)
+        return formula_along_two(formula, given[:4], a, u)
 
-    stage = Stage(lambda dy: _d1(*given, dy, *kind, ddmask is not None), second, curvature)
-    u = (uq, uk, uv, umask if ctx.mask_grad else None)
-    return *differentiated("attention", ctx, tensors, _PLACES, stage, u, (v,)), None, None, None
+    u = (uq, uk, uv, umask if mask_was_differentiated else None)
+    return gradients("attention", ctx, _PLACES, Derivatives(first, second, along_two), u, (v,))
 
 
 _PLACES = Places(slice(0, 4), slice(-6, -5), slice(-4, None))
@@ -352,14 +352,16 @@ def _fold_samples(
     return tuple(results), (0,) * len(results)
 
 
-_d2 = Rung(
-    attention_double_backward_operator,
-    save=_save_d2,
-    derivative=_d2_derivative,
+_double_backward = Operator(
+    attention_double_backward_operator, derivative=_double_backward_derivative, batch=_fold_samples
+)
+_backward = Operator(
+    attention_backward_operator,
+    derivative=_backward_derivative,
     batch=_fold_samples,
+    save=_save_backward,
 )
-_d1 = Rung(
-    attention_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=_fold_samples
+_forward = Operator(
+    attention_operator, derivative=_forward_derivative, batch=_fold_samples, save=_save_forward
 )
-_d0 = Rung(attention_operator, save=_save_d0, derivative=_d0_derivative, batch=_fold_samples)
 decomposes(attention_operator, reference.attention_forward)

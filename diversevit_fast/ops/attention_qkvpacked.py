@@ -1,125 +1,111 @@
 """Attention of one tensor that holds queries, keys and values: the same kernels, gradients in one piece.
 
-A projection makes q, k and v as one tensor. Taken apart and differentiated, their gradients are three
-tensors, which autograd stacks, permutes and copies back into the shape of the one, to first and to
-second order. Here the kernels write them where they belong. ``taken_apart`` marks the three; ``attention``
-sees the marks, so that what stands between the two (a head filter, a context) need know nothing.
+A projection makes q, k and v as one tensor. Autograd would compute their gradients apart and join them; these
+operators write them into one tensor, in the backward and in the double backward. Equations (1)-(9) of
+``kernels/README.md``.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
+from diversevit_kernels.common.contracts import (
+    AttentionBackward,
+    AttentionDoubleBackward,
+    AttentionKernels,
+)
+
+from .._torch_internals import functorch_active
 from . import reference
-from .autograd import Rung, batch_by_loop, in_forward_mode
-from .backends import launch
-from .third_order import Places, Stage, differentiated, plain_curvature
+from .attention import attention, cast_for_autocast, check_scale
+from .autograd import Operator, batch_by_loop, uses_formula
+from .backends import kernels
+from .checks import check_tensor, shape_error
+from .library import operator
+from .onnx import exporting_to_onnx
+from .third_order import Derivatives, Places, formula_along_two, gradients
 
 
-class _Part(NamedTuple):
-    """What a tensor is marked with: it is q (0), k (1) or v (2) of ``whole``."""
+def attention_qkvpacked(
+    qkv: Tensor, *, is_causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """Attention of queries, keys and values in one tensor, twice differentiable in O(N) memory.
 
-    whole: Tensor  # [B, N, 3, H, d]
-    place: int
+    The numbers are those of ``dvf.attention(*split_qkv(qkv)).transpose(1, 2)``. There the gradients of q, k and v are
+    three tensors, which autograd joins into the gradient of ``qkv``, to first and to second order; here the kernels
+    write that gradient in one piece. There is neither a mask nor dropout: for a mask split ``qkv`` and call
+    ``dvf.attention``. Under torch.compile and ``torch.func``, in forward mode, for ONNX, and on the backend
+    ``"reference"`` this is ``dvf.attention``.
 
+    Args:
+        qkv: ``[B, N, 3, H, d]``, any strides: what a projection to queries, keys and values returns, viewed.
+        is_causal: query i sees keys 0..i.
+        scale: softmax scale; ``d ** -0.5`` if None.
 
-def taken_apart(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v ``[B, H, N, d]``, views of ``[B, N, 3, H, d]``.
+    Returns:
+        ``[B, N, H, d]``, contiguous: tokens first, as in ``qkv``, where ``dvf.attention`` has heads first.
 
-    For callers that hand them to nobody but ``attention``: it then records a gradient with respect to
-    ``qkv``, and none with respect to one of them.
+    Raises:
+        UsageError: wrong shape, dtype or argument.
+        UnsupportedError: a third derivative.
+
+    Source: the layouts are those of ``flash_attn_qkvpacked_func``.
     """
-    q, k, v = _apart(qkv)
-    if _wanted(qkv):
-        _mark(qkv, q, k, v)
+    if has_torch_function((qkv,)):
+        return handle_torch_function(
+            attention_qkvpacked, (qkv,), qkv, is_causal=is_causal, scale=scale
+        )
+    check_tensor("qkv", qkv)
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or 0 in qkv.shape[1:]:
+        raise shape_error("qkv", "[B, N, 3, H, d], none of N, H, d zero", qkv, "check its axes")
+    if not autograd_alone():
+        o = attention(*split_qkv(qkv), is_causal=is_causal, scale=scale)
+        return o.transpose(1, 2).contiguous()
+    check_scale(scale)
+    (qkv,) = cast_for_autocast(qkv)
+    scale = float(qkv.shape[-1] ** -0.5 if scale is None else scale)
+    return _forward(qkv, is_causal, scale)[0]
+
+
+def split_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v ``[B, H, N, d]``, views of ``[B, N, 3, H, d]``."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     return q, k, v
 
 
-def recognise(q: Tensor, k: Tensor, v: Tensor, made: Tensor) -> None:
-    """Mark the three as ``taken_apart`` if a model did that to a projection's output ``made`` [B, N, 3 H d].
-
-    That is if they lie where they would, and autograd recorded nothing between but views.
-    """
-    B, H, N, d = q.shape
-    if made.shape != (B, N, 3 * H * d) or not k.shape == v.shape == q.shape or not _wanted(made):
-        return
-    samples, tokens, step = made.stride()
-    strides, size = (samples, d * step, tokens, step), H * d * step * made.itemsize
-    for place, x in enumerate((q, k, v)):
-        lies = x.stride() == strides and x.data_ptr() == made.data_ptr() + place * size
-        if not lies or not _only_views(x, made):
-            return
-    _mark(made.unflatten(-1, (3, H, d)), q, k, v)
+def autograd_alone() -> bool:
+    """Whether nobody but autograd looks on; else three tensors are right, for which ``attention`` has rules."""
+    transformed = functorch_active() or uses_formula()
+    return not transformed and not torch.compiler.is_compiling() and not exporting_to_onnx()
 
 
-def whole_of(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """``[B, N, 3, H, d]`` if the three are ``taken_apart`` from it, and as they were."""
-    first: _Part | None = getattr(q, "_diversevit_part", None)
-    if first is None or not _wanted(first.whole):
-        return None
-    for place, part in enumerate((q, k, v)):
-        mark: _Part | None = getattr(part, "_diversevit_part", None)
-        if mark is None or mark.place != place or mark.whole is not first.whole:
-            return None
-    return first.whole
+@operator("attention_qkvpacked")
+def attention_qkvpacked_operator(
+    qkv: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(1)-(2): ``o`` [B, N, H, d] and ``softmax`` [B, H, 2, N], (1a)."""
+    run = kernels(AttentionKernels, qkv).attention_forward
+    o, softmax = run(*split_qkv(qkv), None, is_causal, scale)
+    return o.transpose(1, 2).contiguous(), softmax
 
 
-def packed_attention(qkv: Tensor, is_causal: bool, scale: float) -> Tensor:
-    """``[B, H, N, d]`` of ``[B, N, 3, H, d]``, (1)."""
-    return _d0(qkv, is_causal, scale)[0]
-
-
-def _mark(whole: Tensor, *parts: Tensor) -> None:
-    for place, part in enumerate(parts):
-        part._diversevit_part = _Part(whole, place)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-_VIEWS = {
-    f"{name}Backward0"
-    for name in ("View", "UnsafeView", "Permute", "Transpose", "Unbind", "Select", "Split")
-}
-
-
-def _only_views(x: Tensor, made: Tensor) -> bool:
-    node, end = x.grad_fn, made.grad_fn
-    while node is not None and node is not end:
-        if type(node).__name__ not in _VIEWS:
-            return False
-        node = node.next_functions[0][0]
-    return node is not None
-
-
-def _apart(qkv: Tensor) -> tuple[Tensor, ...]:
-    return qkv.permute(2, 0, 3, 1, 4).unbind()
-
-
-def _wanted(qkv: Tensor) -> bool:
-    """Whether autograd alone is going to differentiate, for which this is made."""
-    transformed = torch._C._are_functorch_transforms_active() or in_forward_mode()
-    plain = not transformed and not torch.compiler.is_compiling()
-    return plain and torch.is_grad_enabled() and qkv.requires_grad
-
-
-@torch.library.custom_op("diversevit::packed_attention", mutates_args=())
-def packed_attention_operator(qkv: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """d0, (1)-(2): ``o`` [B, H, N, d] and ``softmax`` [B, H, 2, N], (1a)."""
-    return launch("attention", "forward", *_apart(qkv), None, is_causal, scale)
-
-
-@torch.library.custom_op("diversevit::packed_attention_backward", mutates_args=())
-def packed_attention_backward_operator(
+@operator("attention_qkvpacked_backward")
+def attention_qkvpacked_backward_operator(
     qkv: Tensor, o: Tensor, softmax: Tensor, do: Tensor, is_causal: bool, scale: float
 ) -> Tensor:
-    """d1, (3)-(5): ``dqkv`` like qkv, dense."""
-    dqkv = launch("attention", "packed", qkv)
-    operands = (*_apart(qkv), None, o, softmax, do, is_causal, scale, False)
-    launch("attention", "backward", *operands, into=_apart(dqkv))
+    """(3)-(5): ``dqkv`` like qkv, dense."""
+    chosen = kernels(AttentionKernels, qkv)
+    dqkv = chosen.attention_empty_qkv(qkv)
+    tensors = (*split_qkv(qkv), None, o.transpose(1, 2), softmax, do.transpose(1, 2))
+    inputs = AttentionBackward(*tensors, is_causal, scale, mask_grad=False)
+    chosen.attention_backward(inputs, into=split_qkv(dqkv))
     return dqkv
 
 
-@torch.library.custom_op("diversevit::packed_attention_double_backward", mutates_args=())
-def packed_attention_double_backward_operator(
+@operator("attention_qkvpacked_double_backward")
+def attention_qkvpacked_double_backward_operator(
     qkv: Tensor,
     o: Tensor,
     softmax: Tensor,
@@ -129,102 +115,103 @@ def packed_attention_double_backward_operator(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """d2, (6)-(9): ``gqkv`` like qkv, dense, and ``gdo``. ``dqkv`` is d1's, or None."""
-    dq = None if dqkv is None else _apart(dqkv)[0]
-    gqkv = launch("attention", "packed", qkv)
-    given = (*_apart(qkv), None, o, softmax, do, dq, *_apart(ddqkv), None, is_causal, scale, False)
-    *_, gdo, _ = launch("attention", "double_backward", *given, into=_apart(gqkv))
-    return gqkv, gdo
+    """(6)-(9): ``gqkv`` like qkv, dense, and ``gdo``. ``dqkv`` is the backward's, or None."""
+    chosen = kernels(AttentionKernels, qkv)
+    gqkv = chosen.attention_empty_qkv(qkv)
+    dq = None if dqkv is None else split_qkv(dqkv)[0]
+    tensors = (*split_qkv(qkv), None, o.transpose(1, 2), softmax, do.transpose(1, 2))
+    cotangents = (*split_qkv(ddqkv), None)
+    inputs = AttentionDoubleBackward(*tensors, dq, *cotangents, is_causal, scale, mask_grad=False)
+    *_, gdo, _ = chosen.attention_double_backward(inputs, into=split_qkv(gqkv))
+    return gqkv, gdo.transpose(1, 2).contiguous()
 
 
 def _heads(qkv: Tensor) -> Tensor:
-    """``[B, H, N, d]`` stored as ``[B, N, H, d]``, the layout every backend returns."""
+    """``[B, N, H, d]`` without contents."""
     B, N, _, H, d = qkv.shape
-    return qkv.new_empty(B, N, H, d).transpose(1, 2)
+    return qkv.new_empty(B, N, H, d)
 
 
-@packed_attention_operator.register_fake
+@attention_qkvpacked_operator.register_fake
 def _(qkv, is_causal, scale):
     B, N, _, H, _ = qkv.shape
     statistics = torch.promote_types(qkv.dtype, torch.float32)
     return _heads(qkv), qkv.new_empty(B, H, 2, N, dtype=statistics)
 
 
-@packed_attention_backward_operator.register_fake
-def _(qkv, o, softmax, do, is_causal, scale):
+@attention_qkvpacked_backward_operator.register_fake
+def _(qkv, *_):
     return qkv.new_empty(qkv.shape)
 
 
-@packed_attention_double_backward_operator.register_fake
-def _(qkv, o, softmax, do, dqkv, ddqkv, is_causal, scale):
+@attention_qkvpacked_double_backward_operator.register_fake
+def _(qkv, *_):
     return qkv.new_empty(qkv.shape), _heads(qkv)
 
 
-def _save_d0(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.is_causal, ctx.scale = inputs
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, *ctx.options = inputs
     ctx.save_for_backward(qkv, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _d0_derivative(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
+def _forward_derivative(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
     if do is None:
         return None, None, None
-    return _d1(*ctx.saved_tensors, do, ctx.is_causal, ctx.scale), None, None
+    return _backward(*ctx.saved_tensors, do, *ctx.options), None, None
 
 
-def _save_d1(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.is_causal, ctx.scale = inputs
-    kept = None if output.device.type == "cpu" else output  # no kernel of a CPU reads it
-    ctx.save_for_backward(*tensors, kept)
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, is_causal, scale = inputs
+    ctx.options = (is_causal, scale)
+    dqkv = None if output.device.type == "cpu" else output  # no kernel of a CPU reads it
+    ctx.save_for_backward(*tensors, dqkv)
     ctx.set_materialize_grads(False)
 
 
-def _d1_derivative(ctx: Any, ddqkv: Tensor | None) -> tuple[Any, ...]:
+def _backward_derivative(ctx: Any, ddqkv: Tensor | None) -> tuple[Any, ...]:
     if ddqkv is None:
         return (None,) * 6
-    gqkv, gdo = _d2(*ctx.saved_tensors, ddqkv, ctx.is_causal, ctx.scale)
+    gqkv, gdo = _double_backward(*ctx.saved_tensors, ddqkv, *ctx.options)
     return gqkv, None, None, gdo, None, None
 
 
-def _save_d2(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.is_causal, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
+def _double_backward_derivative(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
+    *given, do, dqkv, _ = ctx.saved_tensors
 
-
-def _d2_derivative(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    qkv, o, softmax, do, dqkv, _ = tensors
-    kind, given = (ctx.is_causal, ctx.scale), (qkv, o, softmax)
+    def first(dy: Tensor) -> tuple[Tensor]:
+        return (_backward(*given, dy, *ctx.options),)
 
     def second(dy: Any, dd: Any) -> tuple[Tensor, ...]:
-        kept = dqkv if dy[0] is do else None
-        return _d2(*given, *dy, kept, *dd, *kind)[:1]
+        saved = dqkv if dy[0] is do else None
+        return _double_backward(*given, *dy, saved, *dd, *ctx.options)[:1]
 
-    def curvature(a: Any, u: Any) -> Any:
+    def along_two(a: Any, u: Any) -> Any:
         def formula(qkv: Tensor) -> Tensor:
-            q, k, v = _apart(qkv)
-            return reference.attention(q, k, v, None, ctx.is_causal, ctx.scale)
+            return reference.attention(*split_qkv(qkv), None, *ctx.options).transpose(1, 2)
 
-        return plain_curvature(formula, (qkv,), a, u)
+        return formula_along_two(formula, given[:1], a, u)
 
-    stage = Stage(lambda dy: (_d1(*given, dy, *kind),), second, curvature)
-    return *differentiated("attention", ctx, tensors, _PLACES, stage, (u,), (v,)), None, None
+    return gradients("attention", ctx, _PLACES, Derivatives(first, second, along_two), (u,), (v,))
 
 
 _PLACES = Places(slice(0, 1), slice(3, 4), slice(5, 6))
 
-_d2 = Rung(
-    packed_attention_double_backward_operator,
-    save=_save_d2,
-    derivative=_d2_derivative,
+_double_backward = Operator(
+    attention_qkvpacked_double_backward_operator,
+    derivative=_double_backward_derivative,
     batch=batch_by_loop,
 )
-_d1 = Rung(
-    packed_attention_backward_operator,
-    save=_save_d1,
-    derivative=_d1_derivative,
+_backward = Operator(
+    attention_qkvpacked_backward_operator,
+    derivative=_backward_derivative,
     batch=batch_by_loop,
+    save=_save_backward,
 )
-_d0 = Rung(packed_attention_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop)
+_forward = Operator(
+    attention_qkvpacked_operator,
+    derivative=_forward_derivative,
+    batch=batch_by_loop,
+    save=_save_forward,
+)

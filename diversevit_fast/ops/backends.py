@@ -1,8 +1,8 @@
-"""Which kernels run: one name per backend, chosen at every launch.
+"""Which kernels run: the backends, and the one that is chosen.
 
-A backend is a package with one module per stage (``attention``, ``layer_norm`` ...) whose functions are
-the rungs ``<stage>_forward``, ``<stage>_backward``, ``<stage>_double_backward``. Adding a backend is
-adding a row to ``_BACKENDS``. Nothing is imported before it is launched.
+A backend is a package with a folder per operator, whose functions are those of the operator's protocol in
+``diversevit_kernels.common.contracts``. Adding a backend is adding a row to ``_BACKENDS``. Nothing of it is imported
+before an operator looks its kernels up, at every call.
 """
 
 import os
@@ -12,10 +12,18 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from diversevit_kernels.common.contracts import (
+    AttentionKernels,
+    GeluKernels,
+    HeadPenaltyKernels,
+    LayerNormKernels,
+    RoutedHeadPenaltyKernels,
+)
 
 from ..errors import UnsupportedError, usage_error
 
@@ -49,8 +57,16 @@ _BACKENDS = {
     "cpu": _Backend("diversevit_kernels.cpu.{operator}", ("cpu",)),
     "reference": _Backend("diversevit_fast.ops.reference", None),
 }
-_FOLDERS = {"routed_head_penalty": "head_penalty"}
-"""Operators that lie in another's folder."""
+_FOLDERS: dict[type, str] = {
+    AttentionKernels: "attention",
+    LayerNormKernels: "layer_norm",
+    GeluKernels: "gelu",
+    HeadPenaltyKernels: "head_penalty",
+    RoutedHeadPenaltyKernels: "head_penalty",
+}
+"""The folder of a backend that has a protocol's functions."""
+
+Kernels = TypeVar("Kernels")
 
 _chosen = "auto"  # process-wide: autograd runs backward passes on threads of its own
 
@@ -93,20 +109,13 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-def launch(stage: str, rung: str, *args: Any, **options: Any) -> Any:
-    """Run ``<stage>_<rung>`` of the chosen backend; the first of ``args`` is a tensor.
+def kernels(protocol: type[Kernels], x: Tensor) -> Kernels:
+    """The functions of ``protocol`` in the chosen backend, for tensors on the device of ``x``.
 
-    Autocast is off inside: a kernel decides its own precision.
+    Raises:
+        UnsupportedError: the backend cannot run here, or not on this device.
     """
-    device = args[0].device.type
-    kernel = _kernel(_chosen, device, stage, f"{stage}_{rung}")
-    try:
-        if not torch.is_autocast_enabled(device):
-            return kernel(*args, **options)
-        with torch.autocast(device, enabled=False):
-            return kernel(*args, **options)
-    except NotImplementedError as refusal:
-        raise UnsupportedError(f"{refusal}; dvf.use_backend('reference') runs anything") from None
+    return _kernels(protocol, _chosen, x.device)
 
 
 def compile_ahead(dtype: torch.dtype) -> list[str]:
@@ -124,7 +133,8 @@ def empty_cpu_cache() -> None:
 
 
 @cache
-def _kernel(chosen: str, device: str, stage: str, function: str) -> Callable[..., Any]:
+def _kernels(protocol: type, chosen: str, on: torch.device) -> Any:
+    device = on.type
     name = chosen if chosen != "auto" else ("cpu" if device == "cpu" else "triton")
     backend = _BACKENDS[name]
     if reason := backend.missing():
@@ -137,17 +147,23 @@ def _kernel(chosen: str, device: str, stage: str, function: str) -> Callable[...
             f"backend {name!r} runs on {' and '.join(backend.devices)} tensors, not on {device}; "
             "use dvf.use_backend('auto')"
         )
-    folder = _FOLDERS.get(stage, stage)
-    return getattr(import_module(backend.module.format(operator=folder)), function)
+    return import_module(backend.module.format(operator=_FOLDERS[protocol]))
 
 
-def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, floating tensors other than float64 in the autocast dtype; else as they are."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
-        for t in tensors
-    )
+if TYPE_CHECKING:  # the type checker compares every backend's functions with the protocols
+    import diversevit_kernels.cpu.attention as cpu_attention
+    import diversevit_kernels.cpu.gelu as cpu_gelu
+    import diversevit_kernels.cpu.head_penalty as cpu_head_penalty
+    import diversevit_kernels.cpu.layer_norm as cpu_layer_norm
+    import diversevit_kernels.triton.attention as triton_attention
+    import diversevit_kernels.triton.gelu as triton_gelu
+    import diversevit_kernels.triton.head_penalty as triton_head_penalty
+    import diversevit_kernels.triton.layer_norm as triton_layer_norm
+
+    from . import reference
+
+    _attention: list[AttentionKernels] = [reference, cpu_attention, triton_attention]
+    _layer_norm: list[LayerNormKernels] = [reference, cpu_layer_norm, triton_layer_norm]
+    _gelu: list[GeluKernels] = [reference, cpu_gelu, triton_gelu]
+    _head_penalty: list[HeadPenaltyKernels] = [reference, cpu_head_penalty, triton_head_penalty]
+    _routed: list[RoutedHeadPenaltyKernels] = [reference, cpu_head_penalty, triton_head_penalty]

@@ -1,21 +1,23 @@
-"""GELU, twice differentiable: schema, fakes and the ladder d0 -> d1 -> d2.
+"""GELU, twice differentiable: schemas, fakes, and the forward, backward and double backward.
 
 Saved for the backward passes: x and the cotangent. Equations (20)-(26) of ``kernels/README.md``.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from diversevit_kernels.common.contracts import GeluBackward, GeluDoubleBackward, GeluKernels
+
 from . import reference
-from .autograd import Rung, any_order, plainly
-from .backends import launch
+from .autograd import Operator, by_formula, uses_formula
+from .backends import kernels
 from .checks import check_choice, check_tensor
+from .library import operator
 from .onnx import decomposes, exporting_to_onnx
-from .third_order import Places, Stage, differentiated
+from .third_order import Derivatives, Places, gradients
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -42,78 +44,68 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     check_choice("approximate", approximate, ("none", "tanh"))
     if exporting_to_onnx():
         return F.gelu(x, approximate=approximate)
-    if any_order():
-        return plainly(reference.gelu, x, approximate)
-    return _d0(x, approximate)
+    if uses_formula():
+        return by_formula(reference.gelu, x, approximate)
+    return _forward(x, approximate)
 
 
-@torch.library.custom_op("diversevit::gelu", mutates_args=())
+@operator("gelu")
 def gelu_operator(x: Tensor, approximate: str) -> Tensor:
-    """d0, (20) or (23): ``y`` like x."""
-    return launch("gelu", "forward", x, approximate).contiguous()
+    """(20) or (23): ``y`` like x."""
+    return kernels(GeluKernels, x).gelu_forward(x, approximate).contiguous()
 
 
-@torch.library.custom_op("diversevit::gelu_backward", mutates_args=())
-def gelu_backward_operator(x: Tensor, dy: Tensor, approximate: str) -> Tensor:
-    """d1, (26): ``dx`` like x."""
-    return launch("gelu", "backward", x, dy, approximate).contiguous()
+@operator("gelu_backward")
+def gelu_backward_operator(inputs: GeluBackward) -> Tensor:
+    """(26): ``dx`` like x."""
+    return kernels(GeluKernels, inputs.x).gelu_backward(inputs).contiguous()
 
 
-@torch.library.custom_op("diversevit::gelu_double_backward", mutates_args=())
-def gelu_double_backward_operator(
-    x: Tensor, dy: Tensor, ddx: Tensor, approximate: str
-) -> tuple[Tensor, Tensor]:
-    """d2, (26): ``gx`` and ``gdy`` like x."""
-    gx, gdy = launch("gelu", "double_backward", x, dy, ddx, approximate)
+@operator("gelu_double_backward")
+def gelu_double_backward_operator(inputs: GeluDoubleBackward) -> tuple[Tensor, Tensor]:
+    """(26): ``gx`` and ``gdy`` like x."""
+    gx, gdy = kernels(GeluKernels, inputs.x).gelu_double_backward(inputs)
     return gx.contiguous(), gdy.contiguous()
 
 
 @gelu_operator.register_fake
-def _(x, approximate):
+def _(x, *_):
     return x.new_empty(x.shape)
 
 
 @gelu_backward_operator.register_fake
-def _(x, dy, approximate):
+def _(x, *_):
     return x.new_empty(x.shape)
 
 
 @gelu_double_backward_operator.register_fake
-def _(x, dy, ddx, approximate):
+def _(x, *_):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.approximate = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _d0_derivative(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+def _forward_derivative(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     if dy is None:
         return None, None
-    return _d1(*ctx.saved_tensors, dy, ctx.approximate), None
+    return _backward(*ctx.saved_tensors, dy, *ctx.options), None
 
 
-def _d1_derivative(ctx: Any, ddx: Tensor | None) -> tuple[Any, ...]:
+def _backward_derivative(ctx: Any, ddx: Tensor | None) -> tuple[Any, ...]:
     if ddx is None:
         return None, None, None
-    return *_d2(*ctx.saved_tensors, ddx, ctx.approximate), None
+    return *_double_backward(*ctx.saved_tensors, ddx, *ctx.options), None
 
 
-def _d2_derivative(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    x = tensors[0]
+def _double_backward_derivative(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Any, ...]:
+    x, *_ = ctx.saved_tensors
+
+    def first(dy: Tensor) -> tuple[Tensor]:
+        return (_backward(x, dy, *ctx.options),)
 
     def second(dy: Any, dd: Any) -> tuple[Tensor, ...]:
-        return _d2(x, *dy, *dd, ctx.approximate)[:1]
+        return _double_backward(x, *dy, *dd, *ctx.options)[:1]
 
-    stage = Stage(
-        first=lambda dy: (_d1(x, dy, ctx.approximate),),
-        second=second,
-        curvature=second,  # elementwise, so that (52) is the product of (26) in another order
-    )
-    return *differentiated("gelu", ctx, tensors, _PLACES, stage, (u,), (v,)), None
+    # elementwise, so that (52) is the product of (26) in another order
+    return gradients("gelu", ctx, _PLACES, Derivatives(first, second, second), (u,), (v,))
 
 
 _PLACES = Places(slice(0, 1), slice(1, 2), slice(2, 3))
@@ -133,9 +125,11 @@ def _batch_elementwise(
     return result, (0,) * len(result) if isinstance(result, tuple) else 0
 
 
-_d2 = Rung(
-    gelu_double_backward_operator, save=_save, derivative=_d2_derivative, batch=_batch_elementwise
+_double_backward = Operator(
+    gelu_double_backward_operator, derivative=_double_backward_derivative, batch=_batch_elementwise
 )
-_d1 = Rung(gelu_backward_operator, save=_save, derivative=_d1_derivative, batch=_batch_elementwise)
-_d0 = Rung(gelu_operator, save=_save, derivative=_d0_derivative, batch=_batch_elementwise)
+_backward = Operator(
+    gelu_backward_operator, derivative=_backward_derivative, batch=_batch_elementwise
+)
+_forward = Operator(gelu_operator, derivative=_forward_derivative, batch=_batch_elementwise)
 decomposes(gelu_operator, reference.gelu_forward)

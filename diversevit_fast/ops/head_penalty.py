@@ -1,8 +1,8 @@
-"""The penalty on cosines between head gradients: schema, fakes and the ladder d0 -> d1 -> d2.
+"""The penalty on cosines between head gradients: schemas, fakes, and the forward, backward and double backward.
 
-Saved for the backward passes: grads, cosines, norms and the cotangents. ``cosines`` and ``norms`` are
-constants of a rung: the formulas account for both, so their gradients are None. Equations (30)-(39)
-of ``kernels/README.md``.
+Saved for the backward passes: grads, cosines, norms and the cotangents. ``cosines`` and ``norms`` are constants of the
+backward and of the double backward: the formulas account for both, so their gradients are None. Equations (30)-(39) of
+``kernels/README.md``.
 """
 
 import math
@@ -12,13 +12,20 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from diversevit_kernels.common.contracts import (
+    HeadPenaltyBackward,
+    HeadPenaltyDoubleBackward,
+    HeadPenaltyKernels,
+)
+
 from ..errors import usage_error
 from . import reference
-from .autograd import Rung, any_order, batch_by_loop, plainly
-from .backends import launch
+from .autograd import Operator, batch_by_loop, by_formula, uses_formula
+from .backends import kernels
 from .checks import check_choice, check_tensor, shape_error
+from .library import operator
 from .onnx import decomposes, exporting_to_onnx
-from .third_order import Places, Stage, differentiated, plain_curvature
+from .third_order import Derivatives, Places, formula_along_two, gradients
 
 GRANULARITIES = ("token", "sample")
 REDUCTIONS = ("all", "pairs")
@@ -70,10 +77,10 @@ def head_penalty(
     if grads.ndim != 4 or grads.numel() == 0:
         raise shape_error("grads", "[B, H, N, E], none of them zero", grads, "check its axes")
     check_kind(granularity, reduction, eps, grads.shape[1], grads.dtype)
-    if any_order() or exporting_to_onnx():
-        penalty, cosines = plainly(reference.head_penalty, grads, granularity, reduction, eps)
+    if uses_formula() or exporting_to_onnx():
+        penalty, cosines = by_formula(reference.head_penalty, grads, granularity, reduction, eps)
     else:
-        penalty, cosines, _ = _d0(grads, granularity, reduction, float(eps))
+        penalty, cosines, _ = _forward(grads, granularity, reduction, float(eps))
     return (penalty, cosines) if return_cosines else penalty
 
 
@@ -100,46 +107,30 @@ def statistics_fake(like: Tensor, B: int, H: int, N: int, granularity: str) -> t
     return like.new_empty(()), like.new_empty(*groups, H, H), like.new_empty(*groups, H)
 
 
-@torch.library.custom_op("diversevit::head_penalty", mutates_args=())
+@operator("head_penalty")
 def head_penalty_operator(
     grads: Tensor, granularity: str, reduction: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d0, (30)-(32): penalty, cosines, norms."""
-    return launch("head_penalty", "forward", grads, granularity, reduction, eps)
+    """(30)-(32): penalty, cosines, norms."""
+    run = kernels(HeadPenaltyKernels, grads).head_penalty_forward
+    return run(grads, granularity, reduction, eps)
 
 
-@torch.library.custom_op("diversevit::head_penalty_backward", mutates_args=())
-def head_penalty_backward_operator(
-    grads: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
-) -> Tensor:
-    """d1, (33)-(35): ``dgrads``."""
-    given = (grads, cosines, norms, dpenalty, dcosines)
-    return launch("head_penalty", "backward", *given, granularity, reduction, eps)
+@operator("head_penalty_backward")
+def head_penalty_backward_operator(inputs: HeadPenaltyBackward) -> Tensor:
+    """(33)-(35): ``dgrads``."""
+    return kernels(HeadPenaltyKernels, inputs.grads).head_penalty_backward(inputs)
 
 
-@torch.library.custom_op("diversevit::head_penalty_double_backward", mutates_args=())
+@operator("head_penalty_double_backward")
 def head_penalty_double_backward_operator(
-    grads: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    ddgrads: Tensor,
-    granularity: str,
-    reduction: str,
-    eps: float,
+    inputs: HeadPenaltyDoubleBackward,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d2, (36)-(39): ``ggrads``, ``gdpenalty``, ``gdcosines`` (no elements without the cotangent)."""
-    given = (grads, cosines, norms, dpenalty, dcosines, ddgrads)
-    results = launch("head_penalty", "double_backward", *given, granularity, reduction, eps)
-    return present(results, cosines)
+    """(36)-(39): ``ggrads``, ``gdpenalty``, ``gdcosines`` (no elements without the cotangent)."""
+    return present(
+        kernels(HeadPenaltyKernels, inputs.grads).head_penalty_double_backward(inputs),
+        inputs.cosines,
+    )
 
 
 def present(results: tuple[Tensor | None, ...], like: Tensor) -> Any:
@@ -148,7 +139,7 @@ def present(results: tuple[Tensor | None, ...], like: Tensor) -> Any:
 
 
 @head_penalty_operator.register_fake
-def _(grads, granularity, reduction, eps):
+def _(grads, granularity, *_):
     B, H, N, _ = grads.shape
     like = grads.new_empty(0, dtype=torch.promote_types(grads.dtype, torch.float32))
     return statistics_fake(like, B, H, N, granularity)
@@ -160,13 +151,14 @@ def _grads_fake(grads: Tensor) -> Tensor:
 
 
 @head_penalty_backward_operator.register_fake
-def _(grads, cosines, norms, dpenalty, dcosines, granularity, reduction, eps):
+def _(grads, *_):
     return _grads_fake(grads)
 
 
 @head_penalty_double_backward_operator.register_fake
-def _(grads, cosines, norms, dpenalty, dcosines, ddgrads, granularity, reduction, eps):
-    return _grads_fake(grads), *cotangents_fake(cosines, dpenalty, dcosines)
+def _(*inputs):
+    x = HeadPenaltyDoubleBackward._make(inputs)
+    return _grads_fake(x.grads), *cotangents_fake(x.cosines, x.dpenalty, x.dcosines)
 
 
 def cotangents_fake(
@@ -179,33 +171,28 @@ def cotangents_fake(
     )
 
 
-def _save_d0(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grads, *ctx.kind = inputs
-    ctx.save_for_backward(grads, *output[1:])
+def save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save the forward's tensors, its cosines and its norms, of which the norms have no derivative."""
+    *tensors, granularity, reduction, eps = inputs
+    ctx.options = (granularity, reduction, eps)
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
-def _d0_derivative(
+def _forward_derivative(
     ctx: Any, dpenalty: Tensor | None, dcosines: Tensor | None, _: None
 ) -> tuple[Any, ...]:
     if dpenalty is None and dcosines is None:
         return (None,) * 4
-    return _d1(*ctx.saved_tensors, dpenalty, dcosines, *ctx.kind), None, None, None
+    return _backward(*ctx.saved_tensors, dpenalty, dcosines, *ctx.options), None, None, None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, granularity, reduction, eps = inputs
-    ctx.kind = (granularity, reduction, eps)
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _d1_derivative(ctx: Any, ddgrads: Tensor | None) -> tuple[Any, ...]:
+def _backward_derivative(ctx: Any, ddgrads: Tensor | None) -> tuple[Any, ...]:
     if ddgrads is None:
         return (None,) * 8
     *_, dpenalty, dcosines = ctx.saved_tensors
-    ggrads, gdpenalty, gdcosines = _d2(*ctx.saved_tensors, ddgrads, *ctx.kind)
+    ggrads, gdpenalty, gdcosines = _double_backward(*ctx.saved_tensors, ddgrads, *ctx.options)
     given = (
         gdpenalty if dpenalty is not None else None,
         gdcosines if dcosines is not None else None,
@@ -213,34 +200,38 @@ def _d1_derivative(ctx: Any, ddgrads: Tensor | None) -> tuple[Any, ...]:
     return ggrads, None, None, *given, None, None, None
 
 
-def _d2_derivative(
+def _double_backward_derivative(
     ctx: Any, u: Tensor | None, vpenalty: Tensor | None, vcosines: Tensor | None
 ) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    grads, cosines, norms, *_ = tensors
-    kind, given = ctx.kind, (grads, cosines, norms)
+    kind, given = ctx.options, ctx.saved_tensors[:3]
+
+    def first(*dy: Tensor | None) -> tuple[Tensor]:
+        return (_backward(*given, *dy, *kind),)
 
     def second(dy: Any, dd: Any) -> tuple[Tensor, ...]:
-        return _d2(*given, *dy, *dd, *kind)[:1]
+        return _double_backward(*given, *dy, *dd, *kind)[:1]
 
-    def curvature(a: Any, u: Any) -> Any:
-        return plain_curvature(lambda x: reference.head_penalty(x, *kind), (grads,), a, u)
+    def along_two(a: Any, u: Any) -> Any:
+        return formula_along_two(lambda x: reference.head_penalty(x, *kind), given[:1], a, u)
 
-    stage = Stage(lambda *dy: (_d1(*given, *dy, *kind),), second, curvature)
-    v = (vpenalty, vcosines)
-    return *differentiated("head_penalty", ctx, tensors, _PLACES, stage, (u,), v), None, None, None
+    v, derivatives = (vpenalty, vcosines), Derivatives(first, second, along_two)
+    return gradients("head_penalty", ctx, _PLACES, derivatives, (u,), v)
 
 
 _PLACES = Places(slice(0, 1), slice(3, 5), slice(5, 6))
 
-_d2 = Rung(
+_double_backward = Operator(
     head_penalty_double_backward_operator,
-    save=_save,
-    derivative=_d2_derivative,
+    derivative=_double_backward_derivative,
     batch=batch_by_loop,
 )
-_d1 = Rung(
-    head_penalty_backward_operator, save=_save, derivative=_d1_derivative, batch=batch_by_loop
+_backward = Operator(
+    head_penalty_backward_operator, derivative=_backward_derivative, batch=batch_by_loop
 )
-_d0 = Rung(head_penalty_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop)
+_forward = Operator(
+    head_penalty_operator,
+    derivative=_forward_derivative,
+    batch=batch_by_loop,
+    save=save_statistics,
+)
 decomposes(head_penalty_operator, reference.head_penalty_forward)

@@ -1,7 +1,7 @@
-"""LayerNorm, twice differentiable: schema, fakes and the ladder d0 -> d1 -> d2.
+"""LayerNorm, twice differentiable: schemas, fakes, and the forward, backward and double backward.
 
-Saved for the backward passes: x, weight, mean, rstd and the cotangent. ``mean`` and ``rstd`` are
-constants of a rung: the formulas account for both, so their gradients are None. Equations (10)-(19)
+Saved for the backward passes: x, weight, mean, rstd and the cotangent. ``mean`` and ``rstd`` are constants of the
+backward and of the double backward: the formulas account for both, so their gradients are None. Equations (10)-(19)
 of ``kernels/README.md``.
 """
 
@@ -13,13 +13,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from diversevit_kernels.common.contracts import (
+    LayerNormBackward,
+    LayerNormDoubleBackward,
+    LayerNormKernels,
+)
+
 from ..errors import usage_error
 from . import reference
-from .autograd import Rung, any_order, batch_by_loop, plainly
-from .backends import launch
+from .autograd import Operator, batch_by_loop, by_formula, uses_formula
+from .backends import kernels
 from .checks import check_tensor, shape_error
+from .library import operator
 from .onnx import decomposes, exporting_to_onnx
-from .third_order import Places, Stage, differentiated, plain_curvature
+from .third_order import Derivatives, Places, formula_along_two, gradients
 
 
 def layer_norm(
@@ -69,9 +76,9 @@ def layer_norm(
     _check_parameter("bias", bias, shape, x if weight is None else weight, half_as_float=False)
     if exporting_to_onnx():
         return F.layer_norm(x, shape, weight, bias, eps)
-    if any_order():
-        return plainly(reference.layer_norm, x, shape, weight, bias, eps)
-    return _d0(x, weight, bias, len(shape), float(eps))[0]
+    if uses_formula():
+        return by_formula(reference.layer_norm, x, shape, weight, bias, eps)
+    return _forward(x, weight, bias, len(shape), float(eps))[0]
 
 
 def _normalized_shape(normalized_shape: int | Sequence[int], x: Tensor) -> tuple[int, ...]:
@@ -120,56 +127,36 @@ def _cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t.float() if isinstance(t, Tensor) and t.dtype in half else t for t in tensors)
 
 
-@torch.library.custom_op("diversevit::layer_norm", mutates_args=())
+@operator("layer_norm")
 def layer_norm_operator(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d0, (10)-(12): ``y`` like x; ``mean`` and ``rstd`` [*lead] of the last ``axes`` axes."""
-    y, mean, rstd = launch("layer_norm", "forward", x, weight, bias, axes, eps)
+    """(10)-(12): ``y`` like x; ``mean`` and ``rstd`` [*lead] of the last ``axes`` axes."""
+    run = kernels(LayerNormKernels, x).layer_norm_forward
+    y, mean, rstd = run(x, weight, bias, axes, eps)
     return y.contiguous(), mean, rstd
 
 
-@torch.library.custom_op("diversevit::layer_norm_backward", mutates_args=())
-def layer_norm_backward_operator(
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    axes: int,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d1, (14): ``dx``; ``dw`` and ``db`` (no elements unless asked for)."""
-    dx, *grads = launch(
-        "layer_norm", "backward", x, weight, mean, rstd, dy, axes, weight_grad, bias_grad
-    )
-    dw, db = (x.new_empty(0) if g is None else g for g in grads)
+@operator("layer_norm_backward")
+def layer_norm_backward_operator(inputs: LayerNormBackward) -> tuple[Tensor, Tensor, Tensor]:
+    """(14): ``dx``; ``dw`` and ``db`` (no elements unless asked for)."""
+    dx, *grads = kernels(LayerNormKernels, inputs.x).layer_norm_backward(inputs)
+    dw, db = (inputs.x.new_empty(0) if g is None else g for g in grads)
     return dx.contiguous(), dw, db
 
 
-@torch.library.custom_op("diversevit::layer_norm_double_backward", mutates_args=())
+@operator("layer_norm_double_backward")
 def layer_norm_double_backward_operator(
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    ddx: Tensor | None,
-    ddw: Tensor | None,
-    ddb: Tensor | None,
-    axes: int,
-    weight_grad: bool,
+    inputs: LayerNormDoubleBackward,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d2, (15)-(19): ``gx``, ``gw``, ``gdy``.
+    """(15)-(19): ``gx``, ``gw``, ``gdy``.
 
     No elements where no cotangent can reach: ``gx`` without ``ddx`` and ``ddw``, ``gw`` without
     ``ddx`` or unless ``weight_grad``.
     """
-    tensors = (x, weight, mean, rstd, dy, ddx, ddw, ddb)
-    gx, gw, gdy = launch("layer_norm", "double_backward", *tensors, axes, weight_grad)
-    gx = x.new_empty(0) if gx is None else gx.contiguous()
-    return gx, x.new_empty(0) if gw is None else gw, gdy.contiguous()
+    gx, gw, gdy = kernels(LayerNormKernels, inputs.x).layer_norm_double_backward(inputs)
+    gx = inputs.x.new_empty(0) if gx is None else gx.contiguous()
+    return gx, inputs.x.new_empty(0) if gw is None else gw, gdy.contiguous()
 
 
 @layer_norm_operator.register_fake
@@ -179,21 +166,24 @@ def _(x, weight, bias, axes, eps):
 
 
 @layer_norm_backward_operator.register_fake
-def _(x, weight, mean, rstd, dy, axes, weight_grad, bias_grad):
-    like, shape = x if weight is None else weight, x.shape[x.ndim - axes :]
-    grads = (like.new_empty(shape) if g else x.new_empty(0) for g in (weight_grad, bias_grad))
-    return x.new_empty(x.shape), *grads
+def _(*inputs):
+    given = LayerNormBackward._make(inputs)
+    x, like = given.x, given.x if given.weight is None else given.weight
+    shape, asked = x.shape[x.ndim - given.axes :], (given.weight_grad, given.bias_grad)
+    return x.new_empty(x.shape), *(like.new_empty(shape) if g else x.new_empty(0) for g in asked)
 
 
 @layer_norm_double_backward_operator.register_fake
-def _(x, weight, mean, rstd, dy, ddx, ddw, ddb, axes, weight_grad):
-    gx = x.new_empty(0 if ddx is None and ddw is None else x.shape)
-    if weight is None or ddx is None or not weight_grad:
+def _(*inputs):
+    given = LayerNormDoubleBackward._make(inputs)
+    x, weight, ddx = given.x, given.weight, given.ddx
+    gx = x.new_empty(0 if ddx is None and given.ddw is None else x.shape)
+    if weight is None or ddx is None or not given.weight_grad:
         return gx, x.new_empty(0), x.new_empty(x.shape)
     return gx, weight.new_empty(weight.shape), x.new_empty(x.shape)
 
 
-def _save_d0(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, ctx.axes, _ = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, mean, rstd)
@@ -201,71 +191,56 @@ def _save_d0(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _d0_derivative(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
+def _forward_derivative(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 5
     weight_grad, bias_grad = ctx.needs_input_grad[1:3]
-    dx, dw, db = _d1(*ctx.saved_tensors, dy, ctx.axes, weight_grad, bias_grad)
+    dx, dw, db = _backward(*ctx.saved_tensors, dy, ctx.axes, weight_grad, bias_grad)
     return dx, dw if weight_grad else None, db if bias_grad else None, None, None
 
 
-def _save_d1(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.axes, ctx.weight_grad, ctx.bias_grad = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _d1_derivative(
+def _backward_derivative(
     ctx: Any, ddx: Tensor | None, ddw: Tensor | None, ddb: Tensor | None
 ) -> tuple[Any, ...]:
-    ddw, ddb = ddw if ctx.weight_grad else None, ddb if ctx.bias_grad else None
+    axes, weight_grad, bias_grad = ctx.options
+    ddw, ddb = ddw if weight_grad else None, ddb if bias_grad else None
     if ddx is None and ddw is None and ddb is None:
         return (None,) * 8
     weight_grad = ctx.needs_input_grad[1] and ddx is not None
-    gx, gw, gdy = _d2(*ctx.saved_tensors, ddx, ddw, ddb, ctx.axes, weight_grad)
+    gx, gw, gdy = _double_backward(*ctx.saved_tensors, ddx, ddw, ddb, axes, weight_grad)
     gx = None if ddx is None and ddw is None else gx
     return gx, gw if weight_grad else None, None, None, gdy, None, None, None
 
 
-def _save_d2(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.axes, _ = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _d2_derivative(
+def _double_backward_derivative(
     ctx: Any, ux: Tensor | None, uw: Tensor | None, v: Tensor | None
 ) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    x, weight, mean, rstd, *_, ddw, ddb = tensors
-    axes, given = ctx.axes, (x, weight, mean, rstd)
+    *given, _, _, ddw, ddb = ctx.saved_tensors
+    x, weight, _, rstd = given
+    axes, _ = ctx.options
 
     def first(dy: Tensor) -> Any:
-        return _d1(*given, dy, axes, ddw is not None, ddb is not None)
+        return _backward(*given, dy, axes, ddw is not None, ddb is not None)
 
     def second(dy: Any, dd: Any) -> tuple[Tensor | None, ...]:
         weight_grad = weight is not None and dd[0] is not None
-        gx, gw, _ = _d2(*given, *dy, *dd, axes, weight_grad)
+        gx, gw, _ = _double_backward(*given, *dy, *dd, axes, weight_grad)
         return None if dd[0] is None and dd[1] is None else gx, gw if weight_grad else None
 
-    def curvature(a: Any, u: Any) -> Any:
+    def along_two(a: Any, u: Any) -> Any:
         eps = _eps_of(x, rstd, axes)
 
         def formula(x: Tensor, weight: Tensor | None) -> Tensor:
             return reference.layer_norm_forward(x, weight, None, axes, eps)[0]
 
-        return plain_curvature(formula, (x, weight), a[:2], u[:2])
+        return formula_along_two(formula, (x, weight), a[:2], u[:2])
 
-    stage = Stage(first, second, curvature)
-    return (
-        *differentiated("layer_norm", ctx, tensors, _PLACES, stage, (ux, uw, None), (v,)),
-        None,
-        None,
-    )
+    u = (ux, uw, None)
+    return gradients("layer_norm", ctx, _PLACES, Derivatives(first, second, along_two), u, (v,))
 
 
 def _eps_of(x: Tensor, rstd: Tensor, axes: int) -> Any:
-    """What was added to the variance, which no rung after the first is told; a constant."""
+    """What was added to the variance, a constant; only the forward is given it."""
     with torch.no_grad():
         square = rstd.reshape(*rstd.shape, *[1] * axes).square()
         wide = x.to(square.dtype)
@@ -273,14 +248,15 @@ def _eps_of(x: Tensor, rstd: Tensor, axes: int) -> Any:
 
 
 _PLACES = Places(slice(0, 2), slice(4, 5), slice(5, 8))
-_d2 = Rung(
+_double_backward = Operator(
     layer_norm_double_backward_operator,
-    save=_save_d2,
-    derivative=_d2_derivative,
+    derivative=_double_backward_derivative,
     batch=batch_by_loop,
 )
-_d1 = Rung(
-    layer_norm_backward_operator, save=_save_d1, derivative=_d1_derivative, batch=batch_by_loop
+_backward = Operator(
+    layer_norm_backward_operator, derivative=_backward_derivative, batch=batch_by_loop
 )
-_d0 = Rung(layer_norm_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop)
+_forward = Operator(
+    layer_norm_operator, derivative=_forward_derivative, batch=batch_by_loop, save=_save_forward
+)
 decomposes(layer_norm_operator, reference.layer_norm_forward)

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
-DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+from .._torch_internals import ProxyTorchDispatchMode, overload_of, tracing_state
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 """For ``ExportedProgram.run_decompositions``: what is left runs without this library."""
 
 
 def exporting_to_onnx() -> bool:
     """Whether ``torch.onnx.export`` looks on, which knows PyTorch's operators and none of ours."""
-    traced = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    traced = torch.compiler.is_exporting() or tracing_state() is not None
     return traced and torch.onnx.is_in_onnx_export()
 
 
@@ -35,7 +36,7 @@ def decomposes(operator: torch.library.CustomOpDef, formula: Callable[..., Any])
         return mode.__torch_dispatch__(operator, types, args, kwargs)
 
     operator.register_torch_dispatch(ProxyTorchDispatchMode, traced)
-    DECOMPOSITIONS[operator._opoverload] = formula
+    DECOMPOSITIONS[overload_of(operator)] = formula
 
 
 def exported_attention(

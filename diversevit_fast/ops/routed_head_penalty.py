@@ -1,7 +1,7 @@
-"""The penalty of routed input gradients u_h = r_h W_h: schema, fakes and the ladder d0 -> d1 -> d2.
+"""The penalty of routed input gradients u_h = r_h W_h: schemas, fakes, and the forward, backward and double backward.
 
-Saved for the backward passes: grad_qkv, weight, cosines, norms and the cotangents; nothing of
-B H N D elements. ``cosines`` and ``norms`` are constants of a rung: the formulas account for both, so
+Saved for the backward passes: grad_qkv, weight, cosines, norms and the cotangents; nothing of B H N D elements.
+``cosines`` and ``norms`` are constants of the backward and of the double backward: the formulas account for both, so
 their gradients are None. Equations (40)-(45) of ``kernels/README.md``.
 """
 
@@ -11,14 +11,27 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from diversevit_kernels.common.contracts import (
+    RoutedHeadPenaltyBackward,
+    RoutedHeadPenaltyDoubleBackward,
+    RoutedHeadPenaltyKernels,
+)
+
 from ..errors import usage_error
 from . import reference
-from .autograd import Rung, any_order, batch_by_loop, plainly
-from .backends import launch
+from .autograd import Operator, batch_by_loop, by_formula, uses_formula
+from .backends import kernels
 from .checks import check_alike, check_tensor, shape_error
-from .head_penalty import check_kind, cotangents_fake, present, statistics_fake
+from .head_penalty import (
+    check_kind,
+    cotangents_fake,
+    present,
+    save_statistics,
+    statistics_fake,
+)
+from .library import operator
 from .onnx import decomposes, exporting_to_onnx
-from .third_order import Places, Stage, differentiated, plain_curvature
+from .third_order import Derivatives, Places, formula_along_two, gradients
 
 
 def routed_head_penalty(
@@ -68,10 +81,10 @@ def routed_head_penalty(
     _check(grad_qkv, weight_qkv)
     check_kind(granularity, reduction, eps, grad_qkv.shape[3], grad_qkv.dtype)
     kind = (granularity, reduction, float(eps))
-    if any_order() or exporting_to_onnx():
-        penalty, cosines = plainly(reference.routed_head_penalty, grad_qkv, weight_qkv, *kind)
+    if uses_formula() or exporting_to_onnx():
+        penalty, cosines = by_formula(reference.routed_head_penalty, grad_qkv, weight_qkv, *kind)
     else:
-        penalty, cosines, _ = _d0(grad_qkv, weight_qkv, *kind)
+        penalty, cosines, _ = _forward(grad_qkv, weight_qkv, *kind)
     return (penalty, cosines) if return_cosines else penalty
 
 
@@ -92,108 +105,64 @@ def _check(grad_qkv: Tensor, weight_qkv: Tensor) -> None:
         raise usage_error("weight_qkv", wanted, weight_qkv.device, "move one of them")
 
 
-@torch.library.custom_op("diversevit::routed_head_penalty", mutates_args=())
+@operator("routed_head_penalty")
 def routed_head_penalty_operator(
     grad_qkv: Tensor, weight: Tensor, granularity: str, reduction: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """d0, (40)-(41): penalty, cosines, norms."""
-    return launch("routed_head_penalty", "forward", grad_qkv, weight, granularity, reduction, eps)
+    """(40)-(41): penalty, cosines, norms."""
+    run = kernels(RoutedHeadPenaltyKernels, grad_qkv).routed_head_penalty_forward
+    return run(grad_qkv, weight, granularity, reduction, eps)
 
 
-@torch.library.custom_op("diversevit::routed_head_penalty_backward", mutates_args=())
+@operator("routed_head_penalty_backward")
 def routed_head_penalty_backward_operator(
-    grad_qkv: Tensor,
-    weight: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
+    inputs: RoutedHeadPenaltyBackward,
 ) -> tuple[Tensor, Tensor]:
-    """d1, (42): ``dgrad_qkv`` and ``dweight``."""
-    given = (grad_qkv, weight, cosines, norms, dpenalty, dcosines)
-    return launch("routed_head_penalty", "backward", *given, granularity, reduction, eps)
+    """(42): ``dgrad_qkv`` and ``dweight``."""
+    return kernels(RoutedHeadPenaltyKernels, inputs.grad_qkv).routed_head_penalty_backward(inputs)
 
 
-@torch.library.custom_op("diversevit::routed_head_penalty_double_backward", mutates_args=())
+@operator("routed_head_penalty_double_backward")
 def routed_head_penalty_double_backward_operator(
-    grad_qkv: Tensor,
-    weight: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    ddgrad_qkv: Tensor | None,
-    ddweight: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
+    inputs: RoutedHeadPenaltyDoubleBackward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d2, (43)-(45): ``ggrad_qkv``, ``gweight``, and ``gdpenalty``, ``gdcosines`` or no elements."""
-    given = (grad_qkv, weight, cosines, norms, dpenalty, dcosines, ddgrad_qkv, ddweight)
-    kind = (granularity, reduction, eps)
-    return present(launch("routed_head_penalty", "double_backward", *given, *kind), cosines)
+    """(43)-(45): ``ggrad_qkv``, ``gweight``, and ``gdpenalty``, ``gdcosines`` or no elements."""
+    run = kernels(RoutedHeadPenaltyKernels, inputs.grad_qkv).routed_head_penalty_double_backward
+    return present(run(inputs), inputs.cosines)
 
 
 @routed_head_penalty_operator.register_fake
-def _(grad_qkv, weight, granularity, reduction, eps):
+def _(grad_qkv, weight, granularity, *_):
     B, N, _, H, _ = grad_qkv.shape
     dtype = torch.promote_types(torch.promote_types(grad_qkv.dtype, weight.dtype), torch.float32)
     return statistics_fake(grad_qkv.new_empty(0, dtype=dtype), B, H, N, granularity)
 
 
 @routed_head_penalty_backward_operator.register_fake
-def _(grad_qkv, weight, cosines, norms, dpenalty, dcosines, granularity, reduction, eps):
+def _(grad_qkv, weight, *_):
     return grad_qkv.new_empty(grad_qkv.shape), weight.new_empty(weight.shape)
 
 
 @routed_head_penalty_double_backward_operator.register_fake
-def _(
-    grad_qkv,
-    weight,
-    cosines,
-    norms,
-    dpenalty,
-    dcosines,
-    ddgrad_qkv,
-    ddweight,
-    granularity,
-    reduction,
-    eps,
-):
-    grads = grad_qkv.new_empty(grad_qkv.shape), weight.new_empty(weight.shape)
-    return *grads, *cotangents_fake(cosines, dpenalty, dcosines)
+def _(*inputs):
+    x = RoutedHeadPenaltyDoubleBackward._make(inputs)
+    grads = x.grad_qkv.new_empty(x.grad_qkv.shape), x.weight.new_empty(x.weight.shape)
+    return *grads, *cotangents_fake(x.cosines, x.dpenalty, x.dcosines)
 
 
-def _save_d0(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_qkv, weight, *ctx.kind = inputs
-    ctx.save_for_backward(grad_qkv, weight, *output[1:])
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _d0_derivative(
+def _forward_derivative(
     ctx: Any, dpenalty: Tensor | None, dcosines: Tensor | None, _: None
 ) -> tuple[Any, ...]:
     if dpenalty is None and dcosines is None:
         return (None,) * 5
-    return *_d1(*ctx.saved_tensors, dpenalty, dcosines, *ctx.kind), None, None, None
+    return *_backward(*ctx.saved_tensors, dpenalty, dcosines, *ctx.options), None, None, None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, granularity, reduction, eps = inputs
-    ctx.kind = (granularity, reduction, eps)
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _d1_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+def _backward_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     if all(x is None for x in cotangents):
         return (None,) * 9
     *_, dpenalty, dcosines = ctx.saved_tensors
-    *grads, gdpenalty, gdcosines = _d2(*ctx.saved_tensors, *cotangents, *ctx.kind)
+    *grads, gdpenalty, gdcosines = _double_backward(*ctx.saved_tensors, *cotangents, *ctx.options)
     given = (
         gdpenalty if dpenalty is not None else None,
         gdcosines if dcosines is not None else None,
@@ -201,51 +170,49 @@ def _d1_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     return *grads, None, None, *given, None, None, None
 
 
-def _d2_derivative(
+def _double_backward_derivative(
     ctx: Any,
     ugrad_qkv: Tensor | None,
     uweight: Tensor | None,
     vpenalty: Tensor | None,
     vcosines: Tensor | None,
 ) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
-    grad_qkv, weight, cosines, norms, *_ = tensors
-    kind, given = ctx.kind, (grad_qkv, weight, cosines, norms)
+    kind, given = ctx.options, ctx.saved_tensors[:4]
+
+    def first(*dy: Tensor | None) -> tuple[Tensor, ...]:
+        return _backward(*given, *dy, *kind)
 
     def second(dy: Any, dd: Any) -> tuple[Tensor, ...]:
-        return _d2(*given, *dy, *dd, *kind)[:2]
+        return _double_backward(*given, *dy, *dd, *kind)[:2]
 
-    def curvature(a: Any, u: Any) -> Any:
+    def along_two(a: Any, u: Any) -> Any:
         def formula(grad_qkv: Tensor, weight: Tensor) -> Any:
             return reference.routed_head_penalty(grad_qkv, weight, *kind)
 
-        return plain_curvature(formula, (grad_qkv, weight), a, u)
+        return formula_along_two(formula, given[:2], a, u)
 
-    stage = Stage(lambda *dy: _d1(*given, *dy, *kind), second, curvature)
-    u, v = (ugrad_qkv, uweight), (vpenalty, vcosines)
-    return (
-        *differentiated("routed_head_penalty", ctx, tensors, _PLACES, stage, u, v),
-        None,
-        None,
-        None,
+    u, v, derivatives = (
+        (ugrad_qkv, uweight),
+        (vpenalty, vcosines),
+        Derivatives(first, second, along_two),
     )
+    return gradients("routed_head_penalty", ctx, _PLACES, derivatives, u, v)
 
 
 _PLACES = Places(slice(0, 2), slice(4, 6), slice(6, 8))
 
-_d2 = Rung(
+_double_backward = Operator(
     routed_head_penalty_double_backward_operator,
-    save=_save,
-    derivative=_d2_derivative,
+    derivative=_double_backward_derivative,
     batch=batch_by_loop,
 )
-_d1 = Rung(
-    routed_head_penalty_backward_operator,
-    save=_save,
-    derivative=_d1_derivative,
-    batch=batch_by_loop,
+_backward = Operator(
+    routed_head_penalty_backward_operator, derivative=_backward_derivative, batch=batch_by_loop
 )
-_d0 = Rung(
-    routed_head_penalty_operator, save=_save_d0, derivative=_d0_derivative, batch=batch_by_loop
+_forward = Operator(
+    routed_head_penalty_operator,
+    derivative=_forward_derivative,
+    batch=batch_by_loop,
+    save=save_statistics,
 )
 decomposes(routed_head_penalty_operator, reference.routed_head_penalty_forward)

@@ -1,9 +1,10 @@
 """The derivative of a double backward: right in what is linear in it, refused in what is not.
 
-Of a stage y = f(x) the double backward maps x, the cotangent dy and a direction A to gx = dy f''(x) A and
+Of an operator y = f(x) the double backward maps x, the cotangent dy and a direction A to gx = dy f''(x) A and
 gdy = f'(x) A. Hessian-vector products by reverse mode alone (``torch.autograd.functional.hvp``, the graph of
 ``functional.jvp``) differentiate that in A, in dy, and gdy alone in x: second derivatives of f, all of them,
-which the rungs there are compute. Only gx in x is a third one. Equations (50)-(52) of ``kernels/README.md``.
+which the backward and the double backward there are compute. Only gx in x is a third one. Equations (50)-(52) of
+``kernels/README.md``.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch_internals import will_run
 from ..errors import UnsupportedError
 
 Tensors = Sequence[Tensor | None]
@@ -25,34 +27,33 @@ class Places(NamedTuple):
     directions: slice  # A, in the order of x
 
 
-class Stage(NamedTuple):
+class Derivatives(NamedTuple):
     """What (50)-(52) are made of; results are in the order of x, None or anything where there is none."""
 
     first: Callable[..., Tensors]  # V, of the kinds of dy -> V f'(x)
     second: Callable[[Tensors, Tensors], Tensors]  # dy, A -> dy f''(x) A
-    curvature: Callable[[Tensors, Tensors], Tensors]  # A, U -> f''(x)[A, U]
+    along_two: Callable[[Tensors, Tensors], Tensors]  # A, U -> f''(x)[A, U]
 
 
-def differentiated(
+def gradients(
     name: str,
     ctx: Any,
-    tensors: Tensors,
     places: Places,
-    stage: Stage,
+    derivatives: Derivatives,
     u: Tensors,
     v: Tensors,
-) -> list[Tensor | None]:
-    """The gradients of a double backward's tensors.
+) -> tuple[Tensor | None, ...]:
+    """The gradients of everything that a double backward was given, all of whose tensors ``ctx`` saved.
 
     Args:
         name: the public operator's.
-        tensors: all that the double backward was given, None included.
         u: the cotangents of gx.
         v: the cotangents of gdy.
 
     Raises:
         UnsupportedError: a third derivative of f is asked for.
     """
+    tensors = ctx.saved_tensors
     wanted = _wanted(ctx, tensors)
     curved, pulled = (any(x is not None for x in given) for given in (u, v))
     if curved and any(wanted[places.inputs]):
@@ -63,17 +64,19 @@ def differentiated(
     dy, a = tensors[places.cotangents], tensors[places.directions]
     grads: list[Tensor | None] = [None] * len(tensors)
     if pulled and any(wanted[places.inputs]):
-        grads[places.inputs] = _chosen(stage.second(v, a), wanted[places.inputs])  # (51)
+        found = derivatives.second(v, a)  # (51)
+        grads[places.inputs] = _chosen(found, wanted[places.inputs])
     if curved and any(wanted[places.cotangents]):
-        grads[places.cotangents] = _chosen(stage.curvature(a, u), wanted[places.cotangents])  # (52)
+        found = derivatives.along_two(a, u)  # (52)
+        grads[places.cotangents] = _chosen(found, wanted[places.cotangents])
     if any(wanted[places.directions]):
-        of_gx = _chosen(stage.second(dy, u) if curved else (), wanted[places.directions])
-        of_gdy = _chosen(stage.first(*v) if pulled else (), wanted[places.directions])
+        of_gx = _chosen(derivatives.second(dy, u) if curved else (), wanted[places.directions])
+        of_gdy = _chosen(derivatives.first(*v) if pulled else (), wanted[places.directions])
         grads[places.directions] = map(_sum, of_gx, of_gdy)  # (50)
-    return grads
+    return *grads, *(None for _ in ctx.options)
 
 
-def plain_curvature(f: Callable[..., Any], x: Tensors, a: Tensors, u: Tensors) -> Tensors:
+def formula_along_two(f: Callable[..., Any], x: Tensors, a: Tensors, u: Tensors) -> Tensors:
     """(52)  f''(x)[A, U] of a plain formula, by two forward modes; a result for each of f's."""
     pairs = [
         (i, y, *(torch.zeros_like(y) if z is None else z for z in (along, other)))
@@ -109,7 +112,7 @@ def _will_run(node: Any) -> bool:
     if node is None:
         return False
     try:
-        return torch._C._will_engine_execute_node(node)
+        return will_run(node)
     except RuntimeError:  # a leaf that autograd.grad was asked for, or an engine that does not say
         return True
 

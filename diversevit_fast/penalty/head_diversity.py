@@ -14,9 +14,7 @@ from ..attachment.indices import Integers
 from ..attachment.parallel import check_ddp_forward, is_ddp, keep_unsharded, unwrap
 from ..attachment.second_order import call_second_order
 from ..attachment.support import refuse
-from ..attachment.unfused_attention import Unfused
 from ..errors import UnsupportedError, usage_error
-from ..ops import attention
 from ..ops.checks import check_choice
 from .batch_checks import check_batches, check_reached
 from .captured import Captured, Recording
@@ -236,8 +234,6 @@ class HeadDiversity(Attachment):
         class_token_only = self._class_token.active and layer is self.layers[-1]
         if class_token_only:
             q = q[..., :1, :]
-        if self._second_order() and not isinstance(attend, Unfused):
-            attend = attention
         heads = attend(q, k, v, **options)
         if self._capturing():
             if self.wrt == "output":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._torch_internals import write_count
 from ..attachment.attention_modules import AttentionLayer
 from ..errors import UnsupportedError
 
@@ -58,7 +59,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """True if both are the same tensor, or the same view of one."""
     if a is b or torch.compiler.is_compiling():
         return a is b
-    alike = a.shape == b.shape and a.stride() == b.stride() and a._version == b._version
+    alike = a.shape == b.shape and a.stride() == b.stride() and write_count(a) == write_count(b)
     return alike and a.data_ptr() == b.data_ptr()
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._torch_internals import BatchNorm, write_count
 from ..errors import UnsupportedError, usage_error
 
 
@@ -95,7 +95,7 @@ class SampleSplit:
             UnsupportedError: the module mixes samples.
         """
         name = type(module).__name__
-        if any(isinstance(m, _BatchNorm) for m in module.modules()):
+        if any(isinstance(m, BatchNorm) for m in module.modules()):
             raise UnsupportedError(
                 f"fraction: {name} holds a BatchNorm, which mixes samples; use fraction=1"
             )
@@ -129,12 +129,12 @@ class SampleSplit:
                 f"fraction: {name} does not return one tensor [B, ...]; use fraction=1"
             )
         whole = torch.cat([chosen_out, rest_out]).index_select(0, place)
-        self._last = _Parts(whole, whole._version, chosen_out, rest_out)
+        self._last = _Parts(whole, write_count(whole), chosen_out, rest_out)
         return whole
 
     def _parts_of(self, x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         last = self._last
-        if last is not None and x is last.whole and x._version == last.version:
+        if last is not None and x is last.whole and write_count(x) == last.version:
             return last.chosen, last.rest
         self.entangled = last is not None
         count = self._count(len(x))

@@ -264,7 +264,7 @@ class TestRefused:
         refused(UsageError, "logits computed under this context", loss, *batch_for(model))
 
     def test_head_penalty_module(self):
-        """It reads the module's last eager run, which a graph has not: never a stale or dropped one."""
+        """Refused: it reads the module's last eager run, which does not exist inside a graph."""
         model = diverse_vit()
         penalty = dvf.nn.HeadPenalty()
 
@@ -376,7 +376,7 @@ class TestRefused:
 class TestRefusedByEveryVersion:
     @pytest.mark.parametrize("vit", [diverse_vit, timm_vit])
     def test_torch_compile_of_the_loss_without_the_switch(self, vit):
-        """Not our function, but our context: loud, before a penalty could be dropped."""
+        """Our context inside ``torch.compile`` itself raises before a penalty could be dropped."""
         model = vit()
         loss = torch.compile(loss_of(dvf.HeadDiversity(model)), backend="aot_eager")
         with pytest.raises(UnsupportedError, match=r"use dvf\.compile_loss"):
@@ -412,7 +412,7 @@ class TestRefusedByEveryVersion:
 
 @compiles_losses
 def test_code_kept_on_disk_is_that_of_these_operators(tmp_path, monkeypatch):
-    """Inductor finds it again by the operators' names alone, of whatever version."""
+    """Inductor's cache on disk knows operators by name only, not by version."""
     tags = []
 
     def backend(graph, _):

@@ -1,4 +1,4 @@
-"""Copies and pickles of what this library keeps watch what was copied with them, or are refused in one line."""
+"""Copies and pickles of this library's contexts observe the model copied with them, or are refused."""
 
 import copy
 import io
@@ -18,7 +18,7 @@ from tests.helpers.vits import diverse_vit, images_for, labels_for, timm_vit
 
 
 class Learner(nn.Module):
-    """As Lightning's modules are: it holds the model and what watches it."""
+    """A module as in Lightning: it holds the model and the context that observes it."""
 
     def __init__(self, model: nn.Module, **options):
         super().__init__()
@@ -95,7 +95,7 @@ def test_a_copied_learner_watches_the_copied_model(copied, model, options, used)
 
 
 def test_a_model_that_holds_its_own_watcher(copied):
-    """A circle: the watcher is copied before the model it watches is complete."""
+    """A cycle: the context is copied before the copy of its model is complete."""
     model = diverse_vit()
     model.diversity = dvf.HeadDiversity(model, layers="all")
     images = images_for(model)

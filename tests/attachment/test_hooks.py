@@ -1,4 +1,4 @@
-"""Hooks and modules of a user's own run inside every context as outside, on the same values, or it says no."""
+"""A user's hooks and modules run inside every context on the same values as outside, or are refused."""
 
 import contextlib
 
@@ -19,7 +19,7 @@ WATCHED = ("attn_drop", "softmax")
 
 
 def unfused(model):
-    """As ``timm.layers.set_fused_attn(False)`` makes it."""
+    """The model as after ``timm.layers.set_fused_attn(False)``."""
     for module in model.modules():
         if "fused_attn" in vars(module):
             module.fused_attn = False
@@ -32,7 +32,7 @@ def children(layer):
 
 
 class Seen:
-    """What forward, pre and backward hooks on some modules are shown."""
+    """Records what forward, pre-forward and backward hooks on some modules are called with."""
 
     def __init__(self, modules):
         self.forward, self.backward, self.handles = [], [], []
@@ -147,7 +147,7 @@ def test_every_hook_of_every_library(name):
 @pytest.mark.parametrize("wrt", ["input", "output"])
 @pytest.mark.parametrize("name", ["timm ViT", "timm BEiT", "timm Swin", "timm EVA-02"])
 def test_penalty_of_a_watched_layer(name, wrt):
-    """Its value and gradients are those without a hook; with one that changes something, other ones."""
+    """Value and gradients are those without a hook, and differ with a hook that changes something."""
     _, model, images, layer = made(name)
     unfused(model)
 
@@ -242,7 +242,7 @@ def test_the_hooked_position_bias_is_refused():
 
 
 def test_attn_layer():
-    """Whose forward is fused by itself: watched, it is not, in a context and outside."""
+    """``integrations.timm.Attention`` runs unfused where it is watched, in a context and outside."""
     from diversevit_fast.integrations.timm import Attention
 
     stock, ours = unfused(timm_vit()), unfused(timm_vit(attn_layer=Attention))
@@ -260,7 +260,7 @@ def test_attn_layer():
 
 @pytest.mark.parametrize("kind", ["backward", "backward pre"])
 def test_backward_hooks_see_every_token(kind):
-    """Not those of the class token alone, as where nobody looks."""
+    """With a hook the class-token shortcut is not taken."""
     model = timm_vit()
     images, shapes = images_for(model), []
     block = model.blocks[-1]

@@ -27,7 +27,7 @@ class Reader(nn.Module):
 
 
 def by_hand(model, x, allowed):
-    """Logits and weights, each row over the keys it may attend to alone; ``allowed`` [B, H, N, N]."""
+    """Logits and weights computed per row over the keys it may attend to; ``allowed`` [B, H, N, N]."""
     attn = model.attn
     q, k, v = (
         (x @ weight.T + bias).unflatten(-1, (HEADS, -1)).transpose(1, 2)
@@ -110,7 +110,7 @@ def test_weights_in_the_loss(name, kind, average):
 @pytest.mark.parametrize("context", [dvf.HeadDiversity, dvf.capture_heads])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_an_encoder_of_padded_samples(kind, context):
-    """``nn.TransformerEncoder``: what its other samples do is what they do alone; all is finite."""
+    """In ``nn.TransformerEncoder`` all is finite, and other samples give what they give alone."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, 0.0, batch_first=True, norm_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()

@@ -1,4 +1,4 @@
-"""Training systems around a penalty that is differentiated through: right to rounding, or refused with the hint."""
+"""The penalty inside training systems (DDP, FSDP, checkpointing, compile): exact, or refused with a hint."""
 
 import copy
 import threading
@@ -122,7 +122,7 @@ COMPILED = {
 @system("torch.compile of the model, or of anything at or above the layer", "refused")
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_at_or_above_the_layer_is_refused(name):
-    """PyTorch would drop the penalty from ``backward(inputs=...)`` where what is compiled is linear."""
+    """PyTorch would drop the penalty from ``backward(inputs=...)`` if the compiled part is linear."""
     torch._dynamo.reset()
     model, forward, diversity = COMPILED[name]()
     with pytest.raises(UnsupportedError, match="compile only the blocks below"):
@@ -331,7 +331,7 @@ class TestModels:
 
 
 class TestHalf:
-    """float16 gradients vanish or overflow; the factor on the score is found, and does not matter."""
+    """float16 gradients vanish or overflow without the adapted factor, on which the penalty does not depend."""
 
     def step(self, dtype, size, **options):
         model = diverse_vit().float()
@@ -360,7 +360,7 @@ class TestHalf:
         assert (grads - expect).norm() <= limit * expect.norm()
 
     def test_without_the_factor_it_is_wrong(self):
-        """What the factor is for."""
+        """Gradients vanish without it."""
         _, grads = self.step(torch.float16, 1e-5, grad_scale=1.0)
         _, expect = self.step(torch.float32, 1.0)
         assert not (grads - expect).norm() <= 0.1 * expect.norm()

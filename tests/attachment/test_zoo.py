@@ -1,4 +1,4 @@
-"""Every use of every library's attention is right, to rounding, or refused in one line."""
+"""Every use of every library's attention is exact to rounding, or refused in one line."""
 
 import copy
 import pickle
@@ -37,7 +37,7 @@ def made(name):
 
 
 def right_or_refused(record, entry, use, context):
-    """Whether ``use`` is allowed; if not, that it says so in one line before anything ran."""
+    """Return True if ``use`` is allowed; otherwise assert that it is refused in one line."""
     record("use", use)
     record("outcome", "refused" if use in entry.refused else "right")
     if use not in entry.refused:

@@ -1,4 +1,4 @@
-"""Dominoes: the pairing law, splits that share nothing they must not, and sources that may be bad."""
+"""Dominoes: the pairing, disjoint splits, and damaged sources."""
 
 import copy
 import hashlib
@@ -314,7 +314,7 @@ def test_equalize_keeps_the_order_of_strong_contrasts():
 
 
 def accuracy(features, target, digits_photos):
-    """Of a logistic regression trained on ``train``, on ``test_ood``."""
+    """The accuracy on ``test_ood`` of a logistic regression trained on ``train``."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -172,7 +172,7 @@ BAD_HEADS = {
 @pytest.mark.parametrize("name", BAD_HEADS)
 @pytest.mark.parametrize("act", [dvf.keep_heads, dvf.prune_heads])
 def test_what_are_no_heads(name, act):
-    """Refused before anything is changed, the first layer's right heads too."""
+    """Wrong heads are refused before anything is changed, also in the first layer."""
     model = diverse_vit()
     heads, message = BAD_HEADS[name]
     check = snapshot(model)
@@ -390,7 +390,7 @@ class TestOptimizers:
         del optimizer
 
     def test_others_are_not(self):
-        """Of another model, of other parameters, made afterwards, gone."""
+        """No warning of optimizers of other parameters, made afterwards, or deleted."""
         model, other = diverse_vit(), diverse_vit()
         kept = [
             torch.optim.SGD(other.parameters(), lr=0.1),

@@ -1,4 +1,4 @@
-"""Many choices of heads in one recording: the outputs are those of ``keep_heads``, the work is not."""
+"""The prefix cache gives the outputs of ``keep_heads`` for many choices of heads with less work."""
 
 import copy
 from collections import Counter
@@ -39,7 +39,7 @@ def cached_outputs(model, choices, *inputs, layers="all"):
 
 
 def assert_as_keep_heads(model, choices, *inputs, layers="all"):
-    """To the last bit, and not all the same; the model and its inputs stay as they were."""
+    """The outputs equal ``keep_heads``' to the last bit and differ; model and inputs are unchanged."""
     state = copy.deepcopy(model.state_dict())
     classes = [type(m) for m in model.modules()]
     fresh = [x.clone() for x in inputs]
@@ -73,7 +73,7 @@ def test_equals_keep_heads(make, choices):
 
 
 class Linears(TorchFunctionMode):
-    """How often ``F.linear`` is called with each weight of a model."""
+    """Counts the calls of ``F.linear`` with each weight of a model."""
 
     def __init__(self, model):
         super().__init__()
@@ -88,7 +88,7 @@ class Linears(TorchFunctionMode):
 
 @pytest.mark.parametrize(("layer", "after"), [(-1, 4), (1, 8), (0, 12)])
 def test_runs_only_what_follows(layer, after):
-    """Of timm's four linear layers a block and one head: proj, fc1, fc2, the blocks after, head."""
+    """Of timm's linear layers only proj, fc1, fc2, the later blocks and the head run again."""
     model = timm_vit().eval()
     index = layer % 3
     with Linears(model) as linears:
@@ -221,7 +221,7 @@ class Box:
 
 
 class Boxes(nn.Module):
-    """Gives an object or fills the one that it is given."""
+    """Returns an object, or fills the one passed to it."""
 
     def __init__(self):
         super().__init__()
@@ -235,7 +235,7 @@ class Boxes(nn.Module):
 
 
 class Unknown(Toy):
-    """Objects that nobody can look into, in and out."""
+    """Takes and returns objects whose contents are unknown."""
 
     def forward(self, x):
         box = self.between(self.embed(x))
@@ -258,7 +258,7 @@ class Calls(nn.Module):
 
 
 class WritesToHeads(dvf.nn.MultiHeadAttention):
-    """Changes the head outputs where they are."""
+    """Writes to the head outputs in place."""
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -302,7 +302,7 @@ def test_awkward_models(make):
 
 
 def test_heads_not_named():
-    """In some choices a layer is whole because it is not named."""
+    """A layer that a choice does not name keeps all its heads."""
     model = InPlaceHeads()
     ours = cached_outputs(model, [{}, {1: [0]}, {}], tokens())
     with torch.no_grad():
@@ -319,7 +319,7 @@ def test_several_layers(make):
 
 
 def test_what_cannot_be_kept_runs_and_what_is_inside_does_not():
-    """What is written to is found out one at a time: the attention, then its output projection."""
+    """Modules whose output is written to are found one per forward: the attention, then its projection."""
     model = WrittenAtOnce()
     choices = [{1: [h % 2]} for h in range(8)]
     always = {"embed": 8, "first.proj": 8, "second.proj": 8}
@@ -333,7 +333,7 @@ def test_what_cannot_be_kept_runs_and_what_is_inside_does_not():
 
 
 def test_hooks_see_every_forward():
-    """Also inside a module that would be kept, and what they return counts."""
+    """Hooks run also inside modules that would be cached, and may change results."""
     model = timm_vit().eval()
     seen = []
     model.blocks[0].mlp.fc1.register_forward_hook(lambda m, i, out: seen.append(out) or out * 2)

@@ -1,4 +1,4 @@
-"""Pruned models: saved and loaded into fresh ones, what does not fit refused, savings reported."""
+"""Pruned models are saved and loaded into fresh ones, files that do not fit are refused, savings reported."""
 
 import copy
 import json
@@ -58,7 +58,7 @@ def other(make):
 
 
 def unchanged(model):
-    """Raises if the model is another one afterwards."""
+    """Return a function that raises if the model is no longer what it is now."""
     before = copy.deepcopy(model.state_dict())
     kept = [getattr(m, "kept_heads", None) for m in model.modules()]
 
@@ -77,7 +77,7 @@ HEADS = {"one": {-1: [2]}, "two-layers": {0: [0, 3], 1: [1, 2, 0]}, "none": None
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 def test_round_trip(make, heads, tmp_path):
-    """Trained on after pruning; the file's weights, not the fresh model's, and H / kept once."""
+    """After pruning and training, loading gives the file's weights, with H / kept applied once."""
     path = tmp_path / "model.safetensors"
     model = other(make)
     if heads is not None:
@@ -101,7 +101,7 @@ def test_round_trip(make, heads, tmp_path):
 
 
 def test_transformers(tmp_path):
-    """Whose ``from_pretrained`` refuses a pruned checkpoint."""
+    """transformers' own ``from_pretrained`` refuses a pruned checkpoint."""
     entry = ZOO["HF ViT"]
     torch.manual_seed(0)
     model, fresh = entry.make().eval(), entry.make().eval()
@@ -427,7 +427,7 @@ class TestReport:
         assert report.model.parameters[0] - report.model.parameters[1] == saved
 
     def test_whole_model_without_attention(self):
-        """What PyTorch's own counter says, and the attention that it does not know on a CPU."""
+        """FLOPs are those of PyTorch's counter plus the attention it does not know on a CPU."""
         model = timm_vit()
         report = pruning_report(model, {0: [0]}, images_for(model))
         with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -118,7 +118,7 @@ def test_capture_heads(model):
 
 
 class TestSelectHeads:
-    """A model in which one head alone decides is found to be decided by it."""
+    """Selection finds the one head that decides."""
 
     @pytest.fixture
     def planted(self):
@@ -257,7 +257,7 @@ SCORES = {
 
 
 def by_hand(layers, count, search, scored):
-    """The candidates as they are documented, each scored by itself."""
+    """The documented candidates, each scored in a forward of its own."""
     if search == "single":
         kept = [{layer: [h]} for layer in layers for h in range(count)]
         return [(k, scored(k)) for k in kept]
@@ -304,7 +304,7 @@ SELECTED = {
 
 @torch.no_grad()
 def varied(model):
-    """With weights for which every class is predicted."""
+    """A model whose weights make it predict every class."""
     g = torch.Generator().manual_seed(2)
     for p in model.parameters():
         p += 0.3 * torch.randn(p.shape, generator=g, dtype=p.dtype)
@@ -314,7 +314,7 @@ def varied(model):
 @pytest.mark.parametrize("search", ["single", "greedy", "exhaustive"])
 @pytest.mark.parametrize("name", SELECTED)
 def test_scores_are_those_of_keep_heads(name, search):
-    """Every candidate's score, exactly: what is kept and replayed changes nothing."""
+    """Every candidate's score, exactly: the prefix cache changes nothing."""
     make, layers, count = SELECTED[name]
     model = varied(make()).train()
     data = data_for(model, (25, 12, 23))
@@ -376,7 +376,7 @@ class Loader:
 class TestLoaders:
     @pytest.mark.parametrize(("search", "runs"), [("single", 1), ("exhaustive", 1), ("greedy", 3)])
     def test_runs_and_products(self, search, runs):
-        """A run a round; a batch goes through the whole model once a run, and its end once more a candidate."""
+        """One run of the loader per round; each batch runs whole once per run, its end once per candidate."""
         model = timm_vit(num_classes=2).eval()
         loader = Loader(data_for(model))
         with FlopCounterMode(display=False) as counter:

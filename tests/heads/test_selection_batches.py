@@ -1,4 +1,4 @@
-"""What ``select_heads`` takes for a batch: works, or is one line before the model runs."""
+"""Batches of ``select_heads``: each form works or is refused in one line before the model runs."""
 
 from collections import UserDict, namedtuple
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Shapes, masks and layouts of attention, and how results of its three rungs are judged."""
+"""Shapes, masks and layouts of attention, and how results of its three orders are judged."""
 
 import importlib
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
 from diversevit_fast.testing import assert_within_budget
+from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoubleBackward
 
 ops = importlib.import_module("diversevit_fast.ops.attention")
 
@@ -87,7 +88,7 @@ def as_function(case, mask, causal, attend=None):
     options = {"is_causal": causal, "enable_gqa": case.Hkv != case.H}
     if attend is reference.attention:
         options = {"is_causal": causal}
-        mask = mask if mask is None else ops._mask_as_samples(mask, (case.B, case.H), *SHAPED(case))
+        mask = mask if mask is None else ops.mask_as_samples(mask, (case.B, case.H), *SHAPED(case))
     if mask is None or mask.dtype == torch.bool:
         return lambda q, k, v: attend(q, k, v, mask, **options)
     return lambda q, k, v, m: attend(q, k, v, m, **options)
@@ -101,11 +102,11 @@ def differentiable(q, k, v, mask):
     return (q, k, v) if mask is None or mask.dtype == torch.bool else (q, k, v, mask)
 
 
-def rungs(kernels, case, tensors):
-    """All results of the three rungs, mask gradients included, in order."""
+def all_orders(kernels, case, tensors):
+    """All results of the three orders, mask gradients included, in order."""
     q, k, v, mask, causal = tensors
     if mask is not None:
-        mask = ops._mask_as_samples(mask, (case.B, case.H), q, k)
+        mask = ops.mask_as_samples(mask, (case.B, case.H), q, k)
     additive = mask is not None and mask.dtype != torch.bool
     g = torch.Generator().manual_seed(1)
 
@@ -115,9 +116,13 @@ def rungs(kernels, case, tensors):
     o, softmax = kernels.attention_forward(q, k, v, mask, causal, 0.4)
     do, ddq, ddk, ddv = like(o), like(q), like(k), like(v)
     ddmask = like(mask) if additive else None
-    first = kernels.attention_backward(q, k, v, mask, o, softmax, do, causal, 0.4, additive)
+    first = kernels.attention_backward(
+        AttentionBackward(q, k, v, mask, o, softmax, do, causal, 0.4, additive)
+    )
     second = kernels.attention_double_backward(
-        q, k, v, mask, o, softmax, do, first[0], ddq, ddk, ddv, ddmask, causal, 0.4, additive
+        AttentionDoubleBackward(
+            q, k, v, mask, o, softmax, do, first[0], ddq, ddk, ddv, ddmask, causal, 0.4, additive
+        )
     )
     return [x for x in (o, *softmax.unbind(2), *first, *second) if x is not None]
 
@@ -125,14 +130,14 @@ def rungs(kernels, case, tensors):
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def check_rungs(kernels, case, dtype, seed=0, device="cpu", place=lambda x: x):
-    """All rungs of ``kernels`` within the error budget; ``place`` is applied to their inputs."""
+def check_orders(kernels, case, dtype, seed=0, device="cpu", place=lambda x: x):
+    """All orders of ``kernels`` within the error budget; ``place`` is applied to their inputs."""
     tensors = operands(case, dtype, seed, device)
     exact_inputs = [
         x.double() if x is not None and x.dtype != torch.bool else x for x in tensors[:4]
     ]
-    exact = rungs(reference, case, (*exact_inputs, tensors[4]))
-    eager = rungs(reference, case, tensors)
+    exact = all_orders(reference, case, (*exact_inputs, tensors[4]))
+    eager = all_orders(reference, case, tensors)
     placed = (
         *(x if x is None or x.dtype == torch.bool else place(x) for x in tensors[:4]),
         tensors[4],
@@ -141,7 +146,7 @@ def check_rungs(kernels, case, dtype, seed=0, device="cpu", place=lambda x: x):
     terms = max(case.Nq * case.H // case.Hkv, case.Nk) * (case.d + case.dv)
     if dtype == torch.float64:  # the judge has rounding of its own
         terms *= 64
-    for ours, plain, truth in zip(rungs(kernels, case, placed), eager, exact, strict=True):
+    for ours, plain, truth in zip(all_orders(kernels, case, placed), eager, exact, strict=True):
         finite = torch.isfinite(truth)  # the largest score is +inf where a row attends to nothing
         assert torch.equal(torch.isfinite(ours), finite)
         assert_within_budget(*(x.where(finite, 0) for x in (ours, plain, truth)), terms=terms)
@@ -207,18 +212,16 @@ class Sabotaged:
             o[:, :, -1] = torch.nan
         return o, softmax
 
-    def attention_backward(self, q, k, v, mask, o, softmax, do, *rest):
-        dq, dk, dv, dmask = self.kernels.attention_backward(q, k, v, mask, o, softmax, do, *rest)
+    def attention_backward(self, inputs):
+        dq, dk, dv, dmask = self.kernels.attention_backward(inputs)
         return dq, dk * 0.4 if self.mistake == "dk scaled twice" else dk, dv, dmask
 
-    def attention_double_backward(self, q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, *rest):
+    def attention_double_backward(self, inputs):
         if self.mistake == "dropped cotangent of dv":
-            ddv = None
+            inputs = inputs._replace(ddv=None)
         if self.mistake == "dropped cotangent of dk":
-            ddk = None
+            inputs = inputs._replace(ddk=None)
         if self.mistake == "a row taken for empty":
-            softmax = softmax.clone()
-            softmax[:, :, 0, -1] = torch.inf
-        return self.kernels.attention_double_backward(
-            q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, *rest
-        )
+            inputs = inputs._replace(softmax=inputs.softmax.clone())
+            inputs.softmax[:, :, 0, -1] = torch.inf
+        return self.kernels.attention_double_backward(inputs)

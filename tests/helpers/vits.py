@@ -80,7 +80,8 @@ class Calls(TorchFunctionMode):
         self.stock, self.ours = [], []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        seen = {F.scaled_dot_product_attention: self.stock, dvf.attention: self.ours}
+        ours = dict.fromkeys((dvf.attention, dvf.attention_qkvpacked), self.ours)
+        seen = {F.scaled_dot_product_attention: self.stock, **ours}
         if func in seen:
             seen[func].append(len(args[0]))
         return func(*args, **(kwargs or {}))

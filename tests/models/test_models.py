@@ -169,7 +169,7 @@ def test_head_logits_are_the_published_masks_from_one_pass(residual):
 
 
 def test_head_logits_of_a_pruned_model(model, images):
-    """Each head left, alone, is the same head of the whole model: 3 / 2 times 2 is 3."""
+    """Each remaining head alone gives the same logits as in the whole model: 3 / 2 times 2 is 3."""
     whole = model.head_logits(images)
     prune_heads(model, {-1: [0, 2]})
     pruned = model.head_logits(images)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
-from diversevit_kernels.cpu.attention import blocked as cpu
+from diversevit_kernels.cpu.attention import blocked
+from diversevit_kernels.cpu.attention import dispatch as cpu
 from tests.helpers.attention_cases import (
     CASES,
     DTYPES,
@@ -20,13 +21,13 @@ from tests.helpers.attention_cases import (
     SHAPED,
     Case,
     Sabotaged,
+    all_orders,
     any_case,
     as_function,
     check_contracts,
-    check_rungs,
+    check_orders,
     differentiable,
     operands,
-    rungs,
 )
 from tests.helpers.second_order import TAILS, WAYS
 
@@ -43,7 +44,7 @@ def tile(request, monkeypatch):
     """The C++ kernel; tiles of the size users get without it, and so small that every loop runs several times."""
     if request.param != "native":
         monkeypatch.setenv("DIVERSEVIT_COMPILE", "0")
-        monkeypatch.setattr(cpu, "TILE_BYTES", request.param)
+        monkeypatch.setattr(blocked, "TILE_BYTES", request.param)
 
 
 def test_first_and_second_derivative(case, tile):
@@ -82,19 +83,19 @@ def reshaped(inputs, case):
     """The same inputs with the mask four-dimensional, as the reference takes it."""
     return [
         *inputs[:3],
-        *(ops._mask_as_samples(m, (case.B, case.H), *SHAPED(case)) for m in inputs[3:]),
+        *(ops.mask_as_samples(m, (case.B, case.H), *SHAPED(case)) for m in inputs[3:]),
     ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rungs_within_budget(case, dtype, tile):
-    check_rungs(cpu, case, dtype)
+def test_every_order_within_budget(case, dtype, tile):
+    check_orders(cpu, case, dtype)
 
 
 @pytest.mark.parametrize("N", [197, 577])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_vit_sizes_within_budget(N, dtype):
-    check_rungs(cpu, Case(H=1, Hkv=1, Nq=N, Nk=N, d=64, dv=64, layout="projection"), dtype)
+    check_orders(cpu, Case(H=1, Hkv=1, Nq=N, Nk=N, d=64, dv=64, layout="projection"), dtype)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -109,14 +110,14 @@ def test_any_shape_within_budget(case, dtype, seed, tile):
     with pytest.MonkeyPatch.context() as patch:
         if tile:
             patch.setenv("DIVERSEVIT_COMPILE", "0")
-            patch.setattr(cpu, "TILE_BYTES", tile)
-        check_rungs(cpu, case, dtype, seed=seed)
+            patch.setattr(blocked, "TILE_BYTES", tile)
+        check_orders(cpu, case, dtype, seed=seed)
 
 
 def test_runs_give_the_same_bits():
     case = Case(B=3, H=4, Hkv=4, Nq=65, Nk=65, d=16, dv=16)
     for one, two in zip(
-        *(rungs(cpu, case, operands(case, torch.float32)) for _ in range(2)), strict=True
+        *(all_orders(cpu, case, operands(case, torch.float32)) for _ in range(2)), strict=True
     ):
         assert torch.equal(one, two)
 
@@ -124,9 +125,9 @@ def test_runs_give_the_same_bits():
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_oracle_bites(mistake):
     case = Case(Nq=17, Nk=33, d=8, dv=8)
-    check_rungs(cpu, case, torch.float32)
+    check_orders(cpu, case, torch.float32)
     with pytest.raises(AssertionError):
-        check_rungs(Sabotaged(cpu, mistake), case, torch.float32)
+        check_orders(Sabotaged(cpu, mistake), case, torch.float32)
 
 
 @pytest.mark.parametrize("dropped", ["ddS - eta", "Y", "P t", "dS ddK"])
@@ -171,8 +172,8 @@ def test_nothing_of_size_n_by_n(monkeypatch):
     monkeypatch.setenv("DIVERSEVIT_COMPILE", "0")  # what the C++ kernel allocates is not seen here
     tensors = operands(Case(Nq=2048, Nk=2048, H=1, Hkv=1, d=4, dv=4), torch.float32)
     with _LargestTensor() as seen:
-        rungs(cpu, Case(), tensors)
-    assert cpu.TILE_BYTES // 4 <= seen.elements < 2048**2 / 4
+        all_orders(cpu, Case(), tensors)
+    assert blocked.TILE_BYTES // 4 <= seen.elements < 2048**2 / 4
 
 
 def test_saved_tensors_are_linear_in_tokens():

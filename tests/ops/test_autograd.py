@@ -1,4 +1,4 @@
-"""Who wants to see a rung's operator sees it: dispatch modes, profilers and every kind of tensor that is not plain."""
+"""Who wants to see an operator sees it: dispatch modes, profilers and every kind of tensor that is not plain."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import diversevit_fast as dvf
 OPERATORS = ["diversevit::gelu", "diversevit::gelu_backward", "diversevit::gelu_double_backward"]
 
 
-def _ladder(x: torch.Tensor) -> None:
+def _to_second_order(x: torch.Tensor) -> None:
     (dx,) = torch.autograd.grad(dvf.gelu(x).sum(), x, create_graph=True)
     dx.square().sum().backward()
 
@@ -25,14 +25,14 @@ def test_a_dispatch_mode():
             return func(*args, **(kwargs or {}))
 
     with Watch():
-        _ladder(torch.randn(5, requires_grad=True))
+        _to_second_order(torch.randn(5, requires_grad=True))
     assert [name for name in seen if name.startswith("diversevit")] == OPERATORS
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_profiler():
     with profile() as found:
-        _ladder(torch.randn(5, requires_grad=True))
+        _to_second_order(torch.randn(5, requires_grad=True))
     assert set(OPERATORS) <= {event.key for event in found.key_averages()}
 
 
@@ -55,8 +55,8 @@ def test_a_tensor_that_is_negated_when_it_is_read():
     assert x.is_neg()
     assert torch.equal(dvf.gelu(x), dvf.gelu(x.clone()))
     lazy, eager = x.detach().requires_grad_(), x.clone().requires_grad_()
-    _ladder(lazy)
-    _ladder(eager)
+    _to_second_order(lazy)
+    _to_second_order(eager)
     assert torch.equal(lazy.grad, eager.grad)
 
 
@@ -70,9 +70,9 @@ def test_nobody(monkeypatch):
     import sys
 
     module = sys.modules[gelu.__module__]
-    for rung in (module._d0, module._d1, module._d2):
-        monkeypatch.setattr(rung._operator, "_opoverload", refuse)
-    _ladder(torch.randn(5, requires_grad=True))
+    for order in (module._forward, module._backward, module._double_backward):
+        monkeypatch.setattr(order._operator, "_opoverload", refuse)
+    _to_second_order(torch.randn(5, requires_grad=True))
     with torch.no_grad():
         dvf.gelu(torch.randn(5, requires_grad=True))
     with torch.inference_mode():

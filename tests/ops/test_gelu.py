@@ -14,7 +14,9 @@ import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
 from diversevit_fast.testing import assert_within_budget
-from diversevit_kernels.cpu.gelu import blocked as cpu
+from diversevit_kernels.common.contracts import GeluBackward, GeluDoubleBackward
+from diversevit_kernels.cpu.gelu import blocked
+from diversevit_kernels.cpu.gelu import dispatch as cpu
 from diversevit_kernels.cpu.gelu import native as gelu_native
 from tests.helpers.second_order import TAILS, WAYS
 
@@ -45,9 +47,9 @@ def form(request):
 def chunk(request, monkeypatch):
     """C++ where it is compiled; chunks of the size users get, and so small that the loop runs several times."""
     if request.param != "native":
-        monkeypatch.setattr(gelu_native, "runs", lambda x: False)
+        monkeypatch.setattr(gelu_native, "supports", lambda x: False)
     if request.param == "small-chunks":
-        monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 3)
+        monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 3)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -86,18 +88,22 @@ def test_every_way_of_asking_twice(way, tail, form):
     torch.testing.assert_close(list(actual), list(expect), rtol=1e-10, atol=1e-10)
 
 
-def rungs(kernels, x, dy, ddx, form):
-    """Every result of the three rungs, in order."""
-    second = kernels.gelu_double_backward(x, dy, ddx, form)
-    return [kernels.gelu_forward(x, form), kernels.gelu_backward(x, dy, form), *second]
+def all_orders(kernels, x, dy, ddx, form):
+    """Every result of the three orders, in order."""
+    second = kernels.gelu_double_backward(GeluDoubleBackward(x, dy, ddx, form))
+    return [
+        kernels.gelu_forward(x, form),
+        kernels.gelu_backward(GeluBackward(x, dy, form)),
+        *second,
+    ]
 
 
-def check_rungs(x, dy, ddx, form, kernels=cpu):
-    exact = rungs(reference, x.double(), dy.double(), ddx.double(), form)
-    plain = rungs(reference, x, dy, ddx, form)
+def check_orders(x, dy, ddx, form, kernels=cpu):
+    exact = all_orders(reference, x.double(), dy.double(), ddx.double(), form)
+    plain = all_orders(reference, x, dy, ddx, form)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
-        actual = rungs(kernels, x, dy, ddx, form)
+        actual = all_orders(kernels, x, dy, ddx, form)
     finally:
         torch.use_deterministic_algorithms(False)
     # sums of a few terms, in float32; a half result is rounded once, after them
@@ -113,29 +119,30 @@ def triple(shape, dtype, layout="dense", seed=0, scale=1.5):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rungs_within_budget(layout, dtype, form, chunk):
-    check_rungs(*triple((3, 5, 4), dtype, layout), form)
+def test_every_order_within_budget(layout, dtype, form, chunk):
+    check_orders(*triple((3, 5, 4), dtype, layout), form)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_vit_sizes_within_budget(dtype, form):
-    check_rungs(*triple((1, 197, 1536), dtype), form)
+    check_orders(*triple((1, 197, 1536), dtype), form)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_within_budget_on_lesser_processors(dtype, form, lesser_processor):
     assert lesser_processor("gelu")
-    check_rungs(*triple((1, 197, 153), dtype), form)
+    check_orders(*triple((1, 197, 153), dtype), form)
 
 
 def test_finite_at_the_ends(form):
     x = torch.tensor([0.0, 12, -12, 41, -41, 3e30, -3e30, float("inf"), -float("inf")])
     a = torch.full((9,), 2.0)
-    gx, gdy = cpu.gelu_double_backward(x, torch.ones(9), a, form)
+    gx, gdy = cpu.gelu_double_backward(GeluDoubleBackward(x, torch.ones(9), a, form))
     torch.testing.assert_close(gx[3:], torch.zeros(6))
     torch.testing.assert_close(gdy[:-2], torch.tensor([1.0, 2, 0, 2, 0, 2, 0]))
     assert torch.equal(
-        cpu.gelu_backward(torch.tensor([torch.nan]), a[:1], form).isnan(), torch.tensor([True])
+        cpu.gelu_backward(GeluBackward(torch.tensor([torch.nan]), a[:1], form)).isnan(),
+        torch.tensor([True]),
     )
 
 
@@ -152,31 +159,31 @@ def test_finite_at_the_ends(form):
 def test_any_shape_within_budget(shape, dtype, layout, form, seed, scale, chunk):
     with pytest.MonkeyPatch.context() as patch:
         if chunk:
-            patch.setattr(gelu_native, "runs", lambda x: False)
-            patch.setattr(cpu, "CHUNK_ELEMENTS", chunk)
-        check_rungs(*triple(tuple(shape), dtype, layout, seed, scale), form)
+            patch.setattr(gelu_native, "supports", lambda x: False)
+            patch.setattr(blocked, "CHUNK_ELEMENTS", chunk)
+        check_orders(*triple(tuple(shape), dtype, layout, seed, scale), form)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_worse_than_eager_pytorch(dtype, form):
     low = triple((4, 33, 64), dtype)
 
-    def ladder(gelu, x, dy, ddx):
+    def to_second_order(gelu, x, dy, ddx):
         x, dy = x.requires_grad_(), dy.requires_grad_()
         y = gelu(x, approximate=form)
         (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
         return [t.detach() for t in (y, dx, *torch.autograd.grad(dx, (x, dy), ddx))]
 
-    exact = ladder(F.gelu, *(t.double() for t in low))
-    results = (ladder(f, *(t.detach() for t in low)) for f in (dvf.gelu, F.gelu))
+    exact = to_second_order(F.gelu, *(t.double() for t in low))
+    results = (to_second_order(f, *(t.detach() for t in low)) for f in (dvf.gelu, F.gelu))
     for ours, eager, truth in zip(*results, exact, strict=True):
         assert_within_budget(ours, eager, truth, terms=16 if dtype == torch.float32 else 1)
 
 
 def test_runs_give_the_same_bits(form, monkeypatch):
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 100)
     inputs = triple((3, 65, 16), torch.float32)
-    one, two = (rungs(cpu, *inputs, form) for _ in range(2))
+    one, two = (all_orders(cpu, *inputs, form) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -188,22 +195,26 @@ class Sabotaged:
     def __init__(self, mistake):
         self.mistake = mistake
 
-    def gelu_backward(self, x, dy, form):
-        dx = cpu.gelu_backward(x, dy, form)
+    def gelu_backward(self, inputs):
+        x, dy, form = inputs
+        dx = cpu.gelu_backward(inputs)
         if self.mistake == "unwritten row":
             dx[-1] = torch.nan
         if self.mistake == "dx without x phi":
             dx = dy * (reference.gelu(x, form) / x)
         return dx
 
-    def gelu_double_backward(self, x, dy, ddx, form):
-        gx, gdy = cpu.gelu_double_backward(x, dy, ddx, form)
+    def gelu_double_backward(self, inputs):
+        x, dy, ddx, form = inputs
+        gx, gdy = cpu.gelu_double_backward(inputs)
         if self.mistake == "last chunk dropped":
             gx[-1] = 0
         if self.mistake == "cotangents swapped":
-            gdy = cpu.gelu_backward(x, dy, form)
+            gdy = cpu.gelu_backward(GeluBackward(x, dy, form))
         if self.mistake == "the other form":
-            gx, _ = cpu.gelu_double_backward(x, dy, ddx, {"none": "tanh", "tanh": "none"}[form])
+            gx, _ = cpu.gelu_double_backward(
+                GeluDoubleBackward(x, dy, ddx, {"none": "tanh", "tanh": "none"}[form])
+            )
         if self.mistake == "a term of y'' dropped":
             k, c = reference.TANH_SCALE, reference.TANH_CUBIC
             t = (k * (x + c * x**3)).tanh()
@@ -226,9 +237,9 @@ MISTAKES = [
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_oracle_bites(mistake, form):
     inputs = triple((5, 16), torch.float32)
-    check_rungs(*inputs, form, kernels=Sabotaged("none"))
+    check_orders(*inputs, form, kernels=Sabotaged("none"))
     with pytest.raises(AssertionError):
-        check_rungs(*inputs, form, kernels=Sabotaged(mistake))
+        check_orders(*inputs, form, kernels=Sabotaged(mistake))
 
 
 class TestLaws:
@@ -248,7 +259,7 @@ class TestLaws:
 
     def test_second_derivative_at_zero_is_twice_the_density(self, form):
         x, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-        gx, gdy = cpu.gelu_double_backward(x, one, one, form)
+        gx, gdy = cpu.gelu_double_backward(GeluDoubleBackward(x, one, one, form))
         assert gx.item() == pytest.approx(2 * (2 * torch.pi) ** -0.5, rel=1e-12)
         assert gdy.item() == 0.5
 
@@ -256,7 +267,9 @@ class TestLaws:
     def test_far_out_it_is_a_straight_line(self, dtype, form):
         """No overflow on the way: 0 and 1 exactly, where powers of x are infinite."""
         x = torch.tensor([-1e38, -1e20, -1e8, -50.0, 50.0, 1e8, 1e20, 1e38], dtype=dtype)
-        gx, _ = cpu.gelu_double_backward(x, torch.ones_like(x), torch.ones_like(x), form)
+        gx, _ = cpu.gelu_double_backward(
+            GeluDoubleBackward(x, torch.ones_like(x), torch.ones_like(x), form)
+        )
         assert torch.equal(gx, torch.zeros_like(x))
 
 

@@ -15,6 +15,7 @@ import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
 from diversevit_fast.testing import assert_within_budget
+from diversevit_kernels.common.contracts import HeadPenaltyBackward, HeadPenaltyDoubleBackward
 from diversevit_kernels.cpu.head_penalty import cosine
 from diversevit_kernels.cpu.head_penalty import plain as cpu
 from tests.helpers.second_order import TAILS, WAYS
@@ -175,19 +176,19 @@ def cotangents(grads, cosines, seed=1):
     return [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in likes]
 
 
-def rungs(kernels, case, grads, kind):
-    """All results of the three rungs, in order."""
+def all_orders(kernels, case, grads, kind):
+    """All results of the three orders, in order."""
     kind = tuple(options(case, kind).values())
     penalty, cosines, norms = kernels.head_penalty_forward(grads, *kind)
     dp, dc, a = cotangents(grads, cosines)
     given = (grads, cosines, norms, dp, dc)
-    first = kernels.head_penalty_backward(*given, *kind)
-    second = kernels.head_penalty_double_backward(*given, a, *kind)
+    first = kernels.head_penalty_backward(HeadPenaltyBackward(*given, *kind))
+    second = kernels.head_penalty_double_backward(HeadPenaltyDoubleBackward(*given, a, *kind))
     return [penalty, cosines, norms, first, *second]
 
 
 def scales(case, grads, kind):
-    """Of each result of ``rungs``, the largest sum of absolute terms: what is rounded if they cancel.
+    """Of each result of ``all_orders``, the largest sum of absolute terms: what is rounded if they cancel.
 
     Where heads have one channel the cosines are +-1 and every derivative is a sum that cancels.
     """
@@ -211,12 +212,12 @@ def scales(case, grads, kind):
     ]
 
 
-def check_rungs(case, dtype, kind, kernels=cpu, seed=0):
+def check_orders(case, dtype, kind, kernels=cpu, seed=0):
     grads = gradients(case, dtype, seed)
-    exact = rungs(reference, case, grads.double(), kind)
-    eager = rungs(reference, case, grads, kind)
+    exact = all_orders(reference, case, grads.double(), kind)
+    eager = all_orders(reference, case, grads, kind)
     with poisoned():
-        actual = rungs(kernels, case, grads, kind)
+        actual = all_orders(kernels, case, grads, kind)
     # sums over heads of sums over channels (and tokens), and over samples, all in float32
     terms = case.H * case.N * case.E + case.B * case.H**2
     for ours, plain, truth, scale in zip(
@@ -239,17 +240,17 @@ def assert_scaled_within_budget(ours, plain, truth, scale, terms):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rungs_within_budget(case, dtype, kind, tile):
-    check_rungs(case, dtype, kind)
+def test_every_order_within_budget(case, dtype, kind, tile):
+    check_orders(case, dtype, kind)
 
 
 @pytest.mark.parametrize("N", [197, 577])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_vit_sizes_within_budget(N, dtype, kind):
-    check_rungs(Case(B=1, H=4, N=N, E=64), dtype, kind)
+    check_orders(Case(B=1, H=4, N=N, E=64), dtype, kind)
 
 
-def test_rungs_of_the_reference_are_the_derivatives_of_the_definition(case, kind):
+def test_every_order_of_the_reference_are_the_derivatives_of_the_definition(case, kind):
     """The explicit formulas (33)-(39) against float64 autograd of (30)-(32)."""
     grads, values = gradients(case).detach().requires_grad_(), tuple(options(case, kind).values())
     penalty, cosines = reference.head_penalty(grads, *values)
@@ -260,8 +261,10 @@ def test_rungs_of_the_reference_are_the_derivatives_of_the_definition(case, kind
     with torch.no_grad():
         norms = reference.head_penalty_forward(grads, *values)[2]
         given = (grads, cosines, norms, dp, dc)
-        ours = reference.head_penalty_double_backward(*given, a, *values)
-        torch.testing.assert_close(reference.head_penalty_backward(*given, *values), dg)
+        ours = reference.head_penalty_double_backward(HeadPenaltyDoubleBackward(*given, a, *values))
+        torch.testing.assert_close(
+            reference.head_penalty_backward(HeadPenaltyBackward(*given, *values)), dg
+        )
     torch.testing.assert_close(ours[:2], second[:2])
     torch.testing.assert_close(2 * ours[2], second[2] + second[2].mT)  # C is symmetric
 
@@ -290,12 +293,12 @@ def any_case(draw):
 def test_any_shape_within_budget(case, dtype, kind, seed, elements):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cosine, "TILE_ELEMENTS", elements)
-        check_rungs(case, dtype, kind, seed=seed)
+        check_orders(case, dtype, kind, seed=seed)
 
 
 def test_runs_give_the_same_bits(kind):
     case = Case(B=3, H=4, N=65, E=16)
-    results = (rungs(cpu, case, gradients(case, torch.float32), kind) for _ in range(2))
+    results = (all_orders(cpu, case, gradients(case, torch.float32), kind) for _ in range(2))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 
@@ -376,10 +379,10 @@ def _skipping_last_token(store):
 def test_the_oracle_bites(mistake, dtype, monkeypatch):
     case, kind = Case(B=2, H=4, N=9, E=8, eps=2.7), ("token", "pairs")
     monkeypatch.setattr(cosine, "TILE_ELEMENTS", 128)
-    check_rungs(case, dtype, kind)
+    check_orders(case, dtype, kind)
     MISTAKES[mistake](monkeypatch)
     with pytest.raises(AssertionError, match=r"exceeds budget|non-finite"):
-        check_rungs(case, dtype, kind)
+        check_orders(case, dtype, kind)
 
 
 class TestLaws:

@@ -15,7 +15,9 @@ from torch.overrides import TorchFunctionMode
 import diversevit_fast as dvf
 from diversevit_fast import UnsupportedError
 from diversevit_fast.ops import reference
-from diversevit_fast.ops.attention_qkvpacked import taken_apart
+from diversevit_fast.ops.attention_qkvpacked import split_qkv
+from diversevit_kernels.common.contracts import AttentionDoubleBackward
+from diversevit_kernels.cpu import attention as cpu
 from tests.helpers.attention_cases import CASES, as_function, differentiable, operands
 from tests.helpers.eager import softmax_attention
 from tests.helpers.versions import compiles_losses
@@ -47,10 +49,6 @@ def _attention(name: str) -> tuple[Function, Function, tuple[Tensor, ...]]:
     return ours, plain, differentiable(*tensors)
 
 
-def _apart(qkv: Tensor) -> tuple[Tensor, ...]:
-    return qkv.permute(2, 0, 3, 1, 4).unbind()
-
-
 ATTENTION = {
     f"attention {name}": _attention(name)
     for name in CASES
@@ -58,8 +56,8 @@ ATTENTION = {
 }
 OPERATORS: dict[str, tuple[Function, Function, tuple[Tensor, ...]]] = ATTENTION | {
     "attention of a projection": (
-        lambda qkv: dvf.attention(*taken_apart(qkv)),
-        lambda qkv: reference.attention(*_apart(qkv)),
+        dvf.attention_qkvpacked,
+        lambda qkv: reference.attention(*split_qkv(qkv)).transpose(1, 2),
         (_numbers(1, 3, 3, 2, 2),),
     ),
     "layer_norm": (
@@ -367,7 +365,7 @@ def test_a_backend_that_changes_between_forward_and_backward(operator):
 )
 def test_nothing_of_the_reference_is_in_a_hessian_vector_product(f, monkeypatch):
     """O(N) memory: (52) alone takes the plain formula."""
-    monkeypatch.setattr(reference, "attention_forward", None)
+    monkeypatch.setattr(reference, "attention", None)
     inputs = operands(CASES["plain"])[:3] if f is dvf.attention else (_numbers(1, 3, 3, 2, 2),)
     WAYS["hvp"](f, inputs)
     WAYS["derivative_of_jvp"](f, inputs)
@@ -485,7 +483,7 @@ def test_the_modules():
 
 
 def test_a_derivative_in_a_mask_of_one_that_was_not():
-    """The first in the queries alone: what d1 was not asked for, d2 may be."""
+    """The first in the queries alone: what the backward was not asked for, the double backward may be."""
     q, k, v, mask, _ = operands(CASES["additive-full"])
 
     def mixed(attend: Function) -> Tensor:
@@ -520,25 +518,24 @@ def test_inside_a_compiled_loss():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_a_gpu_keeps_belongs_to_its_cotangent(packed, monkeypatch):
-    """d1's dq goes with the ``do`` that it was made of, and with no other."""
+    """The backward's dq goes with the ``do`` that it was made of, and with no other."""
     module = importlib.import_module(
         "diversevit_fast.ops." + ("attention_qkvpacked" if packed else "attention")
     )
-    seen, launch = [], module.launch
+    seen, double_backward = [], cpu.attention_double_backward
 
-    def spy(stage: str, rung: str, *args: Any, **options: Any) -> Any:
-        if rung == "double_backward":
-            seen.append(args[7])
-        return launch(stage, rung, *args, **options)
+    def spy(inputs: AttentionDoubleBackward, **options: Any) -> Any:
+        seen.append(inputs.dq)
+        return double_backward(inputs, **options)
 
-    monkeypatch.setattr(module, "launch", spy)
+    monkeypatch.setattr(cpu, "attention_double_backward", spy)
     q, k, v = _leaves(operands(CASES["plain"])[:3])
     x = (torch.stack([q, k, v]).permute(1, 3, 0, 2, 4),) if packed else (q, k, v, None)
-    o, *kept = module._d0(*x, False, 0.5)
+    o, *kept = module._forward(*x, False, 0.5)
     do, dq = torch.ones_like(o), torch.zeros_like(x[0])
     directions = (torch.ones_like(x[0]).requires_grad_(), *((None,) * (0 if packed else 3)))
     flags = (False, 0.5) if packed else (False, 0.5, False)
-    results = module._d2(*x, o.detach(), *kept, do, dq, *directions, *flags)
+    results = module._double_backward(*x, o.detach(), *kept, do, dq, *directions, *flags)
     given = seen.pop()
     grad(results[0].sum(), directions[0], retain_graph=True)  # (50), with do
     again = seen.pop()

@@ -17,7 +17,9 @@ import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
 from diversevit_fast.testing import assert_within_budget
-from diversevit_kernels.cpu.layer_norm import blocked as cpu
+from diversevit_kernels.common.contracts import LayerNormBackward, LayerNormDoubleBackward
+from diversevit_kernels.cpu.layer_norm import blocked
+from diversevit_kernels.cpu.layer_norm import dispatch as cpu
 from diversevit_kernels.cpu.layer_norm import native as layer_norm_native
 from tests.helpers.second_order import TAILS, WAYS
 
@@ -100,7 +102,7 @@ def case(request):
 @pytest.fixture
 def chunks_only(monkeypatch):
     """Nothing of LayerNorm runs in C++."""
-    monkeypatch.setattr(layer_norm_native, "runs", lambda x: False)
+    monkeypatch.setattr(layer_norm_native, "supports", lambda x: False)
 
 
 @pytest.fixture(params=["native", "one-chunk", "small-chunks"])
@@ -109,7 +111,7 @@ def chunk(request, monkeypatch):
     if request.param != "native":
         request.getfixturevalue("chunks_only")
     if request.param == "small-chunks":
-        monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 9)
+        monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 9)
 
 
 def test_first_and_second_derivative(case, chunk):
@@ -164,12 +166,14 @@ def cotangents(case, x, w, b, seed=1):
     )
 
 
-def rungs(kernels, case, x, w, b, given):
-    """Every result of the three rungs, in order; ``x`` is dense, its layout is applied here."""
+def all_orders(kernels, case, x, w, b, given):
+    """Every result of the three orders, in order; ``x`` is dense, its layout is applied here."""
     x, (dy, *dd), asked = LAYOUTS[case.layout](x), given, (w is not None, b is not None)
     y, mean, rstd = kernels.layer_norm_forward(x, w, b, case.axes, case.eps)
-    first = kernels.layer_norm_backward(x, w, mean, rstd, dy, case.axes, *asked)
-    second = kernels.layer_norm_double_backward(x, w, mean, rstd, dy, *dd, case.axes, asked[0])
+    first = kernels.layer_norm_backward(LayerNormBackward(x, w, mean, rstd, dy, case.axes, *asked))
+    second = kernels.layer_norm_double_backward(
+        LayerNormDoubleBackward(x, w, mean, rstd, dy, *dd, case.axes, asked[0])
+    )
     statistics = torch.stack([mean, 1 / rstd])  # one scale for both: a mean alone may be 0
     return [y, statistics, *first, *second]
 
@@ -180,14 +184,14 @@ def longest_sum(case, dtype):
     return torch.Size(case.shape).numel() // width + width if dtype == torch.float32 else 1
 
 
-def check_rungs(case, dtype, kernels=cpu, seed=0):
+def check_orders(case, dtype, kernels=cpu, seed=0):
     tensors = operands(case, dtype, seed)
     given = cotangents(case, *tensors)
     wide = [[t if t is None else t.double() for t in group] for group in (tensors, given)]
-    exact = rungs(reference, case, *wide[0], wide[1])
-    plain = rungs(reference, case, *tensors, given)
+    exact = all_orders(reference, case, *wide[0], wide[1])
+    plain = all_orders(reference, case, *tensors, given)
     with poisoned_memory():
-        actual = rungs(kernels, case, *tensors, given)
+        actual = all_orders(kernels, case, *tensors, given)
     for ours, eager, truth in zip(actual, plain, exact, strict=True):
         assert (ours is None) == (eager is None) == (truth is None)
         if truth is not None:
@@ -197,15 +201,15 @@ def check_rungs(case, dtype, kernels=cpu, seed=0):
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - CANCELLING))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rungs_within_budget(name, dtype, chunk):
-    check_rungs(CASES[name], dtype)
+def test_every_order_within_budget(name, dtype, chunk):
+    check_orders(CASES[name], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_within_budget_on_lesser_processors(dtype, lesser_processor):
     assert lesser_processor("layer_norm")
     for shape in ((3, 47, 129), (2, 24, 16)):
-        check_rungs(Case(shape=shape), dtype)
+        check_orders(Case(shape=shape), dtype)
 
 
 def test_same_bits_on_any_threads():
@@ -214,7 +218,7 @@ def test_same_bits_on_any_threads():
     try:
         for threads in (1, 2, 64):
             torch.set_num_threads(threads)
-            found.append(rungs(cpu, case, *tensors, cotangents(case, *tensors)))
+            found.append(all_orders(cpu, case, *tensors, cotangents(case, *tensors)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -236,13 +240,13 @@ def test_one_feature_has_no_gradient(dtype):
 @pytest.mark.parametrize("name", COTANGENTS)
 def test_any_subset_of_cotangents(name, parameters, chunk):
     """Also where no parameter is there to have one: ``ddw`` alone is then no cotangent at all."""
-    check_rungs(COTANGENTS[name]._replace(parameters=parameters), torch.float32)
+    check_orders(COTANGENTS[name]._replace(parameters=parameters), torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(2, 197, 384), (1, 577, 129)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_vit_sizes_within_budget(shape, dtype):
-    check_rungs(Case(shape=shape), dtype)
+    check_orders(Case(shape=shape), dtype)
 
 
 @st.composite
@@ -270,9 +274,9 @@ def any_case(draw):
 def test_any_shape_within_budget(case, dtype, seed, chunk):
     with pytest.MonkeyPatch.context() as patch:
         if chunk:
-            patch.setattr(layer_norm_native, "runs", lambda x: False)
-            patch.setattr(cpu, "CHUNK_ELEMENTS", chunk)
-        check_rungs(case, dtype, seed=seed)
+            patch.setattr(layer_norm_native, "supports", lambda x: False)
+            patch.setattr(blocked, "CHUNK_ELEMENTS", chunk)
+        check_orders(case, dtype, seed=seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -282,7 +286,7 @@ def test_no_worse_than_eager_pytorch(dtype):
     low = operands(case, dtype)
     wide = [t.double() for t in low]
 
-    def ladder(norm, tensors):
+    def to_second_order(norm, tensors):
         f = as_function(case, norm)
         inputs = [t.detach().requires_grad_() for t in tensors]
         dy, a = (t.to(tensors[0].dtype) for t in cotangents(case, *low)[:2])
@@ -290,9 +294,9 @@ def test_no_worse_than_eager_pytorch(dtype):
         first = torch.autograd.grad(y, inputs, dy, create_graph=True)
         return [y, *first, *torch.autograd.grad(first[0], inputs[:2], a)]
 
-    exact = ladder(F.layer_norm, wide)
+    exact = to_second_order(F.layer_norm, wide)
     for ours, eager, truth in zip(
-        ladder(dvf.layer_norm, low), ladder(F.layer_norm, low), exact, strict=True
+        to_second_order(dvf.layer_norm, low), to_second_order(F.layer_norm, low), exact, strict=True
     ):
         assert ours.dtype == eager.dtype
         assert_within_budget(
@@ -301,10 +305,10 @@ def test_no_worse_than_eager_pytorch(dtype):
 
 
 def test_runs_give_the_same_bits(monkeypatch):
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 100)
     case = Case(shape=(3, 65, 16))
     tensors = operands(case, torch.float32)
-    one, two = (rungs(cpu, case, *tensors, cotangents(case, *tensors)) for _ in range(2))
+    one, two = (all_orders(cpu, case, *tensors, cotangents(case, *tensors)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -316,19 +320,18 @@ class Sabotaged:
     def __init__(self, mistake):
         self.mistake = mistake
 
-    def layer_norm_backward(self, x, w, mean, rstd, dy, *rest):
-        dx, dw, db = cpu.layer_norm_backward(x, w, mean, rstd, dy, *rest)
+    def layer_norm_backward(self, inputs):
+        dx, dw, db = cpu.layer_norm_backward(inputs)
         if self.mistake == "unwritten row":
             dx.flatten(0, -2)[-1] = torch.nan
         if self.mistake == "last row left out of dw":
-            dw = cpu.layer_norm_backward(
-                *(t[:-1] if t is not None and t.ndim > 1 else t for t in (x, w, mean, rstd, dy)),
-                *rest,
-            )[1]
+            shorter = (t[:-1] if t is not None and t.ndim > 1 else t for t in inputs[:5])
+            dw = cpu.layer_norm_backward(LayerNormBackward(*shorter, *inputs[5:]))[1]
         return dx, dw, db
 
-    def layer_norm_double_backward(self, x, w, mean, rstd, dy, a, ddw, ddb, axes, weight_grad):
+    def layer_norm_double_backward(self, inputs):
         """The formulas again, one term at a time left out."""
+        x, w, mean, rstd, dy, a, ddw, ddb, _, _ = inputs
         xh, r = (x - mean[..., None]) * rstd[..., None], rstd[..., None]
 
         def mean_of(z, unless):
@@ -352,18 +355,18 @@ TERMS = ["mean(a)", "mean(a xh)", "c2", "a2", "mean(h)", "mean(h xh)", "q"]
 @pytest.mark.parametrize("mistake", MISTAKES + TERMS)
 def test_the_oracle_bites(mistake):
     case = Case(shape=(2, 17, 24))
-    check_rungs(case, torch.float32, kernels=Sabotaged("none"))
+    check_orders(case, torch.float32, kernels=Sabotaged("none"))
     with pytest.raises(AssertionError):
-        check_rungs(case, torch.float32, kernels=Sabotaged(mistake))
+        check_orders(case, torch.float32, kernels=Sabotaged(mistake))
 
 
 def test_the_oracle_sees_a_chunk_the_loop_forgot(monkeypatch, chunks_only):
-    case, chunks = Case(shape=(2, 17, 24)), cpu._chunks
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 100)
-    check_rungs(case, torch.float32)
-    monkeypatch.setattr(cpu, "_chunks", lambda *sizes: list(chunks(*sizes))[:-1])
+    case, chunks = Case(shape=(2, 17, 24)), blocked._chunks
+    monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 100)
+    check_orders(case, torch.float32)
+    monkeypatch.setattr(blocked, "_chunks", lambda *sizes: list(chunks(*sizes))[:-1])
     with pytest.raises(AssertionError, match="non-finite"):
-        check_rungs(case, torch.float32)
+        check_orders(case, torch.float32)
 
 
 class TestLaws:
@@ -433,13 +436,13 @@ def test_double_backward_makes_two_large_tensors(native, monkeypatch, request):
     """Its results; everything else is the size of a chunk."""
     if not native:
         request.getfixturevalue("chunks_only")
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 256)
+    monkeypatch.setattr(blocked, "CHUNK_ELEMENTS", 256)
     case = Case(shape=(8, 32, 16))
     x, w, b = operands(case, torch.float32)
     dy, *dd = cotangents(case, x, w, b)
     _, mean, rstd = cpu.layer_norm_forward(x, w, b, 1, 1e-5)
     with _NewStorages(x, w, mean, rstd, dy, *dd) as new:
-        cpu.layer_norm_double_backward(x, w, mean, rstd, dy, *dd, 1, True)
+        cpu.layer_norm_double_backward(LayerNormDoubleBackward(x, w, mean, rstd, dy, *dd, 1, True))
     sizes = sorted(s.nbytes() for s in new.kept)
     assert sizes[-2:] == [4 * x.numel()] * 2
     assert sizes[-3] <= 4 * 256 * torch.get_num_threads()

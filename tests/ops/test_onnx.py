@@ -235,6 +235,7 @@ def test_inductor_finds_no_decomposition_of_our_operators():
     assert torch._decomp.get_decompositions(list(DECOMPOSITIONS)) == {}
 
 
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # PyTorch 2.10's
 @pytest.mark.parametrize("name", ["DiverseViT", "boolean mask", "grouped heads, mask", *PENALTIES])
 def test_an_exported_program_holds_our_operators_and_can_be_translated(name, tmp_path):
     make, inputs = EVERYTHING[name]

@@ -1,6 +1,7 @@
 """Attention in the regimes people train in: saturated softmax, rows masked by finite numbers, trained weights."""
 
 import contextlib
+import importlib
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoubleBackward
 from tests.helpers.regimes import (
     MASKED,
     Problem,
@@ -86,7 +88,8 @@ def test_a_probability_that_is_not_normalised_is_seen(dropped, monkeypatch):
         rounded = (s - lse).exp()
         return (rounded if dropped == "own sum" else p * (1 + 2e-6)), right(s)[1]
 
-    monkeypatch.setattr(reference, "softmax_statistics", unnormalised)
+    module = importlib.import_module("diversevit_fast.ops.reference.attention")
+    monkeypatch.setattr(module, "softmax_statistics", unnormalised)
     ratios = errors_over_eager(_by_formula, problems(torch.float32, 100, False))
     with pytest.raises(AssertionError):
         assert_as_exact_as_eager(ratios, 1.3, 2)
@@ -114,13 +117,15 @@ class _Slope(torch.autograd.Function):
     def forward(ctx, q, k, v, do):
         ctx.save_for_backward(q, k, v, do)
         scale = q.shape[-1] ** -0.5
-        return reference.attention_backward(q, k, v, None, do, do, do, False, scale, False)[:3]
+        return reference.attention_backward(
+            AttentionBackward(q, k, v, None, do, do, do, False, scale, False)
+        )[:3]
 
     @staticmethod
     def backward(ctx, *dd):
         q, k, v, do = ctx.saved_tensors
         given = (q, k, v, None, do, do, do, None, *dd, None, False, q.shape[-1] ** -0.5, False)
-        return reference.attention_double_backward(*given)[:4]
+        return reference.attention_double_backward(AttentionDoubleBackward(*given))[:4]
 
 
 def _by_formula(q, k, v):

@@ -16,8 +16,12 @@ import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.ops import reference
 from diversevit_fast.testing import assert_within_budget
-from diversevit_kernels.cpu.head_penalty import cosine
-from diversevit_kernels.cpu.head_penalty import routed as cpu
+from diversevit_kernels.common.contracts import (
+    RoutedHeadPenaltyBackward,
+    RoutedHeadPenaltyDoubleBackward,
+)
+from diversevit_kernels.cpu.head_penalty import cosine, routed_blocked
+from diversevit_kernels.cpu.head_penalty import routed_dispatch as cpu
 from diversevit_kernels.cpu.head_penalty import routed_native as routed_head_penalty_native
 from tests.helpers.second_order import TAILS, WAYS
 
@@ -107,7 +111,7 @@ def kind(request):
 @pytest.fixture
 def tiles_only(monkeypatch):
     """Nothing of the routed penalty runs in C++."""
-    monkeypatch.setattr(routed_head_penalty_native, "runs", lambda r, w: False)
+    monkeypatch.setattr(routed_head_penalty_native, "supports", lambda r, w: False)
 
 
 @pytest.fixture(params=["native", "one-tile", "small-tiles"])
@@ -172,20 +176,22 @@ def cotangents(r, w, cosines, seed=1):
     return [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in likes]
 
 
-def rungs(kernels, case, inputs, kind, present=(True, True)):
-    """All results of the three rungs, in order; ``present``: which cotangents of the backward are."""
+def all_orders(kernels, case, inputs, kind, present=(True, True)):
+    """All results of the three orders, in order; ``present``: which cotangents of the backward are."""
     kind = options(case, kind)
     penalty, cosines, norms = kernels.routed_head_penalty_forward(*inputs, *kind)
     dp, dc, *dd = cotangents(*inputs, cosines)
     given = (*inputs, cosines, norms, dp, dc)
-    first = kernels.routed_head_penalty_backward(*given, *kind)
+    first = kernels.routed_head_penalty_backward(RoutedHeadPenaltyBackward(*given, *kind))
     dd = [x if there else None for x, there in zip(dd, present, strict=True)]
-    second = kernels.routed_head_penalty_double_backward(*given, *dd, *kind)
+    second = kernels.routed_head_penalty_double_backward(
+        RoutedHeadPenaltyDoubleBackward(*given, *dd, *kind)
+    )
     return [penalty, cosines, norms, *first, *second]
 
 
 def scales(case, inputs, kind, present):
-    """Of each result of ``rungs``, the largest sum of absolute terms: what is rounded if they cancel.
+    """Of each result of ``all_orders``, the largest sum of absolute terms: what is rounded if they cancel.
 
     |u_h| is at most the norm of the absolute products; derivatives as in ``test_head_penalty``.
     """
@@ -213,13 +219,13 @@ def scales(case, inputs, kind, present):
     return [*top, du * d_r, du * d_w, g_r, g_w, g_c, g_c]
 
 
-def check_rungs(case, dtype, kind, kernels=cpu, seed=0, present=(True, True)):
+def check_orders(case, dtype, kind, kernels=cpu, seed=0, present=(True, True)):
     inputs = operands(case, dtype, seed)
     exact_inputs = [x.double() for x in inputs]
-    exact = rungs(reference, case, exact_inputs, kind, present)
-    eager = rungs(reference, case, inputs, kind, present)
+    exact = all_orders(reference, case, exact_inputs, kind, present)
+    eager = all_orders(reference, case, inputs, kind, present)
     with poisoned():
-        actual = rungs(kernels, case, inputs, kind, present)
+        actual = all_orders(kernels, case, inputs, kind, present)
     # rounding errors of sums over heads, tokens, channels and head widths, all in float32
     terms = case.H + case.B * case.N + case.D + 3 * case.d
     for ours, plain, truth, scale in zip(
@@ -237,19 +243,19 @@ def check_rungs(case, dtype, kind, kernels=cpu, seed=0, present=(True, True)):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rungs_within_budget(case, dtype, kind, tile):
-    check_rungs(case, dtype, kind)
+def test_every_order_within_budget(case, dtype, kind, tile):
+    check_orders(case, dtype, kind)
 
 
 @pytest.mark.parametrize("present", [(True, False), (False, True)], ids=["dr", "dW"])
-def test_rungs_without_a_cotangent(present, kind, tile):
-    check_rungs(CASES["plain"], torch.float32, kind, present=present)
+def test_every_order_without_a_cotangent(present, kind, tile):
+    check_orders(CASES["plain"], torch.float32, kind, present=present)
 
 
 @pytest.mark.parametrize("N", [197, 577])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_vit_sizes_within_budget(N, dtype, kind):
-    check_rungs(Case(B=1, H=4, N=N, d=16, D=64), dtype, kind)
+    check_orders(Case(B=1, H=4, N=N, d=16, D=64), dtype, kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -260,12 +266,12 @@ def test_within_budget_on_lesser_processors(dtype, kind, lesser_processor):
         CASES["twelve-heads"],
         CASES["wider-than-model"],
     ):
-        check_rungs(case, dtype, kind)
+        check_orders(case, dtype, kind)
 
 
 def test_many_chunks_and_blocks(kind):
     """Tokens that fill blocks of several chunks, none of them wholly."""
-    check_rungs(Case(B=3, H=6, N=601, d=8, D=384), torch.float32, kind)
+    check_orders(Case(B=3, H=6, N=601, d=8, D=384), torch.float32, kind)
 
 
 def test_same_bits_on_any_threads(kind):
@@ -274,14 +280,14 @@ def test_same_bits_on_any_threads(kind):
     try:
         for threads in (1, 2, 64):
             torch.set_num_threads(threads)
-            found.append(rungs(cpu, case, inputs, kind)[:5])
+            found.append(all_orders(cpu, case, inputs, kind)[:5])
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_rungs_of_the_reference_are_the_derivatives_of_the_definition(case, kind):
+def test_every_order_of_the_reference_are_the_derivatives_of_the_definition(case, kind):
     """The explicit formulas (42)-(45) against float64 autograd of (40)-(41)."""
     inputs, values = [x.requires_grad_() for x in operands(case)], options(case, kind)
     penalty, cosines = reference.routed_head_penalty(*inputs, *values)
@@ -292,8 +298,13 @@ def test_rungs_of_the_reference_are_the_derivatives_of_the_definition(case, kind
     with torch.no_grad():
         norms = reference.routed_head_penalty_forward(*inputs, *values)[2]
         saved = (*inputs, cosines, norms, *given)
-        torch.testing.assert_close(reference.routed_head_penalty_backward(*saved, *values), first)
-        *ours, gdc = reference.routed_head_penalty_double_backward(*saved, *dd, *values)
+        torch.testing.assert_close(
+            reference.routed_head_penalty_backward(RoutedHeadPenaltyBackward(*saved, *values)),
+            first,
+        )
+        *ours, gdc = reference.routed_head_penalty_double_backward(
+            RoutedHeadPenaltyDoubleBackward(*saved, *dd, *values)
+        )
     torch.testing.assert_close(tuple(ours), second[:3])
     torch.testing.assert_close(2 * gdc, second[3] + second[3].mT)  # C is symmetric
 
@@ -323,12 +334,12 @@ def any_case(draw):
 def test_any_shape_within_budget(case, dtype, kind, seed, elements):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cosine, "TILE_ELEMENTS", elements)
-        check_rungs(case, dtype, kind, seed=seed)
+        check_orders(case, dtype, kind, seed=seed)
 
 
 def test_runs_give_the_same_bits(kind):
     case = Case(B=3, H=4, N=65, d=8, D=16)
-    results = (rungs(cpu, case, operands(case, torch.float32), kind) for _ in range(2))
+    results = (all_orders(cpu, case, operands(case, torch.float32), kind) for _ in range(2))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 
@@ -361,12 +372,12 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("kernels", [cpu, reference], ids=["cpu", "reference"])
 def test_the_routed_gradients_never_exist(kernels, kind, monkeypatch):
-    """No rung of the CPU kernels makes a quarter of [B, H, N, D]; the reference shows we would see it."""
+    """No order of the CPU kernels makes a quarter of [B, H, N, D]; the reference shows we would see it."""
     monkeypatch.setattr(cosine, "TILE_ELEMENTS", 4096)
     case = Case(B=4, H=4, N=50, d=2, D=64)
     inputs = operands(case, torch.float32)
     with LargestTensor() as seen:
-        rungs(kernels, case, inputs, kind)
+        all_orders(kernels, case, inputs, kind)
     routed = case.B * case.H * case.N * case.D
     assert (seen.elements < routed / 4) == (kernels is cpu)
 
@@ -404,10 +415,8 @@ def _skipping_last_token(store):
 
 
 def _without(name, double_backward):
-    def sabotaged(*args):
-        args = list(args)
-        args[{"ddgrad_qkv": 6, "ddweight": 7}[name]] = None
-        return double_backward(*args)
+    def sabotaged(inputs):
+        return double_backward(inputs._replace(**{name: None}))
 
     return sabotaged
 
@@ -420,7 +429,11 @@ MISTAKES = {
     "missing tile": (cosine.Grouping, "blocks", _without_last(cosine.Grouping.blocks)),
     "diagonal of M dropped": (cosine, "_slope", _off_diagonal_only(cosine._slope)),
     "M_dot dropped": (cosine, "_curvature", _without_m_dot(cosine._curvature)),
-    "unwritten token": (cpu._Router, "store", _skipping_last_token(cpu._Router.store)),
+    "unwritten token": (
+        routed_blocked._Router,
+        "store",
+        _skipping_last_token(routed_blocked._Router.store),
+    ),
     "pairs divided by H^2": (
         *(cosine.Grouping, "weight"),
         property(lambda g: 1 / (g.H**2 * g.B * (g.N if g.by_token else 1))),
@@ -440,10 +453,10 @@ MISTAKES = {
 def test_the_oracle_bites(mistake, dtype, monkeypatch, tiles_only):
     case, kind = Case(B=2, H=4, N=9, d=4, D=8), ("token", "pairs")
     monkeypatch.setattr(cosine, "TILE_ELEMENTS", 128)
-    check_rungs(case, dtype, kind)
+    check_orders(case, dtype, kind)
     monkeypatch.setattr(*MISTAKES[mistake])
     with pytest.raises(AssertionError, match=r"exceeds budget|non-finite"):
-        check_rungs(case, dtype, kind)
+        check_orders(case, dtype, kind)
 
 
 class TinyAttention(torch.nn.Module):

@@ -116,7 +116,7 @@ class TestEvery:
         assert diversity.step == 3
 
     def test_the_zero_is_not_for_free(self):
-        """Mistakes are errors in left-out steps too, and before the first step."""
+        """Wrong arguments raise in left-out steps and before the first step too."""
         model = diverse_vit()
         images = images_for(model, 4)
         logits = model(images)

@@ -25,6 +25,7 @@ from tests.helpers.vits import (
     timm_vit,
 )
 
+backends = importlib.import_module("diversevit_fast.ops.backends")
 attention_ops = importlib.import_module("diversevit_fast.ops.attention")
 packed_ops = importlib.import_module("diversevit_fast.ops.attention_qkvpacked")
 gelu_ops = importlib.import_module("diversevit_fast.ops.gelu")
@@ -40,6 +41,25 @@ def draw(monkeypatch, chosen, batch=4):
     rest = [i for i in reversed(range(batch)) if i not in chosen]
     order = torch.tensor([*chosen, *rest])
     monkeypatch.setattr(torch, "randperm", lambda n, **_: order)
+
+
+def watched_kernels(note):
+    """``backends.kernels``, of whose functions ``note`` is told the name and first tensor of every call."""
+
+    class Watched:
+        def __init__(self, module):
+            self.module = module
+
+        def __getattr__(self, name):
+            function = getattr(self.module, name)
+
+            def run(first, *args, **options):
+                note(name, first if isinstance(first, torch.Tensor) else first[0])
+                return function(first, *args, **options)
+
+            return run
+
+    return lambda protocol, x: Watched(backends.kernels(protocol, x))
 
 
 OPTIONS = [
@@ -93,21 +113,20 @@ class TestFraction:
 
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
     def test_second_order_runs_on_the_drawn_samples_only(self, model, options, monkeypatch):
-        batches = {"forward": [], "backward": [], "double_backward": [], "packed": []}
-        launch = attention_ops.launch
+        batches = {"forward": [], "backward": [], "double_backward": []}
 
-        def spy(operator, order, *args, **options):
-            batches[order].append(len(args[0]))
-            return launch(operator, order, *args, **options)
+        def note(name, x):
+            if name.endswith("ward"):
+                batches[name.removeprefix("attention_")].append(len(x))
 
         for ops in (attention_ops, packed_ops):
-            monkeypatch.setattr(ops, "launch", spy)
+            monkeypatch.setattr(ops, "kernels", watched_kernels(note))
         _, penalty = step(
             model, dvf.HeadDiversity(model, fraction=0.25, **options), images_for(model, 4)
         )
         assert set(batches["backward"]) <= {1}
-        for order in batches.values():
-            order.clear()
+        for seen in batches.values():
+            seen.clear()
         gradients(model, penalty)
         assert set(batches["double_backward"]) <= {1}
         # a last layer's own outputs are linear in nothing below: wrt="output" has no double backward
@@ -121,14 +140,13 @@ class TestFraction:
 
     def test_the_class_token_shortcut_stays(self, monkeypatch):
         seen = {"attention": [], "gelu": []}
-        launch = attention_ops.launch
 
-        def spy(operator, order, x, *args, **options):
-            seen[operator].append((len(x), x.shape[-2]))
-            return launch(operator, order, x, *args, **options)
+        def note(name, x):
+            if name.endswith("_forward"):
+                seen[name.removesuffix("_forward")].append((len(x), x.shape[-2]))
 
         for ops in (attention_ops, packed_ops, gelu_ops):
-            monkeypatch.setattr(ops, "launch", spy)
+            monkeypatch.setattr(ops, "kernels", watched_kernels(note))
         for model, expect in (
             (diverse_vit(depth=2), [(4, 9), (1, 1), (3, 1)]),
             (timm_vit(depth=2), [(1, 1)]),  # its own below the last block and on the rest
@@ -241,7 +259,7 @@ class TestFraction:
 
 
 class TestFractionStaysExact:
-    """Whatever happens between the blocks, the split gives the same numbers."""
+    """The split gives the same numbers whatever the model does between its blocks."""
 
     def check(self, model, monkeypatch, images=None, around=None, **options):
         images = images_for(model, 4) if images is None else images
@@ -333,7 +351,7 @@ class Flat(nn.Module):
 
 
 class Mixing(Flat):
-    """Every way of calling a block that the split cannot follow."""
+    """Calls a block in the ways that the split cannot follow."""
 
     def __init__(self, how):
         super().__init__()

@@ -1,4 +1,4 @@
-"""HeadDiversity is the published penalty, and everything it touches is as it was afterwards."""
+"""HeadDiversity equals the published penalty and leaves the model as it was."""
 
 import copy
 import pickle
@@ -183,6 +183,25 @@ class TestNothingIsLeftBehind:
                 logits = model(images)
             values.append(diversity.penalty(logits).item())
         assert values[0] == values[1] == values[2]
+
+
+def test_batches_are_checked_before_the_gradient(monkeypatch):
+    """The gradient is expensive, and the error needs none of it."""
+
+    def no_gradient(*args):
+        raise AssertionError("a gradient was taken")
+
+    model = diverse_vit()
+    diversity = dvf.HeadDiversity(model)
+    monkeypatch.setattr("diversevit_fast.penalty.head_diversity.head_gradients", no_gradient)
+    for count, error, words in (
+        (2, UsageError, "a row for each of the 3 samples"),
+        (3, AssertionError, "a gradient was taken"),
+    ):
+        with diversity:
+            logits = model(images_for(model))
+        with pytest.raises(error, match=words):
+            diversity.penalty(logits[:count])
 
 
 def test_training_loop_lowers_the_penalty():
@@ -390,7 +409,7 @@ class TestBadLogits:
         self.fails(logits, r"target: expected a callable returning \[3\]", diversity)
 
     def test_attention_that_calls_no_kernel(self):
-        """A module that multiplies by itself is refused, not called regularised; timm's can do both."""
+        """A module that computes attention by itself is refused; timm's can use either way."""
         model = timm_vit()
         images = images_for(model)
         expect = regularised(model, images)[1]

@@ -1,4 +1,4 @@
-"""Tests of the compile report: toy kernels with known faults are recorded, compiled and read as all are."""
+"""The compile report: toy kernels with known faults, through the same recording, compiling and reading."""
 
 import dataclasses
 import inspect
@@ -14,11 +14,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from diversevit_kernels.triton.runtime import configurations, launch  # noqa: E402
+from diversevit_kernels.triton.runtime import launch, plan  # noqa: E402
 from tools.kernel_analysis import cases, compile_report, compiling, machine_code  # noqa: E402
 from tools.kernel_analysis.chips import CHIPS, resident  # noqa: E402
 from tools.kernel_analysis.compiling import HostCall  # noqa: E402
-from tools.kernel_analysis.operators import folder  # noqa: E402
+from tools.kernel_analysis.operators import folder, with_flat_arguments  # noqa: E402, with_flat_arguments
 
 
 @triton.jit
@@ -60,40 +60,47 @@ def _refused(x_ptr, BN: tl.constexpr):
     tl.static_assert(BN == 0, "on purpose")
 
 
-@pytest.fixture(autouse=True)
-def table(monkeypatch):
-    """Launch configurations of the toys; ``large`` and ``fat`` name the faulty ones."""
-    row = configurations._row
-    rows = (
-        row("product", warps=4, stages=3, M=64, BK=64),
-        row("large", warps=8, stages=3, M=256, BK=64),
-        row("columns", warps=4, stages=1, M=16, BN=64),
-        row("fat", warps=1, stages=1, M=64, BN=128),
-        row("nested", warps=1, stages=1, BN=32),
-        row("refused", warps=1, stages=1, BN=32),
+def table(name, **configuration) -> plan.LaunchTable:
+    served = plan.EVERY_CHIP, plan.ANY_SIZE, plan.ANY_WIDTH
+    return plan.LaunchTable(name, plan.row(*served, **configuration))
+
+
+# ``large`` and ``fat`` are the faulty ones
+TABLES = {
+    "product": table("product", warps=4, stages=3, M=64, BK=64),
+    "large": table("large", warps=8, stages=3, M=256, BK=64),
+    "columns": table("columns", warps=4, stages=1, M=16, BN=64),
+    "fat": table("fat", warps=1, stages=1, M=64, BN=128),
+    "nested": table("nested", warps=1, stages=1, BN=32),
+    "refused": table("refused", warps=1, stages=1, BN=32),
+}
+
+
+def run(name, kernel, like, *args, **constants):
+    """Launch one program of a toy."""
+    launch.run_kernel(
+        TABLES[name].plan(plan.target_of(like)), kernel, lambda _: 1, *args, **constants
     )
-    monkeypatch.setattr(configurations, "_TABLE", rows)
-    monkeypatch.setattr(configurations, "_first_row", configurations._first_row.__wrapped__)
 
 
 def product(name="product", dtype=torch.bfloat16, precision="tf32", K=512):
     a, c = (torch.empty(n, K, dtype=dtype, device="meta") for n in (256, 256))
-    launch.launch(name, _product, lambda _: 1, a, 64, a, a, c, K, PRECISION=precision)
+    run(name, _product, a, a, a, c, K, PRECISION=precision)
 
 
 def columns(name="columns", N=512):
     x = torch.empty(64, N, device="meta")
-    launch.launch(name, _columns, lambda _: 1, x, 64, x, x, N)
+    run(name, _columns, x, x, x, N)
 
 
 def nested():
     x = torch.empty(8, 512, device="meta")
-    launch.launch("nested", _nested, lambda _: 1, x, 64, x, x, 8, 512)
+    run("nested", _nested, x, x, x, 8, 512)
 
 
 def refused():
     x = torch.empty(8, device="meta")
-    launch.launch("refused", _refused, lambda _: 1, x, 64, x)
+    run("refused", _refused, x, x)
 
 
 def toy(host, *args, operator="attention", binding=True, **kwargs) -> HostCall:
@@ -398,7 +405,9 @@ def test_calls_fit_the_host_functions(operator, quick):
     some = [call for d in cases.DTYPES for call in cases.host_calls(operator, d, 64, quick)]
     assert {call.order for call in some} == {"forward", "backward", "double_backward"}
     for call in some:
-        signature = inspect.signature(getattr(module, f"{operator}_{call.order}"))
+        signature = inspect.signature(
+            with_flat_arguments(getattr(module, f"{operator}_{call.order}"))
+        )
         call.call(signature.bind)
     names = [str(call) for call in some]
     assert len(names) == len(set(names))

@@ -1,4 +1,4 @@
-"""Tests of the roofline: it counts what it says, and its thresholds bite."""
+"""The cost model counts what it says, and its thresholds bite."""
 
 import copy
 import os

@@ -4,7 +4,7 @@
 ``--operators`` or ``--architectures``, only their rows change) and exits with status 1 if a check fails. Up to
 head width 128, in bfloat16, float16 and float32, on sm_80, sm_90 and sm_100 a kernel must not touch local
 memory inside a loop, must keep its stack within 64 bytes, and must use tensor cores where its source has a
-matrix product; spills that a chip itself preferred (``configurations.SPILLING``) are allowed. Everywhere it
+matrix product; spills that a chip itself preferred (``attention.configs.SPILLING``) are allowed. Everywhere it
 must compile and fit the chip's shared (and tensor) memory. Elsewhere spills are notes, and only head width 64
 in bfloat16 is looked at; float64 nowhere."""
 
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import triton
 
-from diversevit_kernels.triton.runtime.configurations import INTERPRETED, SPILLING
+from diversevit_kernels.triton.attention.configs import SPILLING
+from diversevit_kernels.triton.runtime.device import INTERPRETED
 from tools.kernel_analysis import RESULTS, cases
 from tools.kernel_analysis.chips import CHIPS, resident
 from tools.kernel_analysis.compiling import (

@@ -1,6 +1,6 @@
 """Compile what host functions launch, ahead of time and for chips that are not here.
 
-Host functions run on meta tensors under ``configurations.pretend`` while ``launch.recording`` collects their
+Host functions run on meta tensors under ``device.pretend`` while ``launch.recording`` collects their
 launches, so what is compiled is what is launched: same kernel, same specialisation of arguments, same
 tiles and options. Launches that Triton would compile to the same binary are compiled once.
 """
@@ -17,17 +17,16 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from diversevit_kernels.triton.runtime import configurations, launch
+from diversevit_kernels.triton.runtime import device, launch
 from tools.kernel_analysis.chips import CHIPS
 from tools.kernel_analysis.machine_code import Code, read_amdgcn, read_cubin
-from tools.kernel_analysis.operators import folder
+from tools.kernel_analysis.operators import folder, with_flat_arguments
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,13 @@ class Binary:
 
 
 def host_function(operator: str, order: str) -> Callable[..., Any]:
-    """Return ``<operator>_<order>`` of the Triton backend.
+    """Return ``<operator>_<order>`` of the Triton backend, called with flat arguments.
 
     Raises:
         ModuleNotFoundError, AttributeError: there is none.
     """
     module = importlib.import_module(f"diversevit_kernels.triton.{folder(operator)}")
-    return getattr(module, f"{operator}_{order}")
+    return with_flat_arguments(getattr(module, f"{operator}_{order}"))
 
 
 def record(architecture: str, calls: list[HostCall]) -> tuple[list[Compilation], list[str]]:
@@ -85,7 +84,7 @@ def record(architecture: str, calls: list[HostCall]) -> tuple[list[Compilation],
     wrong: dict[str, list[HostCall]] = {}
     for call in calls:
         try:
-            with configurations.pretend(architecture), launch.recording(run=False) as launches:
+            with device.pretend(architecture), launch.recording(run=False) as launches:
                 call.call(host_function(call.operator, call.order))
             prepared = [_prepare(architecture, one) for one in launches]
         except (ModuleNotFoundError, AttributeError) as error:
@@ -121,9 +120,7 @@ def target_of(architecture: str) -> GPUTarget:
 def _prepare(architecture: str, one: launch.Launch) -> tuple[str, Compilation]:
     """Return a key that tells a launch's binary from others, and the compilation that Triton would do for it."""
     backend = make_backend(target_of(architecture))
-    like = next(_tensors(one.args))
-    with configurations.pretend(architecture):
-        keywords = launch.keywords(one.constants, one.configuration, like) | {"debug": False}
+    keywords = one.keywords | {"debug": False}
     kernel = one.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, rest = bind(*one.args, **keywords)
@@ -133,15 +130,6 @@ def _prepare(architecture: str, one: launch.Launch) -> tuple[str, Compilation]:
     source = ASTSource(kernel, signature, constants, attributes)
     made = Compilation(architecture, one, source, dict(parsed.__dict__))
     return f"{one.name} {source.hash()} {parsed.hash()}", made
-
-
-def _tensors(args: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a launch, those inside its tuples too."""
-    for x in args:
-        if isinstance(x, torch.Tensor):
-            yield x
-        elif isinstance(x, tuple):
-            yield from _tensors(x)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from diversevit_kernels.triton.runtime import configurations, launch
+from diversevit_kernels.triton.runtime import device, launch
 from tools.kernel_analysis.compiling import HostCall, compile_one, fresh_compilers, record
 from tools.kernel_analysis.machine_code import Loop, counts
 from tools.kernel_analysis.operators import OPERATORS, WIDTH, missing, run_orders
@@ -76,7 +76,7 @@ def host_calls(name: str, tokens: int, architecture: str) -> list[HostCall]:
         calls.append(HostCall(name, order, case, "bfloat16", WIDTH, lambda _: run()))
         return run()
 
-    with configurations.pretend(architecture), launch.recording(run=False):
+    with device.pretend(architecture), launch.recording(run=False):
         run_orders(name, OPERATORS[name].values(tokens, torch.bfloat16, "meta"), around)
     return calls
 

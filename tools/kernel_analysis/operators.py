@@ -117,6 +117,19 @@ def missing(name: str) -> str | None:
     return f"{name}: no {absent[0]} in {module}" if absent else None
 
 
+def with_flat_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend's function with the fields of the named tuple that it takes, if it takes one, as arguments."""
+    inputs: Any = next(iter(inspect.signature(function).parameters.values())).annotation
+    if not (isinstance(inputs, type) and issubclass(inputs, tuple)):
+        return function
+
+    def call(*args: Any, **options: Any) -> Any:
+        return function(inputs(*args, **options))
+
+    call.__signature__ = inspect.signature(inputs)  # pyright: ignore[reportFunctionMemberAccess]
+    return call
+
+
 def run_orders(
     name: str, values: dict[str, Any], around: Callable[[str, Callable[[], Any]], Any]
 ) -> None:
@@ -127,7 +140,7 @@ def run_orders(
     """
     operator, module = OPERATORS[name], import_module(f"diversevit_kernels.triton.{folder(name)}")
     for order in ORDERS:
-        function = getattr(module, f"{name}_{order}")
+        function = with_flat_arguments(getattr(module, f"{name}_{order}"))
         wanted = inspect.signature(function).parameters
         absent = [p for p in wanted if p not in values and wanted[p].default is inspect._empty]
         if absent:

@@ -10,10 +10,10 @@ machine, however busy:
 * ``memory``: bytes alive at the peak, above inputs and parameters.
 * ``calls``: operators that do something.
 
-Calls inside our operators count, but not for themselves. What a compiler makes, the C++ kernels of GELU and LayerNorm
-(``cpu.native``) and Inductor's formulas (``cpu.inductor``), counts as one call that reads its arguments and writes its
-results, whether or not this machine has a compiler; C++ kernels with products inside do not run, the path without them
-is counted. What a count cannot see: the time of a call, threads, caches.
+Calls inside our operators count, but not for themselves. A compiled kernel, that is the C++ of GELU and LayerNorm or a
+formula compiled by Inductor, counts as one call that reads its arguments and writes its results, whether or not this
+machine has a compiler. C++ kernels with products inside do not run: the path without them is counted. What a count
+cannot see: the time of a call, threads, caches.
 """
 
 import argparse
@@ -108,7 +108,9 @@ class Counts(TorchDispatchMode):
 
         return call
 
-    def gelu(self, rung: str, form: str, *results: str, **operands: Tensor) -> tuple[Tensor, ...]:
+    def gelu(
+        self, direction: str, form: str, *results: str, **operands: Tensor
+    ) -> tuple[Tensor, ...]:
         """In place of ``gelu_native.call``: zeros."""
         x = operands["x"]
         return self.formula(lambda *_: tuple(torch.zeros_like(x) for _ in results))(
@@ -116,7 +118,7 @@ class Counts(TorchDispatchMode):
         )
 
     def layer_norm(
-        self, rung: str, x: Tensor, axes: int, eps: float = 0.0, **tensors: Tensor | None
+        self, direction: str, x: Tensor, axes: int, eps: float = 0.0, **tensors: Tensor | None
     ) -> None:
         """In place of ``layer_norm_native.call``: results are set to zero."""
         given = {name: t for name, t in tensors.items() if t is not None}
@@ -161,12 +163,22 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
+class _Inside:
+    """A backend's functions, during which a mode is off unless entered again."""
+
+    def __init__(self, kernels: Any, counts: Counts):
+        self._kernels, self._counts = kernels, counts
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return self._counts.inside(getattr(self._kernels, name))
+
+
 @contextmanager
 def counting() -> Iterator[Counts]:
     """Everything that runs inside is counted, our operators' kernels and formulas included."""
-    counts, kernel_of = Counts(), backends._kernel
+    counts, kernels_of = Counts(), backends._kernels
     with (
-        mock.patch.object(backends, "_kernel", lambda *key: counts.inside(kernel_of(*key))),
+        mock.patch.object(backends, "_kernels", lambda *key: _Inside(kernels_of(*key), counts)),
         mock.patch.object(attention_native, "library", return_value=None),
         mock.patch.object(routed_head_penalty_native, "library", return_value=None),
         mock.patch.object(gelu_native, "library", return_value="counted"),

@@ -67,7 +67,7 @@ def count(name: str, tokens: int, architecture: str) -> dict[str, Order]:
     """Run an operator's orders in the interpreter with ``architecture``'s launch configurations."""
     import torch
 
-    from diversevit_kernels.triton.runtime import configurations, launch
+    from diversevit_kernels.triton.runtime import device, launch
     from tools.interpreter.traffic import counting, unique_bytes
     from tools.kernel_analysis.operators import OPERATORS, run_orders
     from tools.kernel_analysis.tensor_traffic import TensorTraffic, bytes_of
@@ -94,7 +94,7 @@ def count(name: str, tokens: int, architecture: str) -> dict[str, Order]:
         )
         return returned
 
-    with configurations.pretend(architecture):
+    with device.pretend(architecture):
         run_orders(name, values, around)
     return orders
 
@@ -177,11 +177,11 @@ def configured(name: str, tokens: int, architecture: str) -> tuple[Any, ...]:
     """Return what ``architecture`` launches, and with which tiles: chips that agree are counted once."""
     import torch
 
-    from diversevit_kernels.triton.runtime import configurations, launch
+    from diversevit_kernels.triton.runtime import device, launch
     from tools.kernel_analysis.operators import OPERATORS, run_orders
 
     values = OPERATORS[name].values(tokens, torch.bfloat16, "meta")
-    with configurations.pretend(architecture), launch.recording(run=False) as launches:
+    with device.pretend(architecture), launch.recording(run=False) as launches:
         run_orders(name, values, lambda _, run: run())
     return tuple((one.name, one.grid, one.configuration.tiles) for one in launches)
 

@@ -4,15 +4,16 @@ Readable first; slow is fine. Any device and dtype, differentiable to any order,
 vouches for it and it vouches for the rest. Numbers are the equations of ``kernels/README.md``.
 
 ``attention``, ``layer_norm`` ... are the definitions. ``X_forward``, ``X_backward`` and ``X_double_backward``
-are the same operator's three derivative orders with the arguments that the kernels take.
+are the same operator's three derivative orders, the functions that every backend has
+(``diversevit_kernels.common.contracts``).
 """
 
 from .attention import (
     attention,
     attention_backward,
     attention_double_backward,
+    attention_empty_qkv,
     attention_forward,
-    attention_packed,
     attention_scores,
     softmax_statistics,
 )
@@ -53,8 +54,8 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_double_backward",
+    "attention_empty_qkv",
     "attention_forward",
-    "attention_packed",
     "attention_scores",
     "by_group",
     "gelu",

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diversevit_kernels.common.contracts import QKV, AttentionBackward, AttentionDoubleBackward
+
 
 def attention_scores(
     q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float
@@ -52,19 +54,10 @@ def attention_forward(
 
 
 def attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    softmax: Tensor,
-    do: Tensor,
-    is_causal: bool,
-    scale: float,
-    mask_grad: bool,
-    into: tuple[Tensor, ...] | None = None,
+    inputs: AttentionBackward, into: QKV | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(3)-(5)  Pull the cotangent ``do`` of the output back to q, k, v (``into``) and an additive mask."""
+    q, k, v, mask, _, _, do, is_causal, scale, mask_grad = inputs
     group = q.shape[1] // k.shape[1]
     p = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))[0].to(q.dtype)
     dp = do @ v.repeat_interleave(group, 1).mT
@@ -75,41 +68,29 @@ def attention_backward(
 
 
 def attention_double_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    softmax: Tensor,
-    do: Tensor,
-    dq: Tensor | None,
-    ddq: Tensor | None,
-    ddk: Tensor | None,
-    ddv: Tensor | None,
-    ddmask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    mask_grad: bool,
-    into: tuple[Tensor, ...] | None = None,
+    inputs: AttentionDoubleBackward, into: QKV | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """(6)-(9)  Pull the cotangents of (5) back to q, k, v (``into``), do and an additive mask."""
+    q, k, v, mask, _, _, do, _, ddq, ddk, ddv, ddmask, is_causal, scale, mask_grad = inputs
     group = q.shape[1] // k.shape[1]
     p = softmax_statistics(attention_scores(q, k, mask, is_causal, scale))[0].to(q.dtype)
-    a, b, c = (torch.zeros_like(x) if g is None else g for x, g in ((q, ddq), (k, ddk), (v, ddv)))
-    k, v, b, c = (x.repeat_interleave(group, 1) for x in (k, v, b, c))
+    given = ((q, ddq), (k, ddk), (v, ddv))
+    ddq, ddk, ddv = (torch.zeros_like(x) if dd is None else dd for x, dd in given)
+    k, v, ddk, ddv = (x.repeat_interleave(group, 1) for x in (k, v, ddk, ddv))
     dp = do @ v.mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    x = scale * (a @ k.mT + q @ b.mT) + (0.0 if ddmask is None else ddmask.to(q.dtype))
-    mean = (p * x).sum(-1, keepdim=True)
-    e = p * (x - mean)
-    r = ds * (x - mean) + p * (do @ c.mT)
-    r = r - p * r.sum(-1, keepdim=True)
-    gk, gv = _sum_groups(scale * (r.mT @ q + ds.mT @ a), group), _sum_groups(e.mT @ do, group)
-    gmask = r.sum_to_size(mask.shape).to(mask.dtype) if mask is not None and mask_grad else None
-    return *_written(into, scale * (r @ k + ds @ b), gk, gv), e @ v + p @ c, gmask
+    dds = scale * (ddq @ k.mT + q @ ddk.mT) + (0.0 if ddmask is None else ddmask.to(q.dtype))
+    eta = (p * dds).sum(-1, keepdim=True)
+    ddp = p * (dds - eta)
+    a = ds * (dds - eta) + p * (do @ ddv.mT)
+    gs = a - p * a.sum(-1, keepdim=True)
+    gk = _sum_groups(scale * (gs.mT @ q + ds.mT @ ddq), group)
+    gv = _sum_groups(ddp.mT @ do, group)
+    gmask = gs.sum_to_size(mask.shape).to(mask.dtype) if mask is not None and mask_grad else None
+    return *_written(into, scale * (gs @ k + ds @ ddk), gk, gv), ddp @ v + p @ ddv, gmask
 
 
-def attention_packed(qkv: Tensor) -> Tensor:
+def attention_empty_qkv(qkv: Tensor) -> Tensor:
     """Uninitialised, dense, like ``qkv`` [B, N, 3, H, d]: what ``into`` may be views of."""
     return qkv.new_empty(qkv.shape)
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from diversevit_kernels.common.contracts import GeluBackward, GeluDoubleBackward
+
 TANH_SCALE = (2 / torch.pi) ** 0.5
 """kappa of (23)."""
 TANH_CUBIC = 0.044715
@@ -32,15 +34,15 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     return gelu(x, approximate)
 
 
-def gelu_backward(x: Tensor, dy: Tensor, approximate: str) -> Tensor:
+def gelu_backward(inputs: GeluBackward) -> Tensor:
     """(26)  ``dx`` = dy y'."""
+    x, dy, approximate = inputs
     return (dy * gelu_derivatives(_wide(x), approximate)[0]).to(x.dtype)
 
 
-def gelu_double_backward(
-    x: Tensor, dy: Tensor, ddx: Tensor, approximate: str
-) -> tuple[Tensor, Tensor]:
+def gelu_double_backward(inputs: GeluDoubleBackward) -> tuple[Tensor, Tensor]:
     """(26)  Pull the cotangent ``ddx`` of dx back: ``gx`` = ddx dy y'', ``gdy`` = ddx y'."""
+    x, dy, ddx, approximate = inputs
     first, second = gelu_derivatives(_wide(x), approximate)
     return (_wide(ddx) * dy * second).to(x.dtype), (ddx * first).to(x.dtype)
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from diversevit_kernels.common.contracts import HeadPenaltyBackward, HeadPenaltyDoubleBackward
+
 
 def by_group(grads: Tensor, granularity: str) -> Tensor:
     """Heads as rows, in float32 at least: [B, H, N, E] -> [B, N, H, E] or, by sample, [B, H, N E]."""
@@ -57,17 +59,9 @@ def _cosine_slope(
     return lam, s, lam / (n[..., None] * n[..., None, :]) - torch.diag_embed(free * s)
 
 
-def head_penalty_backward(
-    grads: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
-) -> Tensor:
+def head_penalty_backward(inputs: HeadPenaltyBackward) -> Tensor:
     """(35)  dG = M G."""
+    grads, cosines, norms, dpenalty, dcosines, granularity, reduction, eps = inputs
     pairs = pair_weights(grads, granularity, reduction)
     _, _, m = _cosine_slope(cosines, norms, pairs, dpenalty, dcosines, eps)
     return _by_head(m @ by_group(grads, granularity), grads)
@@ -91,17 +85,10 @@ def _cosine_curvature(
 
 
 def head_penalty_double_backward(
-    grads: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    ddgrads: Tensor,
-    granularity: str,
-    reduction: str,
-    eps: float,
+    inputs: HeadPenaltyDoubleBackward,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(37), (39)  Pull the cotangent A of dG back to G, dp and dC."""
+    grads, cosines, norms, dpenalty, dcosines, ddgrads, granularity, reduction, eps = inputs
     pairs = pair_weights(grads, granularity, reduction)
     x, a = (by_group(y, granularity) for y in (grads, ddgrads))
     cotangents = (pairs, dpenalty, dcosines, eps)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from diversevit_kernels.common.contracts import LayerNormBackward, LayerNormDoubleBackward
+
 
 def layer_norm(
     x: Tensor,
@@ -30,17 +32,9 @@ def layer_norm_forward(
     return y.to(x.dtype), mean.reshape(lead), rstd.reshape(lead)
 
 
-def layer_norm_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    axes: int,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def layer_norm_backward(inputs: LayerNormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(14)  Pull the cotangent ``dy`` of the output back to x, weight and bias."""
+    x, weight, mean, rstd, dy, axes, weight_grad, bias_grad = inputs
     xh, r, dy_wide = _normalized(x, mean, rstd, dy, axes)
     dx = _layer_norm_jacobian(dy_wide if weight is None else dy_wide * weight, xh, r, axes)
     dw = (dy_wide * xh).sum_to_size(x.shape[x.ndim - axes :]) if weight_grad else None
@@ -51,31 +45,26 @@ def layer_norm_backward(
 
 
 def layer_norm_double_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    ddx: Tensor | None,
-    ddw: Tensor | None,
-    ddb: Tensor | None,
-    axes: int,
-    weight_grad: bool,
+    inputs: LayerNormDoubleBackward,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(15)-(19)  Pull the cotangents of (14) back to x, weight and dy; None if none can reach."""
+    x, weight, mean, rstd, dy, ddx, ddw, ddb, axes, weight_grad = inputs
     over = tuple(range(-axes, 0))
     xh, r, dy = _normalized(x, mean, rstd, dy, axes)
-    a, wc, bc = (torch.zeros_like(x, dtype=r.dtype) if t is None else t for t in (ddx, ddw, ddb))
+    has_ddx, reaches_x = ddx is not None, not (ddx is None and ddw is None)
+    given = (ddx, ddw, ddb)
+    ddx, ddw, ddb = (torch.zeros_like(x, dtype=r.dtype) if t is None else t for t in given)
     w = torch.ones_like(xh) if weight is None else weight
-    s = _layer_norm_jacobian(a, xh, r, axes)
-    a2, c2, q = ((u * v).mean(over, keepdim=True) for u, v in ((a, xh), (w * dy, xh), (w * dy, s)))
-    h = dy * wc - r * (c2 * a + a2 * w * dy)
-    gx = (_layer_norm_jacobian(h, xh, r, axes) - r * q * xh).to(x.dtype)
-    gdy = (w * s + xh * wc + bc).to(x.dtype)
+    ddxh = _layer_norm_jacobian(ddx, xh, r, axes)
+    products = (ddx * xh, w * dy * xh, w * dy * ddxh)
+    alpha1, alpha2, alpha3 = (t.mean(over, keepdim=True) for t in products)
+    gxh = dy * ddw - r * (alpha2 * ddx + alpha1 * w * dy)
+    gx = (_layer_norm_jacobian(gxh, xh, r, axes) - r * alpha3 * xh).to(x.dtype)
+    gdy = (w * ddxh + xh * ddw + ddb).to(x.dtype)
     gw = None
-    if weight is not None and weight_grad and ddx is not None:
-        gw = (dy * s).sum_to_size(weight.shape).to(weight.dtype)
-    return None if ddx is None and ddw is None else gx, gw, gdy
+    if weight is not None and weight_grad and has_ddx:
+        gw = (dy * ddxh).sum_to_size(weight.shape).to(weight.dtype)
+    return gx if reaches_x else None, gw, gdy
 
 
 def _normalized(

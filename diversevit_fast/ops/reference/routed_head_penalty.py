@@ -3,6 +3,13 @@
 import torch
 from torch import Tensor
 
+from diversevit_kernels.common.contracts import (
+    HeadPenaltyBackward,
+    HeadPenaltyDoubleBackward,
+    RoutedHeadPenaltyBackward,
+    RoutedHeadPenaltyDoubleBackward,
+)
+
 from .head_penalty import (
     head_penalty,
     head_penalty_backward,
@@ -41,44 +48,38 @@ def _route_backward(grad_qkv: Tensor, weight: Tensor, du: Tensor) -> tuple[Tenso
     return dr, torch.einsum("bnchd,bhne->chde", grad_qkv.to(du.dtype), du)
 
 
-def routed_head_penalty_backward(
-    grad_qkv: Tensor,
-    weight: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def routed_head_penalty_backward(inputs: RoutedHeadPenaltyBackward) -> tuple[Tensor, Tensor]:
     """(42)  Pull dp and dC back to r and W."""
-    given = (cosines, norms, dpenalty, dcosines)
-    du = head_penalty_backward(route(grad_qkv, weight), *given, granularity, reduction, eps)
+    grad_qkv, weight, cosines, norms, dpenalty, dcosines, granularity, reduction, eps = inputs
+    given = (cosines, norms, dpenalty, dcosines, granularity, reduction, eps)
+    du = head_penalty_backward(HeadPenaltyBackward(route(grad_qkv, weight), *given))
     dr, dw = _route_backward(grad_qkv, weight, du)
     return dr.to(grad_qkv.dtype), dw.to(weight.dtype)
 
 
 def routed_head_penalty_double_backward(
-    grad_qkv: Tensor,
-    weight: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    ddgrad_qkv: Tensor | None,
-    ddweight: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
+    inputs: RoutedHeadPenaltyDoubleBackward,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(43)-(45)  Pull cotangents of dr and dW back to r, W, dp and dC."""
+    (
+        grad_qkv,
+        weight,
+        cosines,
+        norms,
+        dpenalty,
+        dcosines,
+        ddgrad_qkv,
+        ddweight,
+        granularity,
+        reduction,
+        eps,
+    ) = inputs
     given, kind = (cosines, norms, dpenalty, dcosines), (granularity, reduction, eps)
     ar = torch.zeros_like(grad_qkv) if ddgrad_qkv is None else ddgrad_qkv
     aw = torch.zeros_like(weight) if ddweight is None else ddweight
     u, a = route(grad_qkv, weight), route(ar, weight) + route(grad_qkv, aw)
-    du = head_penalty_backward(u, *given, *kind)
-    u_dot, gdp, gdc = head_penalty_double_backward(u, *given, a, *kind)
+    du = head_penalty_backward(HeadPenaltyBackward(u, *given, *kind))
+    u_dot, gdp, gdc = head_penalty_double_backward(HeadPenaltyDoubleBackward(u, *given, a, *kind))
     gr, gw = _route_backward(grad_qkv, weight, u_dot)
     (gr2, _), (_, gw2) = _route_backward(grad_qkv, aw, du), _route_backward(ar, weight, du)
     return (gr + gr2).to(grad_qkv.dtype), (gw + gw2).to(weight.dtype), gdp, gdc

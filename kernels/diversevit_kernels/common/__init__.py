@@ -1,1 +1,1 @@
-"""What both backends share: dtypes, groups of the penalty, environment switches, forks."""
+"""Code that both backends share: dtypes, groups of the penalty, environment switches, forks."""

@@ -1,4 +1,4 @@
-"""Switches that a user sets in the environment, all read by one rule.
+"""Switches that a user sets in the environment, all read by the same rule.
 
 On   ``1``, ``true``, ``yes``, ``on``, ``y``, in any case.
 Off  ``0``, ``false``, ``no``, ``off``, ``n``, and nothing (``DIVERSEVIT_COMPILE= python ...``).
@@ -17,7 +17,7 @@ _unknown: set[tuple[str, str]] = set()  # that a warning has named
 
 
 def switch(name: str, default: bool) -> bool:
-    """What the environment says of ``name``; ``default`` where it says nothing."""
+    """Whether the environment switches ``name`` on; ``default`` where it does not mention it."""
     word = os.environ.get(name)
     if word is None:
         return default

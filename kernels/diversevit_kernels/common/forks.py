@@ -1,4 +1,4 @@
-"""What a fork leaves behind: a child has the memory of every thread and runs only the one that forked.
+"""Locks and threads after a fork: a child has the memory of every thread and runs only the one that forked.
 
 A lock that another thread held stays locked for ever in the child, and so would the child. Threads of OpenMP are gone
 there too, but the runtime goes on waiting for them.
@@ -38,7 +38,7 @@ _forked = False  # after that
 
 
 def kernel_threads() -> int:
-    """How many threads a kernel may run on: PyTorch's number, or 1 where OpenMP's threads were lost in a fork."""
+    """The number of threads that a kernel may run on: PyTorch's, or 1 where OpenMP's threads were lost in a fork."""
     global _parallel
     threads = torch.get_num_threads()
     if threads == 1:

@@ -1,4 +1,4 @@
-"""What a penalty's Gram matrices are about, whichever backend makes them: groups, and tiles of tokens.
+"""The shape of a penalty, for every backend: groups of tokens, tiles of tokens, statistics of groups.
 
 A *group* is what one Gram matrix is about: a token, or all tokens of a sample.
 """
@@ -17,7 +17,7 @@ class Tile(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """The shape of a problem: which tokens form a group, and what a group counts in the mean."""
+    """The shape of a problem: which tokens form a group, and how much a group counts in the mean."""
 
     B: int
     H: int
@@ -36,7 +36,7 @@ class Grouping(NamedTuple):
 
     @property
     def weight(self) -> float:
-        """w of (32): the weight of one squared cosine in the mean over groups and head pairs."""
+        """ω of (32): the weight of one squared cosine in the mean over groups and head pairs."""
         pairs = self.H * (self.H if self.reduction == "all" else self.H - 1)
         return 1 / (pairs * self.B * (self.N if self.by_token else 1))
 
@@ -56,7 +56,7 @@ class Grouping(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What is known about every group (or, after ``of``, about a tile's groups). In a Triton kernel: pointers."""
+    """Statistics of all groups (after ``of``: of a tile's), and their cotangents. In a Triton kernel: pointers."""
 
     cosines: Any  # Tensor [groups, H, H]
     norms: Any  # Tensor [groups, H]

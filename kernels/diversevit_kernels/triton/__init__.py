@@ -1,5 +1,9 @@
-"""Triton kernels, a module per stage with the same functions as ``diversevit_kernels.cpu``.
+"""Triton kernels: a folder per operator, with the same functions as ``diversevit_kernels.cpu``.
 
-``configurations`` is the one place that looks at the device, ``launch`` the one that starts kernels and
-allocates their results, ``tiles`` the small device functions that every stage shares.
+``attention``, ``layer_norm``, ``gelu``, ``head_penalty``
+    kernels, the functions that launch them, and their launch configurations (``configs.py``).
+``runtime``
+    what they stand on: ``device`` is the one place that looks at the device and the environment, ``plan`` finds the
+    configuration of a launch, ``launch`` runs kernels, ``tensors`` checks their arguments and allocates their results,
+    ``tiles`` and the rest are functions that several operators use.
 """

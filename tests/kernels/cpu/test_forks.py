@@ -41,7 +41,7 @@ import gc
 import diversevit_fast as dvf
 from diversevit_kernels.common import forks
 from diversevit_kernels.cpu.runtime import allocator, cpp_library, inductor
-from diversevit_kernels.cpu.attention import formulas as rows
+from diversevit_kernels.cpu.attention import formulas
 
 torch.set_num_threads(1)
 large = torch.ones(1 << 19)
@@ -66,7 +66,7 @@ def work():
     os.environ["CXX"] = "/nowhere/compiler"
     os.environ["DIVERSEVIT_CACHE_DIR"] = "/dev/null/folder"
     warnings.simplefilter("ignore")
-    return same and inductor.compiled(rows.FORWARD, torch.float32) is None
+    return same and inductor.compiled(formulas.FORWARD, torch.float32) is None
 
 print(in_a_child(work))
 done.set()

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import diversevit_fast as dvf
 from diversevit_fast.errors import UsageError
-from diversevit_kernels.cpu.attention import blocked as attention
-from diversevit_kernels.cpu.attention import formulas as attention_rows
+from diversevit_kernels.cpu.attention import blocked, formulas
+from diversevit_kernels.cpu.attention import dispatch as attention
 from diversevit_kernels.cpu.attention import native as attention_native
 from diversevit_kernels.cpu.runtime import cache_folder, inductor, library_cache
-from tests.helpers.attention_cases import CASES, check_rungs
+from tests.helpers.attention_cases import CASES, check_orders
 from tests.helpers.processes import in_a_process
 
 
@@ -52,8 +52,8 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 @pytest.mark.parametrize("tile_bytes", [1 << 20, 1 << 10], ids=["one tile", "many tiles"])
 @pytest.mark.parametrize("name", CASES)
 def test_attention(always, monkeypatch, name, tile_bytes, dtype) -> None:
-    monkeypatch.setattr(attention, "TILE_BYTES", tile_bytes)
-    check_rungs(attention, CASES[name], dtype)
+    monkeypatch.setattr(blocked, "TILE_BYTES", tile_bytes)
+    check_orders(attention, CASES[name], dtype)
     assert set(always) >= {"attention_forward", "attention_backward", "attention_double_backward"}
 
 
@@ -80,15 +80,15 @@ def test_it_is_compiled_under_function_and_dispatch_modes(always) -> None:
 
 CALL = """
 import warnings, torch
-from diversevit_kernels.cpu.attention import formulas as rows
+from diversevit_kernels.cpu.attention import formulas
 from diversevit_kernels.cpu.runtime import inductor
 s = torch.linspace(-4, 4, 1 << 18).view(1, 512, 512)
 q = k = torch.empty(1, 1, 512, 8)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
-        run = rows.fused(rows.FORWARD, q, k)
-        p, softmax = rows.forward(run, s.clone())
+        run = formulas.fused(formulas.FORWARD, q, k)
+        p, softmax = formulas.forward(run, s.clone())
 known = [str(w.message) for w in caught if "diversevit" in str(w.message)]
 print(len(known), run is not None, float(softmax.sum()), *known)
 """
@@ -116,7 +116,7 @@ def test_switched_off(monkeypatch) -> None:
     monkeypatch.setenv("DIVERSEVIT_COMPILE", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert inductor.compiled(attention_rows.FORWARD, torch.float32) is None
+        assert inductor.compiled(formulas.FORWARD, torch.float32) is None
         assert dvf.warmup(torch.float32) == {torch.float32: []}
 
 
@@ -133,9 +133,9 @@ def test_two_processes_compile_at_once(tmp_path) -> None:
 @pytest.fixture
 def kept(tmp_path, monkeypatch) -> tuple[Path, list[Path]]:
     """The file of a formula in a folder of the test's own, and the folders it was compiled in again."""
-    formula = inductor.compiled(attention_rows.FORWARD, torch.float32)
+    formula = inductor.compiled(formulas.FORWARD, torch.float32)
     assert formula is not None
-    name = inductor.file_of(attention_rows.FORWARD, torch.float32)
+    name = inductor.file_of(formulas.FORWARD, torch.float32)
     content = (cache_folder.folder() / name).read_bytes()
     monkeypatch.setenv("DIVERSEVIT_CACHE_DIR", str(tmp_path / "kept"))
     monkeypatch.setattr(inductor, "_loaded", {})
@@ -154,10 +154,10 @@ def kept(tmp_path, monkeypatch) -> tuple[Path, list[Path]]:
 
 
 def is_right() -> bool:
-    run = inductor.compiled(attention_rows.FORWARD, torch.float32)
+    run = inductor.compiled(formulas.FORWARD, torch.float32)
     s = numbers(6, 40, dtype=torch.float32, seed=0)
     assert run is not None
-    torch.testing.assert_close(run(s), attention_rows._forward(s))
+    torch.testing.assert_close(run(s), formulas._forward(s))
     return True
 
 

@@ -438,8 +438,8 @@ def test_a_word_that_says_neither_is_named_once(monkeypatch) -> None:
 
 def test_autotuning_is_read_by_the_same_rule() -> None:
     code = """
-from diversevit_kernels.triton.runtime import configurations
-print(configurations._autotune)
+from diversevit_kernels.triton.runtime import device
+print(device._autotune)
 """
     running = [in_a_process(code, DIVERSEVIT_AUTOTUNE=word) for word in ("true", "maybe")]
     (yes, _), (unknown, said) = (one.communicate() for one in running)

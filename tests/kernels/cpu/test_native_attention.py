@@ -5,10 +5,11 @@ import shutil
 import pytest
 import torch
 
-from diversevit_kernels.cpu.attention import blocked as attention
+from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoubleBackward
+from diversevit_kernels.cpu.attention import dispatch as attention
 from diversevit_kernels.cpu.attention import native as attention_native
 from diversevit_kernels.cpu.runtime import compiler, cpp_library
-from tests.helpers.attention_cases import CASES, Case, check_rungs, operands, rungs
+from tests.helpers.attention_cases import CASES, Case, all_orders, check_orders, operands
 from tests.helpers.processes import in_a_process
 
 BLOCKS = {
@@ -41,7 +42,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("name", [*CASES, *BLOCKS])
 def test_within_budget(calls, name, dtype):
     case = {**CASES, **BLOCKS}[name]
-    check_rungs(attention, case, dtype)
+    check_orders(attention, case, dtype)
     masked = case.mask in ("additive", "broadcast", "shared")  # their gradient is the tiles' work
     assert calls == ["forward"] if masked else ["forward", "backward", "double_backward"]
 
@@ -50,7 +51,7 @@ def test_within_budget(calls, name, dtype):
 def test_within_budget_on_lesser_processors(dtype, lesser_processor):
     assert lesser_processor("attention")
     for case in (*BLOCKS.values(), CASES["empty-row"], CASES["grouped-causal"]):
-        check_rungs(attention, case, dtype)
+        check_orders(attention, case, dtype)
 
 
 @pytest.mark.parametrize("mask", ["additive", "broadcast", "shared"])
@@ -58,8 +59,12 @@ def test_an_additive_mask_without_gradient(calls, mask):
     q, k, v, m, _ = operands(Case(B=2, Nq=40, Nk=23, mask=mask), torch.float32)
     m = m[(None,) * (4 - m.ndim)]
     o, softmax = attention.attention_forward(q, k, v, m, False, 0.4)
-    found = attention.attention_backward(q, k, v, m, o, softmax, o, False, 0.4, False)
-    expect = attention.attention_backward(q, k, v, m, o, softmax, o, False, 0.4, True)
+    found = attention.attention_backward(
+        AttentionBackward(q, k, v, m, o, softmax, o, False, 0.4, False)
+    )
+    expect = attention.attention_backward(
+        AttentionBackward(q, k, v, m, o, softmax, o, False, 0.4, True)
+    )
     assert calls == ["forward", "backward"]
     torch.testing.assert_close(found[:3], expect[:3])
 
@@ -71,7 +76,9 @@ def test_any_scale(mask, scale, dtype):
     q, k, v, m, is_causal = operands(Case(Nq=40, Nk=40, mask=mask), dtype)
     m = None if m is None else m[(None,) * (4 - m.ndim)]
     o, softmax = attention.attention_forward(q, k, v, m, is_causal, scale)
-    grads = attention.attention_backward(q, k, v, m, o, softmax, o, is_causal, scale, False)[:3]
+    grads = attention.attention_backward(
+        AttentionBackward(q, k, v, m, o, softmax, o, is_causal, scale, False)
+    )[:3]
     seen = torch.ones(40, 40, dtype=torch.bool).tril() if is_causal else m
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     seen = seen.double() if seen is not None and seen.is_floating_point() else seen
@@ -95,7 +102,9 @@ def test_absent_cotangents_are_zeros(given):
 
     def second(dd):
         tensors = (q, k, v, None, o, softmax, torch.cos(o), None, *dd, None)
-        return attention.attention_double_backward(*tensors, False, 0.4, False)[:4]
+        return attention.attention_double_backward(
+            AttentionDoubleBackward(*tensors, False, 0.4, False)
+        )[:4]
 
     some = second([x if one else None for x, one in zip(every, given, strict=True)])
     zeros = second([x if one else x * 0 for x, one in zip(every, given, strict=True)])
@@ -108,7 +117,7 @@ def test_same_bits_on_any_threads():
     try:
         for threads in (1, 2, 64):
             torch.set_num_threads(threads)
-            found.append(rungs(attention, BLOCKS["several blocks"], tensors))
+            found.append(all_orders(attention, BLOCKS["several blocks"], tensors))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

@@ -51,10 +51,10 @@ def quickly(request):
 @pytest.fixture(autouse=True)
 def guarded(monkeypatch):
     """Every result a kernel allocates is poisoned with NaN and lies between guard zones."""
-    from diversevit_kernels.triton.runtime import launch
+    from diversevit_kernels.triton.runtime import tensors
     from tests.helpers.guards import Guards
 
     guards = Guards()
-    monkeypatch.setattr(launch, "allocator", guards.empty)
+    monkeypatch.setattr(tensors, "allocator", guards.empty)
     yield guards
     guards.check()

@@ -8,24 +8,26 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoubleBackward
 from tests.helpers.attention_cases import (
     CASES,
     DTYPES,
     MISTAKES,
     Case,
     Sabotaged,
+    all_orders,
     any_case,
     as_function,
     check_contracts,
-    check_rungs,
+    check_orders,
     differentiable,
     operands,
-    rungs,
 )
 from tests.helpers.second_order import TAILS, WAYS
 
 triton = pytest.importorskip("diversevit_kernels.triton.attention")
-launch = pytest.importorskip("diversevit_kernels.triton.runtime.launch")
+
+allocation = pytest.importorskip("diversevit_kernels.triton.runtime.tensors")
 
 MORE = {
     "many-tiles": Case(B=1, H=2, Nq=70, Nk=70, d=16, dv=16, layout="projection"),
@@ -53,19 +55,19 @@ def case(request):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_rungs_within_budget(case, dtype, device, guarded):
-    check_rungs(triton, case, dtype, device=device, place=guarded.place)
+    check_orders(triton, case, dtype, device=device, place=guarded.place)
 
 
 @pytest.mark.parametrize("N", [197, 257])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_vit_sizes_within_budget(N, dtype, device):
     case = Case(H=1, Hkv=1, Nq=N, Nk=N, d=64, dv=64, layout="projection")
-    check_rungs(triton, case, dtype, device=device)
+    check_orders(triton, case, dtype, device=device)
 
 
 @pytest.mark.parametrize("d", [16, 32, 64, 80, 88, 96, 104, 112, 128, 256])
 def test_head_widths(d, device):
-    check_rungs(triton, Case(H=1, Hkv=1, Nq=20, Nk=40, d=d, dv=d), torch.bfloat16, device=device)
+    check_orders(triton, Case(H=1, Hkv=1, Nq=20, Nk=40, d=d, dv=d), torch.bfloat16, device=device)
 
 
 @settings(
@@ -77,7 +79,7 @@ def test_head_widths(d, device):
 @given(case=any_case(), dtype=st.sampled_from((*DTYPES, torch.float64)), seed=st.integers(0, 2**31))
 def test_any_shape_within_budget(case, dtype, seed, device, guarded):
     case = case._replace(Nq=max(2, case.Nq)) if case.mask == "empty-row" else case
-    check_rungs(triton, case, dtype, seed=seed, device=device, place=guarded.place)
+    check_orders(triton, case, dtype, seed=seed, device=device, place=guarded.place)
 
 
 EVERY_ENTRY = ("one-query", "one-token", "more-queries")
@@ -96,7 +98,9 @@ def test_first_and_second_derivative(name, device):
 
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
 def test_contracts(kind, device, monkeypatch):
-    monkeypatch.setattr(launch, "allocator", torch.empty)  # a result between guards has an offset
+    monkeypatch.setattr(
+        allocation, "allocator", torch.empty
+    )  # a result between guards has an offset
     with dvf.use_backend("triton"):
         check_contracts(kind, device)
 
@@ -124,10 +128,12 @@ def second_order(kernels, case, tensors, absent):
     o, softmax = kernels.attention_forward(q, k, v, mask, causal, 0.4)
     do = like(o)
     dd = {"ddq": like(q), "ddk": like(k), "ddv": like(v)}
-    dq = kernels.attention_backward(q, k, v, mask, o, softmax, do, causal, 0.4, False)[0]
+    dq = kernels.attention_backward(
+        AttentionBackward(q, k, v, mask, o, softmax, do, causal, 0.4, False)
+    )[0]
     given = (None if name in absent else x for name, x in dd.items())
     return kernels.attention_double_backward(
-        q, k, v, mask, o, softmax, do, dq, *given, None, causal, 0.4, False
+        AttentionDoubleBackward(q, k, v, mask, o, softmax, do, dq, *given, None, causal, 0.4, False)
     )[:4]
 
 
@@ -160,7 +166,7 @@ def test_dq_that_was_not_kept_is_made_again(name, absent, device):
 
         attention_forward = triton.attention_forward
         attention_backward = staticmethod(
-            lambda *args: (None, *triton.attention_backward(*args)[1:])
+            lambda inputs: (None, *triton.attention_backward(inputs)[1:])
         )
         attention_double_backward = triton.attention_double_backward
 
@@ -189,7 +195,7 @@ def test_the_double_backward_after_another_backend(first, device):
 @pytest.mark.parametrize("name", ["many-tiles", "head-per-program", "broadcast-tiles"])
 def test_runs_give_the_same_bits(name, device):
     tensors = operands(MORE[name], torch.float32, device=device)
-    for one, two in zip(*(rungs(triton, MORE[name], tensors) for _ in range(2)), strict=True):
+    for one, two in zip(*(all_orders(triton, MORE[name], tensors) for _ in range(2)), strict=True):
         assert torch.equal(one, two)
 
 
@@ -197,7 +203,7 @@ def test_runs_give_the_same_bits(name, device):
 def test_the_oracle_bites(mistake, device):
     case = Case(Nq=17, Nk=33, d=8, dv=8)
     with pytest.raises(AssertionError):
-        check_rungs(Sabotaged(triton, mistake), case, torch.float32, device=device)
+        check_orders(Sabotaged(triton, mistake), case, torch.float32, device=device)
 
 
 def test_the_guards_bite(device, guarded):
@@ -225,8 +231,8 @@ def test_offsets_beyond_two_to_the_31(far, device):
 
     for place in (0, 1, 2):
         moved = [spread(x) if i == place else x for i, x in enumerate(plain[:3])]
-        ours = rungs(triton, case, (*moved, None, False))
-        for one, two in zip(ours, rungs(triton, case, plain), strict=True):
+        ours = all_orders(triton, case, (*moved, None, False))
+        for one, two in zip(ours, all_orders(triton, case, plain), strict=True):
             assert torch.equal(one, two)
 
 
@@ -247,4 +253,4 @@ def test_what_no_kernel_takes_is_refused_in_one_line(change, says, device):
 
 def test_empty_batch(device):
     tensors = operands(Case(B=0, Nq=5, Nk=7), torch.float32, device=device)
-    assert all(x.shape[0] == 0 for x in rungs(triton, Case(B=0, Nq=5, Nk=7), tensors))
+    assert all(x.shape[0] == 0 for x in all_orders(triton, Case(B=0, Nq=5, Nk=7), tensors))

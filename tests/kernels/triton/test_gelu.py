@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
 from diversevit_fast.testing import assert_within_budget
+from diversevit_kernels.common.contracts import GeluBackward, GeluDoubleBackward
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
@@ -36,10 +37,14 @@ def triple(shape, dtype, kinds=("dense",) * 3, seed=0, scale=1.5, device="cpu"):
     return [LAYOUTS[kind](t.to(device, dtype)) for kind, t in zip(kinds, made, strict=True)]
 
 
-def rungs(stage, x, dy, ddx, form):
-    """Every result of the three rungs, in order."""
-    second = stage.gelu_double_backward(x, dy, ddx, form)
-    return [stage.gelu_forward(x, form), stage.gelu_backward(x, dy, form), *second]
+def results_of(operator, x, dy, ddx, form):
+    """The results of forward, backward and double backward, in order."""
+    second = operator.gelu_double_backward(GeluDoubleBackward(x, dy, ddx, form))
+    return [
+        operator.gelu_forward(x, form),
+        operator.gelu_backward(GeluBackward(x, dy, form)),
+        *second,
+    ]
 
 
 TERMS = {torch.float32: 16, torch.float64: 1 << 16}
@@ -47,13 +52,13 @@ TERMS = {torch.float32: 16, torch.float64: 1 << 16}
 1 - T^2 has cancelled, times u'^2 and the cotangents."""
 
 
-def check_rungs(inputs, form, stage=kernels, guards=None):
-    """All rungs within the error budget, dense, and no input written to."""
-    exact = rungs(reference, *(t.double() for t in inputs), form)
-    plain = rungs(reference, *inputs, form)
+def check_results(inputs, form, operator=kernels, guards=None):
+    """All results within the error budget, dense, and no input written to."""
+    exact = results_of(reference, *(t.double() for t in inputs), form)
+    plain = results_of(reference, *inputs, form)
     given = inputs if guards is None else [guards.place(t) for t in inputs]
     before = [t.clone() for t in given]
-    for ours, eager, truth in zip(rungs(stage, *given, form), plain, exact, strict=True):
+    for ours, eager, truth in zip(results_of(operator, *given, form), plain, exact, strict=True):
         assert ours.dtype == eager.dtype
         assert ours.is_contiguous()
         assert_within_budget(ours, eager, truth, terms=TERMS.get(ours.dtype, 1))
@@ -62,14 +67,14 @@ def check_rungs(inputs, form, stage=kernels, guards=None):
 
 @pytest.mark.parametrize("kinds", MIXED, ids="+".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rungs_within_budget(kinds, dtype, form, device, guarded):
-    check_rungs(triple((3, 5, 4), dtype, kinds, device=device), form, guards=guarded)
+def test_results_within_budget(kinds, dtype, form, device, guarded):
+    check_results(triple((3, 5, 4), dtype, kinds, device=device), form, guards=guarded)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (31,), (32,), (33,), (577, 3), (2, 197, 8)], ids=str)
 def test_sizes(shape, form, device, guarded):
     """Below, at and above a tile of 32 elements."""
-    check_rungs(triple(shape, torch.float32, device=device), form, guards=guarded)
+    check_results(triple(shape, torch.float32, device=device), form, guards=guarded)
 
 
 @settings(
@@ -88,7 +93,7 @@ def test_sizes(shape, form, device, guarded):
 )
 def test_any_shape_within_budget(shape, dtype, kinds, form, seed, scale, device, guarded):
     inputs = triple(tuple(shape), dtype, kinds, seed, scale, device)
-    check_rungs(inputs, form, guards=guarded)
+    check_results(inputs, form, guards=guarded)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)], ids=str)
@@ -115,7 +120,7 @@ def test_far_out_it_is_a_straight_line(dtype, form, device):
     top = torch.finfo(dtype).max
     x = torch.tensor([-top, -1e4, -50.0, 50.0, 1e4, top], dtype=dtype, device=device)
     one, step = torch.ones_like(x), (x > 0).to(dtype)
-    y, dx, gx, gdy = rungs(kernels, x, one, one, form)
+    y, dx, gx, gdy = results_of(kernels, x, one, one, form)
     assert torch.equal(y, x * step)
     assert torch.equal(dx, step)
     assert torch.equal(gdy, step)
@@ -127,7 +132,7 @@ def test_no_cancellation_in_the_tail_of_tanh(dtype, device):
     """1 - T^2 and 1 + T keep their relative accuracy where T rounds to -1."""
     x = torch.linspace(-6, -2, 41, dtype=torch.float64, device=device).to(dtype)
     one, wide = torch.ones_like(x), x.double()
-    _, _, gx, gdy = rungs(kernels, x, one, one, "tanh")
+    _, _, gx, gdy = results_of(kernels, x, one, one, "tanh")
     k, c = reference.TANH_SCALE, reference.TANH_CUBIC
     u, slope = k * (wide + c * wide**3), k * (1 + 3 * c * wide**2)
     e = (2 * u).exp()  # (1 + T) / 2 = e / (1 + e)
@@ -141,7 +146,7 @@ def test_no_cancellation_in_the_tail_of_tanh(dtype, device):
 def test_not_a_number_stays_one(form, device):
     x = torch.tensor([torch.nan, 1.0], device=device)
     one = torch.ones_like(x)
-    for result in rungs(kernels, x, one, one, form):
+    for result in results_of(kernels, x, one, one, form):
         assert result.isnan().tolist() == [True, False]
 
 
@@ -151,12 +156,12 @@ def test_no_access_out_of_bounds(kinds, form, device):
     """Not even a load whose value is thrown away, nor one from a gap of a strided view."""
     inputs = triple((3, 5, 4), torch.float32, kinds, device=device)
     with sanitizer():
-        rungs(kernels, *inputs, form)
+        results_of(kernels, *inputs, form)
 
 
 def test_runs_give_the_same_bits(form, device):
     inputs = triple((3, 65), torch.float32, device=device)
-    one, two = (rungs(kernels, *inputs, form) for _ in range(2))
+    one, two = (results_of(kernels, *inputs, form) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
@@ -164,7 +169,7 @@ def test_runs_give_the_same_bits(form, device):
 def test_no_layout_is_copied(kinds, device):
     inputs = triple((2, 3, 4), torch.float32, kinds, device=device)
     with launching.recording(run=False) as launches:
-        kernels.gelu_double_backward(*inputs, "none")
+        kernels.gelu_double_backward(GeluDoubleBackward(*inputs, "none"))
     (only,) = launches
     read = [(a.ptr.data_ptr(), a.ptr.stride()) for a in only.args[:3]]
     assert read == [(t.data_ptr(), t.stride()) for t in inputs]
@@ -174,7 +179,7 @@ def test_no_layout_is_copied(kinds, device):
 def test_nothing_to_compute(shape, form, device):
     x = torch.zeros(shape, device=device)
     with launching.recording(run=True) as launches:
-        results = rungs(kernels, x, x, x, form)
+        results = results_of(kernels, x, x, x, form)
     assert not launches
     assert all(result.shape == shape for result in results)
 
@@ -188,7 +193,7 @@ def test_offsets_beyond_two_to_the_31(device):
     for place in range(3):
         moved = [far.copy_(t) if i == place else t for i, t in enumerate(plain)]
         for one, two in zip(
-            rungs(kernels, *moved, "none"), rungs(kernels, *plain, "none"), strict=True
+            results_of(kernels, *moved, "none"), results_of(kernels, *plain, "none"), strict=True
         ):
             assert torch.equal(one, two)
 
@@ -203,23 +208,25 @@ class Sabotaged:
         y = kernels.gelu_forward(x, form)
         return y.relu() if self.mistake == "negative part of y dropped" else y
 
-    def gelu_backward(self, x, dy, form):
-        dx = kernels.gelu_backward(x, dy, form)
+    def gelu_backward(self, inputs):
+        x, dy, form = inputs
+        dx = kernels.gelu_backward(inputs)
         if self.mistake == "unwritten row":
             dx[-1] = torch.nan
         if self.mistake == "dx without x phi":
             dx = dy * (reference.gelu(x, form) / x)
         return dx
 
-    def gelu_double_backward(self, x, dy, ddx, form):
-        gx, gdy = kernels.gelu_double_backward(x, dy, ddx, form)
+    def gelu_double_backward(self, inputs):
+        x, dy, ddx, form = inputs
+        gx, gdy = kernels.gelu_double_backward(inputs)
         if self.mistake == "last element dropped":
             gx[-1, -1] = 0
         if self.mistake == "cotangents swapped":
-            gdy = kernels.gelu_backward(x, dy, form)
+            gdy = kernels.gelu_backward(GeluBackward(x, dy, form))
         if self.mistake == "the other form":
             other = {"none": "tanh", "tanh": "none"}[form]
-            gx, _ = kernels.gelu_double_backward(x, dy, ddx, other)
+            gx, _ = kernels.gelu_double_backward(GeluDoubleBackward(x, dy, ddx, other))
         if self.mistake == "a term of y'' dropped":
             gx = gx + ddx * dy * x**2 * (-(x**2) / 2).exp() / (2 * torch.pi) ** 0.5
         return gx, gdy
@@ -233,27 +240,27 @@ MISTAKES += ["a term of y'' dropped"]
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_oracle_bites(mistake, form, device):
     inputs = triple((5, 16), torch.float32, device=device)
-    check_rungs(inputs, form, stage=Sabotaged("none"))
+    check_results(inputs, form, operator=Sabotaged("none"))
     with pytest.raises(AssertionError):
-        check_rungs(inputs, form, stage=Sabotaged(mistake))
+        check_results(inputs, form, operator=Sabotaged(mistake))
 
 
-@pytest.mark.parametrize("rung", ["forward", "backward", "double_backward"])
-def test_the_oracle_sees_a_last_tile_dropped(rung, device, monkeypatch):
+@pytest.mark.parametrize("order", ["forward", "backward", "double_backward"])
+def test_the_oracle_sees_a_last_tile_dropped(order, device, monkeypatch):
     """One program too few."""
 
-    def short(name, kernel, grid, *args, **constants):
-        fewer = (lambda c: grid(c) - 1) if name == f"gelu_{rung}" else grid
-        launching.launch(name, kernel, fewer, *args, **constants)
+    def short(plan, kernel, grid, *args, **constants):
+        fewer = (lambda c: grid(c) - 1) if plan.table.name == f"gelu_{order}" else grid
+        launching.run_kernel(plan, kernel, fewer, *args, **constants)
 
-    monkeypatch.setattr(kernels, "launch", short)
+    monkeypatch.setattr(kernels, "run_kernel", short)
     with pytest.raises(AssertionError, match="non-finite"):
-        check_rungs(triple((5, 16), torch.float32, device=device), "none")
+        check_results(triple((5, 16), torch.float32, device=device), "none")
 
 
 def test_what_no_kernel_takes_is_refused_in_one_line(device):
     x = torch.zeros(2, 4, device=device)
     for tensors in ((x.to(torch.float8_e4m3fn), x), (x, x.to(torch.float8_e4m3fn))):
         with pytest.raises(NotImplementedError, match="float8") as refusal:
-            kernels.gelu_backward(*tensors, "none")
+            kernels.gelu_backward(GeluBackward(*tensors, "none"))
         assert "\n" not in str(refusal.value)

@@ -10,6 +10,7 @@ import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError
 from diversevit_fast.ops import reference
 from diversevit_fast.testing import assert_within_budget
+from diversevit_kernels.common.contracts import HeadPenaltyBackward, HeadPenaltyDoubleBackward
 from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
 from tests.ops import test_head_penalty as definition
@@ -51,16 +52,18 @@ def case(request):
 
 
 class On:
-    """A stage's functions on a device: inputs between guard zones and not written to, results brought back."""
+    """An operator's functions on a device: inputs between guard zones and not written to, results brought back."""
 
-    def __init__(self, stage, device, guards):
-        self.stage, self.device, self.guards = stage, device, guards
+    def __init__(self, operator, device, guards):
+        self.operator, self.device, self.guards = operator, device, guards
 
     def __getattr__(self, name):
         def call(*args):
-            there = [self.guards.place(x, self.device) if _is_tensor(x) else x for x in args]
+            inputs = args if len(args) > 1 else args[0]  # of a backward, one named tuple
+            there = [self.guards.place(x, self.device) if _is_tensor(x) else x for x in inputs]
             before = [x.clone() for x in there if _is_tensor(x)]
-            results = getattr(self.stage, name)(*there)
+            given = there if len(args) > 1 else [type(inputs)(*there)]
+            results = getattr(self.operator, name)(*given)
             after = [x for x in there if _is_tensor(x)]
             torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
             if _is_tensor(results):
@@ -75,16 +78,16 @@ def _is_tensor(x):
 
 
 @pytest.fixture
-def stage(device, guarded):
+def operator(device, guarded):
     return On(kernels, device, guarded)
 
 
-def check_rungs(stage, case, dtype, kind, seed=0):
-    """All results of the three rungs within the error budget, float64 ones in float64."""
+def check_results(operator, case, dtype, kind, seed=0):
+    """All results of forward, backward and double backward within the error budget, float64 ones in float64."""
     grads = gradients(case, dtype, seed)
-    exact = definition.rungs(reference, case, grads.double(), kind)
-    eager = definition.rungs(reference, case, grads, kind)
-    ours = definition.rungs(stage, case, grads, kind)
+    exact = definition.all_orders(reference, case, grads.double(), kind)
+    eager = definition.all_orders(reference, case, grads, kind)
+    ours = definition.all_orders(operator, case, grads, kind)
     for i in (3, 4):
         assert ours[i].transpose(1, 2).is_contiguous(), "not laid out as [B, N, H, E]"
     compare(ours, eager, exact, definition.scales(case, grads.double(), kind), case)
@@ -113,8 +116,8 @@ def compare(ours, eager, exact, scales, case):
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rungs_within_budget(stage, case, dtype, kind):
-    check_rungs(stage, case, dtype, kind)
+def test_results_within_budget(operator, case, dtype, kind):
+    check_results(operator, case, dtype, kind)
 
 
 @st.composite
@@ -137,8 +140,8 @@ def any_case(draw):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(any_case(), st.sampled_from(DTYPES), st.sampled_from(KINDS), st.integers(0, 2**31))
-def test_any_shape_within_budget(stage, case, dtype, kind, seed):
-    check_rungs(stage, case, dtype, kind, seed)
+def test_any_shape_within_budget(operator, case, dtype, kind, seed):
+    check_results(operator, case, dtype, kind, seed)
 
 
 @pytest.mark.parametrize("absent", ["dpenalty", "dcosines"])
@@ -150,10 +153,12 @@ def test_an_absent_cotangent_counts_as_zero(absent, kind, device):
     dp, dc, a = (x.to(device) for x in definition.cotangents(grads.cpu(), cosines.cpu()))
     given = (grads, cosines, norms, None if absent == "dpenalty" else dp)
     given += (None if absent == "dcosines" else dc,)
-    first = kernels.head_penalty_backward(*given, *values)
-    torch.testing.assert_close(first, reference.head_penalty_backward(*given, *values))
-    second = kernels.head_penalty_double_backward(*given, a, *values)
-    expect = reference.head_penalty_double_backward(*given, a, *values)
+    first = kernels.head_penalty_backward(HeadPenaltyBackward(*given, *values))
+    torch.testing.assert_close(
+        first, reference.head_penalty_backward(HeadPenaltyBackward(*given, *values))
+    )
+    second = kernels.head_penalty_double_backward(HeadPenaltyDoubleBackward(*given, a, *values))
+    expect = reference.head_penalty_double_backward(HeadPenaltyDoubleBackward(*given, a, *values))
     assert [x is None for x in second] == [x is None for x in expect]
     for ours, exact in zip(second, expect, strict=True):
         torch.testing.assert_close(ours, exact)
@@ -165,8 +170,10 @@ def test_a_cotangent_of_the_cosines_may_have_any_strides(kind, device):
     values, grads = tuple(definition.options(case, kind).values()), gradients(case).to(device)
     _, cosines, norms = reference.head_penalty_forward(grads, *values)
     given = (grads, cosines, norms, None, cosines.new_ones(()).expand(cosines.shape))
-    ours = kernels.head_penalty_backward(*given, *values)
-    torch.testing.assert_close(ours, reference.head_penalty_backward(*given, *values))
+    ours = kernels.head_penalty_backward(HeadPenaltyBackward(*given, *values))
+    torch.testing.assert_close(
+        ours, reference.head_penalty_backward(HeadPenaltyBackward(*given, *values))
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,9 +244,10 @@ class TestLaws(definition.TestLaws):
 
 def test_runs_give_the_same_bits(kind, device):
     case = Case(B=2, H=4, N=9, E=16)
-    stage = On(kernels, device, _NoGuards())
+    operator = On(kernels, device, _NoGuards())
     results = (
-        definition.rungs(stage, case, gradients(case, torch.float32), kind) for _ in range(2)
+        definition.all_orders(operator, case, gradients(case, torch.float32), kind)
+        for _ in range(2)
     )
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
@@ -257,7 +265,7 @@ def test_no_access_out_of_bounds(layout, kind):
     """Not even a load whose value is thrown away, nor one from a gap of a strided view."""
     case = Case(B=2, H=3, N=3, E=19, layout=layout)
     with sanitizer():
-        definition.rungs(kernels, case, gradients(case, torch.float32), kind)
+        definition.all_orders(kernels, case, gradients(case, torch.float32), kind)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -266,7 +274,7 @@ def test_no_layout_is_copied(layout, kind, device):
     case = Case(B=2, H=3, N=3, E=5, layout=layout)
     grads = gradients(case, torch.float32).to(device)
     with launching.recording(run=False) as launches:
-        definition.rungs(kernels, case, grads.cpu() if INTERPRETED else grads, kind)
+        definition.all_orders(kernels, case, grads.cpu() if INTERPRETED else grads, kind)
     read = [x for one in launches for x in one.args if hasattr(x, "sample")]
     assert any(x.ptr.data_ptr() == grads.data_ptr() for x in read)
     for x in read:
@@ -305,15 +313,15 @@ def test_what_no_kernel_takes_is_refused_in_one_line(device):
         dvf.head_penalty(wide)
 
 
-def test_sixty_four_heads_are_taken(stage):
-    check_rungs(stage, Case(B=1, H=64, N=1, E=9), torch.float32, KINDS[0])
+def test_sixty_four_heads_are_taken(operator):
+    check_results(operator, Case(B=1, H=64, N=1, E=9), torch.float32, KINDS[0])
 
 
 class Sabotaged(On):
     """The kernels with one named mistake."""
 
-    def __init__(self, stage, mistake):
-        super().__init__(stage.stage, stage.device, stage.guards)
+    def __init__(self, operator, mistake):
+        super().__init__(operator.operator, operator.device, operator.guards)
         self.mistake = mistake
 
     def head_penalty_forward(self, grads, granularity, reduction, eps):
@@ -326,25 +334,23 @@ class Sabotaged(On):
         penalty, cosines, norms = On.__getattr__(self, "head_penalty_forward")(grads, *kind)
         return penalty, cosines, norms + (self.mistake == "norms moved") * 1e-3
 
-    def head_penalty_backward(self, grads, *given):
-        given = list(given)
+    def head_penalty_backward(self, inputs):
         if self.mistake == "clamped norms differentiated":
-            given[-1] = 1e-12
+            inputs = inputs._replace(eps=1e-12)
         if self.mistake == "dcosines taken once":
-            given[3] = given[3] / 2
-        first = On.__getattr__(self, "head_penalty_backward")(grads, *given)
+            inputs = inputs._replace(dcosines=inputs.dcosines / 2)
+        first = On.__getattr__(self, "head_penalty_backward")(inputs)
         if self.mistake == "unwritten token":
             first[-1, :, -1] = torch.nan
         return first
 
-    def head_penalty_double_backward(self, *given):
-        given = list(given)
+    def head_penalty_double_backward(self, inputs):
         if self.mistake == "A transposed":
-            given[5] = given[5].flip(1)
-        second = list(On.__getattr__(self, "head_penalty_double_backward")(*given))
+            inputs = inputs._replace(ddgrads=inputs.ddgrads.flip(1))
+        second = list(On.__getattr__(self, "head_penalty_double_backward")(inputs))
         if self.mistake == "M_dot dropped":
-            kind = given[6:]
-            second[0] = On.__getattr__(self, "head_penalty_backward")(given[5], *given[1:5], *kind)
+            along = HeadPenaltyBackward(inputs.ddgrads, *inputs[1:5], *inputs[6:])
+            second[0] = On.__getattr__(self, "head_penalty_backward")(along)
         if self.mistake == "gdpenalty halved":
             second[1] = second[1] / 2
         return tuple(second)
@@ -357,12 +363,12 @@ MISTAKES += ["M_dot dropped", "gdpenalty halved"]
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("granularity", ["token", "sample"])
-def test_the_oracle_bites(mistake, granularity, stage):
+def test_the_oracle_bites(mistake, granularity, operator):
     kind = (granularity, "pairs")
     case = Case(B=2, H=4, N=5, E=8, eps=2.7 if granularity == "token" else 6.3)
-    check_rungs(Sabotaged(stage, "none"), case, torch.bfloat16, kind)
+    check_results(Sabotaged(operator, "none"), case, torch.bfloat16, kind)
     with pytest.raises(AssertionError, match=r"exceeds budget|non-finite"):
-        check_rungs(Sabotaged(stage, mistake), case, torch.bfloat16, kind)
+        check_results(Sabotaged(operator, mistake), case, torch.bfloat16, kind)
 
 
 KERNELS = {
@@ -372,13 +378,13 @@ KERNELS = {
 
 
 @pytest.mark.parametrize(("granularity", "name"), [(g, n) for g in KERNELS for n in KERNELS[g]])
-def test_the_oracle_sees_a_program_dropped(granularity, name, stage, monkeypatch):
+def test_the_oracle_sees_a_program_dropped(granularity, name, operator, monkeypatch):
     """Of each kernel the last one: what it should have written is NaN."""
 
-    def short(kernel, function, grid, *args, **constants):
-        fewer = (lambda c: grid(c) - 1) if kernel == f"head_penalty_{name}" else grid
-        launching.launch(kernel, function, fewer, *args, **constants)
+    def short(plan, kernel, grid, *args, **constants):
+        fewer = (lambda c: grid(c) - 1) if plan.table.name == f"head_penalty_{name}" else grid
+        launching.run_kernel(plan, kernel, fewer, *args, **constants)
 
-    monkeypatch.setattr(products, "launch", short)
+    monkeypatch.setattr(products, "run_kernel", short)
     with pytest.raises(AssertionError, match="non-finite"):
-        check_rungs(stage, Case(B=2, H=3, N=5, E=9), torch.float32, (granularity, "all"))
+        check_results(operator, Case(B=2, H=3, N=5, E=9), torch.float32, (granularity, "all"))

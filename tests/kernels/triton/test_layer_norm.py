@@ -12,13 +12,14 @@ from torch.autograd import gradcheck, gradgradcheck
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
 from diversevit_fast.testing import assert_within_budget
+from diversevit_kernels.common.contracts import LayerNormBackward, LayerNormDoubleBackward
 from tests.helpers import layouts
 from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
 from tools.interpreter.sanitizer import sanitizer
 
 kernels = pytest.importorskip("diversevit_kernels.triton.layer_norm.kernels")
-sums = pytest.importorskip("diversevit_kernels.triton.layer_norm.sums")
+sums = pytest.importorskip("diversevit_kernels.triton.runtime.sums")
 tiles = pytest.importorskip("diversevit_kernels.triton.layer_norm.tiles")
 launching = pytest.importorskip("diversevit_kernels.triton.runtime.launch")
 
@@ -44,7 +45,6 @@ LAYOUTS = {
         .permute(*range(x.ndim - 2, -1, -1), x.ndim - 1)
     ),
 }
-SUMS = "layer_norm_sums"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CASES = {
     "tokens": Case(),
@@ -73,7 +73,7 @@ CASES = {
 
 
 class Operands(NamedTuple):
-    """What the three rungs take."""
+    """The inputs of forward, backward and double backward."""
 
     x: torch.Tensor
     weight: torch.Tensor | None
@@ -108,13 +108,17 @@ def operands(case, dtype, seed=0, device="cpu"):
     return made._replace(**dict.fromkeys(absent))
 
 
-def rungs(stage, case, t):
-    """Every result of the three rungs, in order."""
+def results_of(operator, case, t):
+    """The results of forward, backward and double backward, in order."""
     asked = t.weight is not None, t.bias is not None
-    y, mean, rstd = stage.layer_norm_forward(t.x, t.weight, t.bias, case.axes, case.eps)
-    first = stage.layer_norm_backward(t.x, t.weight, mean, rstd, t.dy, case.axes, *asked)
-    second = stage.layer_norm_double_backward(
-        *(t.x, t.weight, mean, rstd, t.dy, t.ddx, t.ddw, t.ddb, case.axes, asked[0])
+    y, mean, rstd = operator.layer_norm_forward(t.x, t.weight, t.bias, case.axes, case.eps)
+    first = operator.layer_norm_backward(
+        LayerNormBackward(t.x, t.weight, mean, rstd, t.dy, case.axes, *asked)
+    )
+    second = operator.layer_norm_double_backward(
+        LayerNormDoubleBackward(
+            *(t.x, t.weight, mean, rstd, t.dy, t.ddx, t.ddw, t.ddb, case.axes, asked[0])
+        )
     )
     statistics = torch.stack([mean, 1 / rstd])  # one scale for both: a mean alone may be 0
     return [y, statistics, *first, *second]
@@ -129,17 +133,19 @@ def longest_sum(case, dtype):
     return terms if dtype == torch.float32 else 16 * terms  # the exact value rounds as often
 
 
-def check_rungs(case, dtype, stage=kernels, seed=0, device="cpu", guards=None):
-    """All rungs within the error budget, dense, of the definition's dtypes; inputs stay as they are."""
+def check_results(case, dtype, operator=kernels, seed=0, device="cpu", guards=None):
+    """All results within the error budget, dense, of the definition's dtypes; inputs stay as they are."""
     given = operands(case, dtype, seed, device)
-    exact = rungs(reference, case, Operands(*(None if t is None else t.double() for t in given)))
-    plain = rungs(reference, case, given)
+    exact = results_of(
+        reference, case, Operands(*(None if t is None else t.double() for t in given))
+    )
+    plain = results_of(reference, case, given)
     before = (
         given
         if guards is None
         else Operands(*(None if t is None else guards.place(t) for t in given))
     )
-    actual = rungs(stage, case, before)
+    actual = results_of(operator, case, before)
     for ours, eager, truth in zip(actual, plain, exact, strict=True):
         assert (ours is None) == (eager is None) == (truth is None)
         if truth is not None:
@@ -152,25 +158,25 @@ def check_rungs(case, dtype, stage=kernels, seed=0, device="cpu", guards=None):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rungs_within_budget(name, dtype, device, guarded):
-    check_rungs(CASES[name], dtype, device=device, guards=guarded)
+def test_results_within_budget(name, dtype, device, guarded):
+    check_results(CASES[name], dtype, device=device, guards=guarded)
 
 
 @pytest.mark.parametrize("width", [7, 17, 64, 100, 384, 577, 1024])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_widths(width, dtype, device, guarded):
-    check_rungs(Case(shape=(9, width)), dtype, device=device, guards=guarded)
+    check_results(Case(shape=(9, width)), dtype, device=device, guards=guarded)
 
 
 def test_widest_tile(device, guarded):
     case = Case(shape=(2, tiles.MAX_WIDTH))
-    check_rungs(case, torch.float32, device=device, guards=guarded)
+    check_results(case, torch.float32, device=device, guards=guarded)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 9, 65, 577])
 def test_row_counts(rows, device, guarded):
     """Fewer rows than a tile, than programs, and many tiles for each program."""
-    check_rungs(Case(shape=(rows, 12)), torch.float32, device=device, guards=guarded)
+    check_results(Case(shape=(rows, 12)), torch.float32, device=device, guards=guarded)
 
 
 @st.composite
@@ -202,14 +208,14 @@ def any_case(draw):
 )
 @given(case=any_case(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31))
 def test_any_shape_within_budget(case, dtype, seed, device, guarded):
-    check_rungs(case, dtype, seed=seed, device=device, guards=guarded)
+    check_results(case, dtype, seed=seed, device=device, guards=guarded)
 
 
 @pytest.mark.parametrize("parameters", ["wb", ""], ids=["parameters", "none"])
 @pytest.mark.parametrize("cotangents", ["x", "w", "b", "xw", "xb", "wb", ""])
 def test_any_subset_of_cotangents(cotangents, parameters, device, guarded):
     case = Case(cotangents=cotangents, parameters=parameters)
-    check_rungs(case, torch.float32, device=device, guards=guarded)
+    check_results(case, torch.float32, device=device, guards=guarded)
 
 
 @pytest.mark.parametrize("asked", [(False, False), (True, False), (False, True)], ids=str)
@@ -217,17 +223,21 @@ def test_parameter_gradients_nobody_asked_for(asked, device):
     """They are None, nothing is launched for them, and the rest is what it was."""
     case, t = Case(), operands(Case(), torch.float32, device=device)
     _, mean, rstd = kernels.layer_norm_forward(t.x, t.weight, t.bias, 1, case.eps)
-    whole = kernels.layer_norm_backward(t.x, t.weight, mean, rstd, t.dy, 1, True, True)
-    with launching.recording(run=True) as launches:
-        part = kernels.layer_norm_backward(t.x, t.weight, mean, rstd, t.dy, 1, *asked)
-    assert [one.name for one in launches] == ["layer_norm_backward"] + ["layer_norm_sums"] * any(
-        asked
+    whole = kernels.layer_norm_backward(
+        LayerNormBackward(t.x, t.weight, mean, rstd, t.dy, 1, True, True)
     )
+    with launching.recording(run=True) as launches:
+        part = kernels.layer_norm_backward(
+            LayerNormBackward(t.x, t.weight, mean, rstd, t.dy, 1, *asked)
+        )
+    assert [one.name for one in launches] == ["layer_norm_backward"] + ["partial_sums"] * any(asked)
     for wanted, one, two in zip((True, *asked), part, whole, strict=True):
         assert torch.equal(one, two) if wanted else one is None
     with launching.recording(run=True) as launches:
         second = kernels.layer_norm_double_backward(
-            *(t.x, t.weight, mean, rstd, t.dy, t.ddx, t.ddw, t.ddb, 1, False)
+            LayerNormDoubleBackward(
+                *(t.x, t.weight, mean, rstd, t.dy, t.ddx, t.ddw, t.ddb, 1, False)
+            )
         )
     assert second[1] is None
     assert len(launches) == 1
@@ -278,8 +288,12 @@ def test_one_feature_has_no_gradient(dtype, device):
 
 def _after(t, eps):
     _, mean, rstd = kernels.layer_norm_forward(*t[:3], 1, eps)
-    first = kernels.layer_norm_backward(t.x, t.weight, mean, rstd, t.dy, 1, True, True)
-    return *first, *kernels.layer_norm_double_backward(t.x, t.weight, mean, rstd, *t[3:], 1, True)
+    first = kernels.layer_norm_backward(
+        LayerNormBackward(t.x, t.weight, mean, rstd, t.dy, 1, True, True)
+    )
+    return *first, *kernels.layer_norm_double_backward(
+        LayerNormDoubleBackward(t.x, t.weight, mean, rstd, *t[3:], 1, True)
+    )
 
 
 @pytest.mark.parametrize("value", [0.1, 3e4])
@@ -310,14 +324,14 @@ def test_a_large_mean_costs_no_accuracy(device):
 @pytest.mark.parametrize("tile", [8, 32, 256, 2048])
 def test_any_tile_size_gives_the_same_results(tile, device, guarded, monkeypatch):
     """Autotuning launches kernels with tiles that the table did not choose for them."""
-    table = launching.configuration
 
-    def other(name, like, width):
-        chosen = table(name, like, width)
-        return dataclasses.replace(chosen, tiles=(("TILE", tile),)) if name != SUMS else chosen
+    def other(plan, *args, **constants):
+        chosen = dataclasses.replace(plan.configuration, tiles=(("TILE", tile),))
+        other_plan = dataclasses.replace(plan, configuration=chosen)
+        launching.run_kernel(other_plan, *args, **constants)
 
-    monkeypatch.setattr(launching, "configuration", other)
-    check_rungs(Case(shape=(29, 12)), torch.float32, device=device, guards=guarded)
+    monkeypatch.setattr(kernels, "run_kernel", other)
+    check_results(Case(shape=(29, 12)), torch.float32, device=device, guards=guarded)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="watches the interpreter")
@@ -326,14 +340,14 @@ def test_no_access_out_of_bounds(name, device):
     """Not even a load whose value is thrown away, nor one from a gap of a strided view."""
     t = operands(CASES[name], torch.float32, device=device)
     with sanitizer():
-        rungs(kernels, CASES[name], t)
+        results_of(kernels, CASES[name], t)
 
 
 @pytest.mark.parametrize("name", ["many-tiles", "three-layouts", "two-axes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_runs_give_the_same_bits(name, dtype, device):
     t = operands(CASES[name], dtype, device=device)
-    for one, two in zip(*(rungs(kernels, CASES[name], t) for _ in range(2)), strict=True):
+    for one, two in zip(*(results_of(kernels, CASES[name], t) for _ in range(2)), strict=True):
         assert torch.equal(one, two)
 
 
@@ -341,7 +355,7 @@ def test_runs_give_the_same_bits(name, dtype, device):
 def test_no_layout_is_copied(kind, device):
     t = operands(Case(shape=(2, 3, 2, 12), kinds=(kind,)), torch.float32, device=device)
     with launching.recording(run=False) as launches:
-        rungs(kernels, Case(), t)
+        results_of(kernels, Case(), t)
     read = [(a.ptr.data_ptr(), a.ptr.stride()) for a in launches[-2].args[:3]]
     assert read == [(z.data_ptr(), z.stride()) for z in (t.x, t.dy, t.ddx)]
 
@@ -351,7 +365,7 @@ def test_nothing_to_normalize(shape, device):
     """Right shapes, zeros as parameter gradients, no launch."""
     t = operands(Case(shape=shape), torch.float32, device=device)
     with launching.recording(run=True) as launches:
-        y, _, dx, dw, db, gx, gw, gdy = rungs(kernels, Case(), t)
+        y, _, dx, dw, db, gx, gw, gdy = results_of(kernels, Case(), t)
     assert not launches
     assert y.shape == dx.shape == gx.shape == gdy.shape == shape
     for gradient in (dw, db, gw):
@@ -368,8 +382,8 @@ def test_offsets_beyond_two_to_the_31(far, device):
         # touched where used, no more
         room = torch.empty(3 * 2**30 + 2**10, dtype=torch.float16, device=device)
         moved = room.as_strided((3, 12), strides).copy_(getattr(plain, name))
-        ours = rungs(kernels, Case(), plain._replace(**{name: moved}))
-        for one, two in zip(ours, rungs(kernels, Case(), plain), strict=True):
+        ours = results_of(kernels, Case(), plain._replace(**{name: moved}))
+        for one, two in zip(ours, results_of(kernels, Case(), plain), strict=True):
             if device.type == "cpu":
                 assert torch.equal(one, two)
             else:  # a compiler sums rows of another layout in another order
@@ -388,8 +402,9 @@ class Sabotaged:
             rstd = (rstd**-2 - eps) ** -0.5
         return y, mean, rstd
 
-    def layer_norm_backward(self, x, w, mean, rstd, dy, *rest):
-        dx, dw, db = kernels.layer_norm_backward(x, w, mean, rstd, dy, *rest)
+    def layer_norm_backward(self, inputs):
+        x, _, mean, rstd, dy, *_ = inputs
+        dx, dw, db = kernels.layer_norm_backward(inputs)
         if self.mistake == "unwritten row":
             dx[-1] = torch.nan
         if self.mistake == "last row left out of dw":
@@ -398,7 +413,8 @@ class Sabotaged:
             db = dx.sum(0)
         return dx, dw, db
 
-    def layer_norm_double_backward(self, x, w, mean, rstd, dy, a, ddw, ddb, *rest):
+    def layer_norm_double_backward(self, inputs):
+        x, w, mean, rstd, dy, a, ddw, ddb, *_ = inputs
         xh, r = (x - mean[:, None]) * rstd[:, None], rstd[:, None]
 
         def mean_of(z):
@@ -406,7 +422,7 @@ class Sabotaged:
 
         if self.mistake == "cotangent of dw dropped":
             ddw = None
-        gx, gw, gdy = kernels.layer_norm_double_backward(x, w, mean, rstd, dy, a, ddw, ddb, *rest)
+        gx, gw, gdy = kernels.layer_norm_double_backward(inputs._replace(ddw=ddw))
         s = r * (a - mean_of(a) - xh * mean_of(a * xh))
         if self.mistake == "q":
             gx = gx + r * mean_of(w * dy * s) * xh
@@ -425,23 +441,26 @@ MISTAKES += ["cotangent of dw dropped", "bias cotangent"]
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_oracle_bites(mistake, device):
     case = Case(shape=(13, 24), eps=1e-2)
-    check_rungs(case, torch.float32, stage=Sabotaged("none"), device=device)
+    check_results(case, torch.float32, operator=Sabotaged("none"), device=device)
     with pytest.raises(AssertionError):
-        check_rungs(case, torch.float32, stage=Sabotaged(mistake), device=device)
+        check_results(case, torch.float32, operator=Sabotaged(mistake), device=device)
 
 
-@pytest.mark.parametrize("rung", ["forward", "backward", "sums", "double_backward"])
-def test_the_oracle_sees_a_last_tile_dropped(rung, device, monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    ["layer_norm_forward", "layer_norm_backward", "partial_sums", "layer_norm_double_backward"],
+)
+def test_the_oracle_sees_a_last_tile_dropped(name, device, monkeypatch):
     """One program too few of each kernel."""
 
-    def short(name, kernel, grid, *args, **constants):
-        fewer = (lambda c: grid(c) - 1) if name == f"layer_norm_{rung}" else grid
-        launching.launch(name, kernel, fewer, *args, **constants)
+    def short(plan, kernel, grid, *args, **constants):
+        fewer = (lambda c: grid(c) - 1) if plan.table.name == name else grid
+        launching.run_kernel(plan, kernel, fewer, *args, **constants)
 
     for module in (kernels, sums):
-        monkeypatch.setattr(module, "launch", short)
+        monkeypatch.setattr(module, "run_kernel", short)
     with pytest.raises(AssertionError, match="non-finite"):
-        check_rungs(Case(shape=(13, 24)), torch.float32, device=device)
+        check_results(Case(shape=(13, 24)), torch.float32, device=device)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,10 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.contracts import (
+    RoutedHeadPenaltyBackward,
+    RoutedHeadPenaltyDoubleBackward,
+)
 from tests.helpers.second_order import TAILS, WAYS
 from tests.kernels.triton.conftest import INTERPRETED
 from tests.kernels.triton.test_head_penalty import DTYPES, On, _NoGuards, compare
@@ -20,6 +24,7 @@ from tools.interpreter.sanitizer import sanitizer
 kernels = pytest.importorskip("diversevit_kernels.triton.head_penalty.routed")
 routing = pytest.importorskip("diversevit_kernels.triton.head_penalty.routed_products")
 launching = pytest.importorskip("diversevit_kernels.triton.runtime.launch")
+tensors = pytest.importorskip("diversevit_kernels.triton.runtime.tensors")
 
 CASES = {
     "plain": Case(d=5, D=20),
@@ -42,7 +47,7 @@ def kind(request):
 
 
 @pytest.fixture
-def stage(device, guarded):
+def operator(device, guarded):
     return On(kernels, device, guarded)
 
 
@@ -52,13 +57,13 @@ def tokens_per_tile(patch, case, tokens, dtype=torch.float32):
     patch.setattr(kernels, "SCRATCH_BYTES", tokens * case.H * case.D * size)
 
 
-def check_rungs(stage, case, dtype, kind, seed=0, present=(True, True)):
-    """All results of the three rungs within the error budget, float64 ones in float64."""
+def check_results(operator, case, dtype, kind, seed=0, present=(True, True)):
+    """All results of forward, backward and double backward within the error budget, float64 ones in float64."""
     inputs = operands(case, dtype, seed)
     wide = [x.double() for x in inputs]
-    exact = definition.rungs(reference, case, wide, kind, present)
-    eager = definition.rungs(reference, case, inputs, kind, present)
-    ours = definition.rungs(stage, case, inputs, kind, present)
+    exact = definition.all_orders(reference, case, wide, kind, present)
+    eager = definition.all_orders(reference, case, inputs, kind, present)
+    ours = definition.all_orders(operator, case, inputs, kind, present)
     assert all(x.is_contiguous() for x in ours)
     lengths = SimpleNamespace(H=case.H, N=case.B * case.N, E=case.D + 3 * case.d, B=case.B)
     compare(ours, eager, exact, definition.scales(case, wide, kind, present), lengths)
@@ -67,22 +72,22 @@ def check_rungs(stage, case, dtype, kind, seed=0, present=(True, True)):
 @pytest.mark.parametrize("kind", SOME_KINDS, ids="-".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_rungs_within_budget(stage, case, dtype, kind):
-    check_rungs(stage, case, dtype, kind)
+def test_results_within_budget(operator, case, dtype, kind):
+    check_results(operator, case, dtype, kind)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 9, 12, 17])
-def test_tiles_of_tokens(stage, tokens, kind, monkeypatch):
+def test_tiles_of_tokens(operator, tokens, kind, monkeypatch):
     """One token, parts of a sample, whole samples, ragged last ones: the same numbers."""
     case = Case(B=3, H=3, N=4, d=2, D=5)
     tokens_per_tile(monkeypatch, case, tokens)
-    check_rungs(stage, case, torch.float32, kind)
+    check_results(operator, case, torch.float32, kind)
 
 
 @pytest.mark.parametrize("present", [(True, False), (False, True)], ids=["dr", "dW"])
-def test_rungs_without_a_cotangent(stage, present, kind, monkeypatch):
+def test_results_without_a_cotangent(operator, present, kind, monkeypatch):
     tokens_per_tile(monkeypatch, CASES["plain"], 8)
-    check_rungs(stage, CASES["plain"], torch.float32, kind, present=present)
+    check_results(operator, CASES["plain"], torch.float32, kind, present=present)
 
 
 OF_GRADIENTS = {
@@ -102,13 +107,13 @@ OF_WEIGHTS = {
     ("which", "layout"), [(0, name) for name in OF_GRADIENTS] + [(1, name) for name in OF_WEIGHTS]
 )
 @pytest.mark.parametrize("kind", SOME_KINDS, ids="-".join)
-def test_a_layout_changes_no_bit(which, layout, kind, stage, monkeypatch):
+def test_a_layout_changes_no_bit(which, layout, kind, operator, monkeypatch):
     """Of each operand by itself: strides of its own along every axis."""
     case = Case(B=3, H=2, N=4, d=3, D=5)
     tokens_per_tile(monkeypatch, case, 32)
     dense, moved = operands(case, torch.float32), operands(case, torch.float32)
     moved[which] = (OF_GRADIENTS, OF_WEIGHTS)[which][layout](moved[which])
-    results = (definition.rungs(stage, case, inputs, kind) for inputs in (dense, moved))
+    results = (definition.all_orders(operator, case, inputs, kind) for inputs in (dense, moved))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 
@@ -121,10 +126,16 @@ def test_an_absent_cotangent_counts_as_zero(absent, kind, device):
     dp, dc, *dd = (x.to(device) for x in definition.cotangents(r.cpu(), w.cpu(), cosines.cpu()))
     given = (r, w, cosines, norms, None if absent == "dpenalty" else dp)
     given += (None if absent == "dcosines" else dc,)
-    first = kernels.routed_head_penalty_backward(*given, *values)
-    torch.testing.assert_close(first, reference.routed_head_penalty_backward(*given, *values))
-    second = kernels.routed_head_penalty_double_backward(*given, *dd, *values)
-    expect = reference.routed_head_penalty_double_backward(*given, *dd, *values)
+    first = kernels.routed_head_penalty_backward(RoutedHeadPenaltyBackward(*given, *values))
+    torch.testing.assert_close(
+        first, reference.routed_head_penalty_backward(RoutedHeadPenaltyBackward(*given, *values))
+    )
+    second = kernels.routed_head_penalty_double_backward(
+        RoutedHeadPenaltyDoubleBackward(*given, *dd, *values)
+    )
+    expect = reference.routed_head_penalty_double_backward(
+        RoutedHeadPenaltyDoubleBackward(*given, *dd, *values)
+    )
     assert [x is None for x in second] == [x is None for x in expect]
     for ours, exact in zip(second, expect, strict=True):
         torch.testing.assert_close(ours, exact)
@@ -157,10 +168,10 @@ def any_case(draw):
     st.integers(0, 2**31),
     st.sampled_from([5, 1000]),
 )
-def test_any_shape_within_budget(stage, case, dtype, kind, seed, tokens):
+def test_any_shape_within_budget(operator, case, dtype, kind, seed, tokens):
     with pytest.MonkeyPatch.context() as patch:
         tokens_per_tile(patch, case, tokens, dtype)
-        check_rungs(stage, case, dtype, kind, seed)
+        check_results(operator, case, dtype, kind, seed)
 
 
 @pytest.mark.parametrize("kind", SOME_KINDS, ids="-".join)
@@ -211,10 +222,12 @@ def test_autocast_lets_the_dtypes_differ(kind, device):
     _, exact, lengths = reference.routed_head_penalty_forward(r.double(), w.double(), *values)
     torch.testing.assert_close(cosines.double(), exact, rtol=1e-5, atol=1e-5)
     given = cosines, norms, torch.ones_like(norms[(0,) * norms.ndim]), None
-    dr, dw = kernels.routed_head_penalty_backward(r, w, *given, *values)
+    dr, dw = kernels.routed_head_penalty_backward(RoutedHeadPenaltyBackward(r, w, *given, *values))
     assert (dr.dtype, dw.dtype) == (torch.bfloat16, torch.float32)
     wide = exact, lengths, given[2].double(), None
-    _, exact_dw = reference.routed_head_penalty_backward(r.double(), w.double(), *wide, *values)
+    _, exact_dw = reference.routed_head_penalty_backward(
+        RoutedHeadPenaltyBackward(r.double(), w.double(), *wide, *values)
+    )
     torch.testing.assert_close(dw.double(), exact_dw, rtol=1e-4, atol=1e-6)
 
 
@@ -237,15 +250,17 @@ def test_orthogonal_heads_have_no_penalty(kind, device):
 def test_runs_give_the_same_bits(kind, device, monkeypatch):
     case = Case(B=3, H=3, N=5, d=5, D=9)
     tokens_per_tile(monkeypatch, case, 8)
-    stage = On(kernels, device, _NoGuards())
-    results = (definition.rungs(stage, case, operands(case, torch.float32), kind) for _ in range(2))
+    operator = On(kernels, device, _NoGuards())
+    results = (
+        definition.all_orders(operator, case, operands(case, torch.float32), kind) for _ in range(2)
+    )
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("scratch", [4 * 4 * 64 * 40, None], ids=["small", "as shipped"])
 def test_the_routed_gradients_never_exist(scratch, kind, device, monkeypatch):
-    """No rung allocates more than the scratch allows; with one that holds all, we would see it."""
+    """No function allocates more than the scratch allows; with one that holds all, we would see it."""
     case = Case(B=4, H=4, N=50, d=2, D=64)
     if scratch is not None:
         monkeypatch.setattr(kernels, "SCRATCH_BYTES", scratch)
@@ -256,11 +271,11 @@ def test_the_routed_gradients_never_exist(scratch, kind, device, monkeypatch):
         sizes.append(made.nbytes)
         return made
 
-    monkeypatch.setattr(launching, "allocator", watching)
+    monkeypatch.setattr(tensors, "allocator", watching)
     inputs = operands(case, torch.float32)
-    stage = kernels if device.type == "cpu" else On(kernels, device, _NoGuards())
+    operator = kernels if device.type == "cpu" else On(kernels, device, _NoGuards())
     with launching.recording(run=False):
-        definition.rungs(stage, case, inputs, kind)
+        definition.all_orders(operator, case, inputs, kind)
     routed = 4 * case.B * case.H * case.N * case.D
     assert (max(sizes) < routed / 4) == (scratch is not None)
 
@@ -272,7 +287,7 @@ def test_no_access_out_of_bounds(layout, kind, monkeypatch):
     case = Case(B=2, H=3, N=3, d=3, D=19, layout=layout)
     tokens_per_tile(monkeypatch, case, 16)
     with sanitizer():
-        definition.rungs(kernels, case, operands(case, torch.float32), kind)
+        definition.all_orders(kernels, case, operands(case, torch.float32), kind)
 
 
 def test_too_many_heads_are_refused_in_one_line(device):
@@ -287,8 +302,8 @@ def test_too_many_heads_are_refused_in_one_line(device):
 class Sabotaged(On):
     """The kernels with one named mistake."""
 
-    def __init__(self, stage, mistake):
-        super().__init__(stage.stage, stage.device, stage.guards)
+    def __init__(self, operator, mistake):
+        super().__init__(operator.operator, operator.device, operator.guards)
         self.mistake = mistake
 
     def routed_head_penalty_forward(self, r, w, *kind):
@@ -297,23 +312,23 @@ class Sabotaged(On):
             r[:, :, 2] = 0
         return On.__getattr__(self, "routed_head_penalty_forward")(r, w, *kind)
 
-    def routed_head_penalty_backward(self, r, w, *given):
-        dr, dw = On.__getattr__(self, "routed_head_penalty_backward")(r, w, *given)
+    def routed_head_penalty_backward(self, inputs):
+        dr, dw = On.__getattr__(self, "routed_head_penalty_backward")(inputs)
         if self.mistake == "unwritten token":
             dr[-1, -1] = torch.nan
         if self.mistake == "last token missing from dW":
-            short = r.clone()
+            short = inputs.grad_qkv.clone()
             short[:, -1] = 0
-            _, dw = On.__getattr__(self, "routed_head_penalty_backward")(short, w, *given)
+            inputs = inputs._replace(grad_qkv=short)
+            _, dw = On.__getattr__(self, "routed_head_penalty_backward")(inputs)
         return dr, dw
 
-    def routed_head_penalty_double_backward(self, *given):
-        given = list(given)
+    def routed_head_penalty_double_backward(self, inputs):
         if self.mistake == "ddgrad_qkv ignored":
-            given[6] = None
+            inputs = inputs._replace(ddgrad_qkv=None)
         if self.mistake == "ddweight ignored":
-            given[7] = None
-        return On.__getattr__(self, "routed_head_penalty_double_backward")(*given)
+            inputs = inputs._replace(ddweight=None)
+        return On.__getattr__(self, "routed_head_penalty_double_backward")(inputs)
 
 
 MISTAKES = ["values dropped", "unwritten token", "last token missing from dW"]
@@ -322,22 +337,22 @@ MISTAKES += ["ddgrad_qkv ignored", "ddweight ignored"]
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("kind", SOME_KINDS, ids="-".join)
-def test_the_oracle_bites(mistake, kind, stage):
+def test_the_oracle_bites(mistake, kind, operator):
     case = Case(B=2, H=3, N=3, d=4, D=8)
-    check_rungs(Sabotaged(stage, "none"), case, torch.bfloat16, kind)
+    check_results(Sabotaged(operator, "none"), case, torch.bfloat16, kind)
     with pytest.raises(AssertionError, match=r"exceeds budget|non-finite"):
-        check_rungs(Sabotaged(stage, mistake), case, torch.bfloat16, kind)
+        check_results(Sabotaged(operator, mistake), case, torch.bfloat16, kind)
 
 
 @pytest.mark.parametrize("name", ["route", "route_back", "weight"])
 @pytest.mark.parametrize("kind", SOME_KINDS, ids="-".join)
-def test_the_oracle_sees_a_program_dropped(name, kind, stage, monkeypatch):
+def test_the_oracle_sees_a_program_dropped(name, kind, operator, monkeypatch):
     """Of each kernel the last one: what it should have written is NaN."""
 
-    def short(kernel, function, grid, *args, **constants):
-        fewer = (lambda c: grid(c) - 1) if kernel == f"routed_penalty_{name}" else grid
-        launching.launch(kernel, function, fewer, *args, **constants)
+    def short(plan, kernel, grid, *args, **constants):
+        fewer = (lambda c: grid(c) - 1) if plan.table.name == f"routed_penalty_{name}" else grid
+        launching.run_kernel(plan, kernel, fewer, *args, **constants)
 
-    monkeypatch.setattr(routing, "launch", short)
+    monkeypatch.setattr(routing, "run_kernel", short)
     with pytest.raises(AssertionError, match="non-finite"):
-        check_rungs(stage, Case(d=5, D=20), torch.float32, kind)
+        check_results(operator, Case(d=5, D=20), torch.float32, kind)

@@ -1,15 +1,15 @@
 """Attention on a CPU: forward, backward, double backward."""
 
-from .blocked import (
+from .dispatch import (
     attention_backward,
     attention_double_backward,
+    attention_empty_qkv,
     attention_forward,
-    attention_packed,
 )
 
 __all__ = [
     "attention_backward",
     "attention_double_backward",
+    "attention_empty_qkv",
     "attention_forward",
-    "attention_packed",
 ]

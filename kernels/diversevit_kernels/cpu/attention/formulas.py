@@ -1,11 +1,11 @@
-"""What happens to tiles of scores between attention's products on a CPU: (1)-(9) of kernels/README.md, row by row.
+"""Softmax of tiles of scores and its derivatives, between attention's products: (1)-(8) of kernels/README.md.
 
-Inductor compiles each rung's part to one formula, a few passes over rows that are still in the cache
-(``inductor``). Where a formula is not compiled, or a cotangent is absent, the same is done in place, operator by
-operator.
+Each of forward, backward and double backward has one formula for Inductor, which compiles it into a few passes over
+rows that stay in the cache (``inductor``). Where it is not compiled, or a cotangent is absent, PyTorch's operators do
+the same in place, one after the other.
 
-Shapes   tiles s, p, dp, ds, x, y, e, r [pairs, rows, keys]; a statistic [pairs, rows, 1].
-Dtypes   the accumulation dtype; compiled in float32 alone.
+Shapes   tiles s, p, dp, ds, dds, ddp, gs, y [pairs, rows, keys]; a statistic [pairs, rows, 1].
+Dtypes   the accumulation dtype; only float32 is compiled.
 P        is exp(S - top) over its own row sum, (1a); ``top``, the largest score, is +inf where a row attends to nothing.
 """
 
@@ -18,11 +18,11 @@ from ...common.dtypes import accumulation_dtype
 from ..runtime.inductor import Formula, Function, compiled_if_worth
 
 Buffer = Callable[[str], Tensor]
-"""Scratch memory of a tile's shape, by name."""
+"""Returns scratch memory of a tile's shape, by name."""
 
 
 def _forward(s: Tensor) -> tuple[Tensor, Tensor]:
-    """(1a), (1)-(2): of scores [rows, keys] ``p``, and [rows, 2], the largest and the share of a row's weights."""
+    """(1a): ``p`` [rows, keys] and the statistics [rows, 2] of scores, the largest and the share."""
     top = s.amax(1, keepdim=True)
     top = torch.where(top == -torch.inf, torch.inf, top)
     p = torch.exp(s - top)
@@ -32,7 +32,7 @@ def _forward(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _backward(s: Tensor, top: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
-    """(1), (3)-(5): ``p`` and ``ds`` of [rows, keys]; D from P o dP."""
+    """(1), (3)-(4): ``p`` and ``ds`` [rows, keys]; delta is the row sum of P o dP."""
     p = torch.exp(s - top)
     total = p.sum(1, keepdim=True)
     p = p / torch.where(total == 0, 1.0, total)
@@ -40,20 +40,20 @@ def _backward(s: Tensor, top: Tensor, dp: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _double_backward(
-    s: Tensor, top: Tensor, dp: Tensor, x: Tensor, y: Tensor
+    s: Tensor, top: Tensor, dp: Tensor, dds: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(1), (3)-(8): ``p``, ``ds``, ``e`` = P o (X - x) and ``r`` of [rows, keys]; y is dO C^T."""
+    """(1), (3)-(8): ``p``, ``ds``, ``ddp`` and ``gs`` [rows, keys]; y is dO ddV^T."""
     p = torch.exp(s - top)
     total = p.sum(1, keepdim=True)
     p = p / torch.where(total == 0, 1.0, total)
     ds = p * (dp - (p * dp).sum(1, keepdim=True))
-    centred = x - (p * x).sum(1, keepdim=True)
-    r = p * y + ds * centred
-    return p, ds, p * centred, r - p * r.sum(1, keepdim=True)
+    centred = dds - (p * dds).sum(1, keepdim=True)
+    gs = p * y + ds * centred
+    return p, ds, p * centred, gs - p * gs.sum(1, keepdim=True)
 
 
 def _examples(*columns: bool) -> Callable[[torch.dtype], tuple[Tensor, ...]]:
-    """Arguments of a formula: statistics [6, 1] where ``columns`` says so, else tiles [6, 40]."""
+    """Return a function that makes example arguments: statistics [6, 1] where ``columns``, else tiles [6, 40]."""
     return lambda dtype: tuple(
         torch.ones(6, 1 if column else 40, dtype=dtype) for column in columns
     )
@@ -73,41 +73,45 @@ DOUBLE_BACKWARD = Formula(
 
 
 def fused(formula: Formula, q: Tensor, k: Tensor) -> Function | None:
-    """The compiled formula for tiles of so many scores, if there is one and it is worth it."""
+    """Return the compiled formula for attention of q and k, if there is one and the scores repay compiling it."""
     dtype = accumulation_dtype(q.dtype)
     return compiled_if_worth(formula, dtype, q.shape[:3].numel() * k.shape[2])
 
 
 def _call(run: Function, formula: Formula, *operands: Tensor) -> tuple[Tensor, ...]:
-    """The formula of tiles [pairs, rows, keys] as of [pairs rows, keys]."""
+    """Call the formula, which takes [rows, keys], on tiles [pairs, rows, keys]."""
     flat = [x.reshape(-1, x.shape[-1]) for x in operands]
-    if min(flat[0].shape) < 2:  # sizes of 1 are not compiled for
+    if min(flat[0].shape) < 2:  # sizes are compiled from 2 on
         run = formula.function
     return tuple(x.view(*operands[0].shape[:2], -1) for x in run(*flat))
 
 
 def forward(run: Function | None, s: Tensor) -> tuple[Tensor, Tensor]:
-    """``p``, and (1a) [pairs, rows, 2], top and share; ``s`` may be overwritten."""
+    """Return ``p`` and (1a) [pairs, rows, 2], the largest score and the share; may overwrite ``s``."""
     if run is not None:
         p, softmax = _call(run, FORWARD, s)
         return p, softmax
     top = s.amax(-1, keepdim=True)
     top.masked_fill_(top == -torch.inf, torch.inf)
     p = s.sub_(top).exp_()
-    share = p.sum(-1, keepdim=True).clamp_min_(1.0).reciprocal_()  # less than 1 is 0: an empty row
+    share = (
+        p.sum(-1, keepdim=True).clamp_min_(1.0).reciprocal_()
+    )  # 0 in an empty row, else at least 1
     return p.mul_(share), torch.cat((top, share), -1)
 
 
 def backward(
     run: Function | None, s: Tensor, top: Tensor, dp: Tensor, buffer: Buffer
 ) -> tuple[Tensor, Tensor]:
-    """``p`` and ``ds``; ``s`` and ``dp`` may be overwritten."""
+    """Return ``p`` and ``ds``; may overwrite ``s`` and ``dp``."""
     if run is not None:
         p, ds = _call(run, BACKWARD, s, top, dp)
         return p, ds
     p = s.sub_(top).exp_()
-    p /= p.sum(-1, keepdim=True).clamp_min_(0.5)  # 0, or 1 and more but for the rounding of S
-    delta = torch.mul(p, dp, out=buffer("e")).sum(-1, keepdim=True)
+    p /= p.sum(-1, keepdim=True).clamp_min_(
+        0.5
+    )  # 0 in an empty row, else at least 1 but for rounding
+    delta = torch.mul(p, dp, out=buffer("ddp")).sum(-1, keepdim=True)
     return p, dp.sub_(delta).mul_(p)
 
 
@@ -116,22 +120,22 @@ def double_backward(
     s: Tensor,
     top: Tensor,
     dp: Tensor,
-    x: Tensor | None,
+    dds: Tensor | None,
     y: Tensor | None,
     buffer: Buffer,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """``p``, ``ds``, ``e`` (None without ``x``) and ``r``; the arguments may be overwritten.
+    """Return ``p``, ``ds``, ``ddp`` (None without ``dds``) and ``gs``; may overwrite the arguments.
 
-    ``run`` may be given only with ``x`` and ``y``.
+    ``run`` is called only if ``dds`` and ``y`` are given.
     """
-    if run is not None and x is not None and y is not None:
-        p, ds, e, r = _call(run, DOUBLE_BACKWARD, s, top, dp, x, y)
-        return p, ds, e, r
+    if run is not None and dds is not None and y is not None:
+        p, ds, ddp, gs = _call(run, DOUBLE_BACKWARD, s, top, dp, dds, y)
+        return p, ds, ddp, gs
     p, ds = backward(None, s, top, dp, buffer)
-    e = None
-    r = y.mul_(p) if y is not None else buffer("y").zero_()
-    if x is not None:
-        x.sub_(torch.mul(p, x, out=buffer("e")).sum(-1, keepdim=True))
-        r.addcmul_(ds, x)
-        e = torch.mul(p, x, out=buffer("e"))
-    return p, ds, e, r.addcmul_(p, r.sum(-1, keepdim=True), value=-1)
+    ddp = None
+    gs = y.mul_(p) if y is not None else buffer("y").zero_()
+    if dds is not None:
+        dds.sub_(torch.mul(p, dds, out=buffer("ddp")).sum(-1, keepdim=True))
+        gs.addcmul_(ds, dds)
+        ddp = torch.mul(p, dds, out=buffer("ddp"))
+    return p, ds, ddp, gs.addcmul_(p, gs.sum(-1, keepdim=True), value=-1)

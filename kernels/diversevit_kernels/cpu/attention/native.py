@@ -1,9 +1,9 @@
-"""Calls of ``native/attention.cpp``: the three rungs of attention, (1)-(9) of kernels/README.md, as C++ kernels.
+"""Call the C++ kernels of attention (``csrc/attention.cpp``): forward, backward, double backward.
 
-Shapes   as in ``attention``; the last axis of an operand is made dense if it is not.
+Shapes   as in ``dispatch``; the last axis of an operand is made dense if it is not.
 Dtypes   float32, float64, and bfloat16, which is read and written as such and computed in float32.
 Bits     a (sample, key head) pair belongs to one thread: the same on any number of threads.
-Memory   a thread keeps its scratch for later calls: keys, values and sums of a pair, and tiles of 512 KiB in all.
+Memory   each thread keeps its scratch memory for later calls: keys, values and sums of a pair, and tiles of 1 MiB.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ from torch import Tensor
 from ...common.dtypes import accumulation_dtype
 from ...common.forks import kernel_threads
 from ..runtime.cpp_library import library
+from .inputs import Inputs
 
 _Int = ctypes.c_int64
 
@@ -39,29 +40,23 @@ class _Call(ctypes.Structure):
     )
 
 
-def runs(q: Tensor, mask_gradient: bool = False) -> bool:
-    """Whether there is a native kernel; there is none for a mask's gradient, nor for float16."""
+def supports(q: Tensor, mask_gradient: bool = False) -> bool:
+    """Return whether there is a kernel for tensors like q; there is none for a mask's gradient."""
     known = q.dtype in (torch.float32, torch.float64, torch.bfloat16)
     return known and not mask_gradient and library("attention") is not None
 
 
-def call(
-    rung: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    softmax: Tensor,
-    is_causal: bool,
-    scale: float,
-    **tensors: Tensor | None,
-) -> None:
-    """Run a rung; ``tensors`` are its other operands and its results, by the names in ``_TENSORS``.
+def call(direction: str, inputs: Inputs, softmax: Tensor, **tensors: Tensor | None) -> None:
+    """Run the kernel of a ``direction``: "forward", "backward" or "double_backward".
 
-    ``softmax`` is (1a) in the accumulation dtype, and dense where it is a result.
+    Args:
+        softmax: the statistics (1a) in the accumulation dtype; contiguous where it is a result.
+        tensors: the other operands and the results, by the names in ``_TENSORS``; a backward's results are gq, gk, gv.
     """
+    q, k, v, mask, is_causal, scale = inputs
     given = {"q": q, "k": k, "v": v, **tensors}
-    dense = {name: _dense(x) for name, x in given.items() if x is not None}  # alive until the end
+    # a dictionary, so that copies stay alive until the kernel has run
+    dense = {name: _dense(x) for name, x in given.items() if x is not None}
     softmax = softmax.contiguous()
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(accumulation_dtype(q.dtype))
@@ -70,21 +65,22 @@ def call(
     request = _Call(
         **dict(zip(_SIZES, sizes, strict=True)),
         scale=scale,
-        mask=_described(mask),
+        mask=_mask_struct(mask),
         softmax=softmax.data_ptr(),
         **{name: _Tensor(x.data_ptr(), (_Int * 3)(*x.stride()[:3])) for name, x in dense.items()},
     )
     functions: Any = library("attention")
-    kind = str(q.dtype).removeprefix("torch.")
-    functions[f"attention_{rung}_{kind}"](ctypes.byref(request))
+    dtype = str(q.dtype).removeprefix("torch.")
+    functions[f"attention_{direction}_{dtype}"](ctypes.byref(request))
 
 
 def _dense(x: Tensor) -> Tensor:
+    """Return x with a contiguous last axis."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _described(mask: Tensor | None) -> _Mask:
-    """Strides of 0 where the mask is broadcast."""
+def _mask_struct(mask: Tensor | None) -> _Mask:
+    """Describe the mask to the kernel, with strides of 0 where it is broadcast."""
     if mask is None:
         return _Mask()
     strides = (0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))

@@ -1,12 +1,13 @@
 // Attention on a CPU: forward, backward and double backward, equations (1)-(9) of kernels/README.md.
 //
-// A thread owns a (sample, key head) pair. It holds the pair's keys and values, goes through the query rows of the
-// pair's heads a block at a time, and adds up key-side results in order: same bits on any number of threads. A block's
-// tiles of scores are kept transposed, [keys, rows]: softmax then runs down the columns, a row per lane, and a tile
-// serves as it is as the left operand of products over the rows and as the right one of those over the keys.
+// A thread computes a (sample, key head) pair at a time. It keeps the pair's keys and values, goes through the query
+// rows of the pair's heads block by block, and adds up key-side gradients in order: same bits on any number of threads.
+// Tiles of scores are stored transposed, [keys, rows]: the softmax then runs down the columns, with a row per lane, and
+// a tile is without conversion the left operand of products over the rows and the right operand of products over the
+// keys.
 //
-// bfloat16 is multiplied as such and summed in float; scores and statistics are float, and what is made of them is
-// rounded to bfloat16 where it becomes an operand.
+// bfloat16 is multiplied as such and summed in float. Scores and statistics are float; probabilities and gradients of
+// scores are rounded to bfloat16 when they become operands.
 #include "layout.h"
 #include "product.h"
 
@@ -19,7 +20,7 @@ struct Tensor {  // [B, heads, N, width], dense along the width
 struct Mask {  // [B, H, Nq, Nk], broadcast by strides of 0
     const void* data;
     int64_t sample, head, row, key;
-    int64_t kind;  // 0: none, 1: bool, 2: added, in the dtype of the arithmetic
+    int64_t kind;  // 0: none, 1: bool, 2: additive, in the dtype of the arithmetic
 };
 struct Call {
     int64_t B, H, Hkv, Nq, Nk, d, dv, causal, threads;
@@ -33,11 +34,11 @@ struct Call {
 template <class S> using T = Arithmetic<S>;
 template <class S> using E = Operand<S>;
 
-constexpr ptrdiff_t TILE_BYTES = 1 << 20;  // of a block's tiles
+constexpr ptrdiff_t TILE_BYTES = 1 << 20;  // of all tiles of a block
 
 enum Slot { KEYS, VALUES = KEYS + 3, DDK = VALUES + 3, DDV = DDK + 3, SUM_K = DDV + 3, SUM_V,
             QUERIES, DOUT = QUERIES + 3, DDQ = DOUT + 3, STATISTICS = DDQ + 3, RESULT,
-            SCORES, DP = SCORES + 3, X = DP + 3, Y = X + 3 };
+            SCORES, DP = SCORES + 3, DDS = DP + 3, Y = DDS + 3 };
 
 template <class S> inline S* at(const Tensor& x, int64_t b, int64_t h, int64_t n = 0) {
     return static_cast<S*>(x.data) + b * x.sample + h * x.head + n * x.row;
@@ -46,11 +47,11 @@ template <class S> inline S* at(const Tensor& x, int64_t b, int64_t h, int64_t n
 // One block of query rows of one head.
 struct Block {
     int64_t b, h, row;
-    ptrdiff_t rows, lanes, keys;  // lanes: rows, padded; keys: those the block may look at
+    ptrdiff_t rows, lanes, keys;  // lanes: rows, padded; keys: those the block may attend to
     ptrdiff_t stride;             // between the keys of a tile
 };
 
-// Some rows of an operand, [n, width], n padded to a multiple of a grain.
+// Rows of an operand, [n, width], in the two layouts of layout.h, n padded to a multiple of a grain.
 template <class S> struct Rows {
     E<S>*as_it_is, *paired;
     ptrdiff_t high, wide;
@@ -67,7 +68,7 @@ template <class S> struct Rows {
     }
 };
 
-// Keys, or what is laid out like them, as left operands.
+// Keys, values or their cotangents, as left operands.
 template <class S> struct Keys {
     Left<E<S>> over_width{}, over_keys{};  // [keys, width], [width, keys]
     explicit operator bool() const { return over_width.data; }
@@ -77,7 +78,7 @@ template <class S> struct Keys {
         const Rows<S> rows(slot, at<S>(x, b, h), x.row, Nk, STEP<S>, width);
         over_width = {rows.as_it_is, rows.wide / DEPTH<S>, 1};
         over_keys = {rows.as_it_is, 1, rows.wide};
-        if constexpr (DEPTH<S> > 1) {  // products of pairs read rows
+        if constexpr (DEPTH<S> > 1) {  // products of pairs read their left operand along rows
             Pair* turned = scratch<Pair>(slot + 2, rows.high * rows.wide / 2);
             transposed(rows.paired, rows.high / 2, rows.wide, turned, rows.high / 2);
             over_keys = {turned, rows.high / 2, 1};
@@ -85,7 +86,7 @@ template <class S> struct Keys {
     }
 };
 
-// A block's rows of queries, or of what is laid out like them, as right operands.
+// A block's rows of queries, output gradients or cotangents of queries, as right operands.
 template <class S> struct Queries {
     const E<S>*over_width = nullptr, *over_rows = nullptr;  // [width, lanes], [lanes, width]
     explicit operator bool() const { return over_width; }
@@ -100,10 +101,10 @@ template <class S> struct Queries {
     }
 };
 
-enum Sides { LEFT = 1, RIGHT = 2, BOTH = 3 };  // operands of products over the rows, over the keys
+enum Sides { LEFT = 1, RIGHT = 2, BOTH = 3 };  // LEFT of products over the rows, RIGHT of products over the keys
 
-// A block's tile [keys, lanes]: numbers, and the same as operands. Where an operand's elements are the numbers
-// themselves, the three are one memory.
+// A block's tile [keys, lanes]: its values, and the same as left and right operands. Where operands are not pairs, all
+// three are the same memory.
 template <class S> struct Tile {
     T<S>* values;
     E<S>*left = nullptr, *right = nullptr;
@@ -121,7 +122,7 @@ template <class S> struct Tile {
         }
     }
     T<S>* at(ptrdiff_t j, ptrdiff_t i) const { return values + j * stride + i; }
-    // Vectors of DEPTH keys from the j-th on become operands.
+    // Stores the vectors of DEPTH keys, from the j-th on, as operands.
     void put(ptrdiff_t j, ptrdiff_t i, const Vector<T<S>>* x) const {
         if constexpr (DEPTH<S> == 1) {
             store(at(j, i), x[0]);
@@ -132,6 +133,7 @@ template <class S> struct Tile {
     }
 };
 
+// Returns zeros for sums over query rows, [keys, width] padded.
 template <class S> T<S>* sums(int slot, ptrdiff_t Nk, ptrdiff_t width) {
     const ptrdiff_t elements = padded<S>(Nk) * padded<S>(width);
     T<S>* total = scratch<T<S>>(slot, elements);
@@ -159,13 +161,13 @@ void to_keys(const Block& t, const Tile<S>& tile, const Queries<S>& q, ptrdiff_t
     product(run<S>(t.keys), wide, run<S>(t.rows) / DEPTH<S>, left, q.over_rows, wide, total, wide, true);
 }
 
-// The block's scores (1), masked, but for a factor, which is returned.
+// (1): masked scores of the block, up to a factor, which is returned.
 template <class S> T<S> masked_scores(const Call& c, const Block& t, const Keys<S>& k, const Queries<S>& q, Tile<S>& s) {
     using T = Arithmetic<S>;
     scores(t, k, q, c.d, s);
     const Mask& m = c.mask;
     const bool scaled = m.kind == 2;
-    // A factor of 0 would make NaN of minus infinity; to what softmax makes of finite scores the smallest is the same.
+    // 0 times minus infinity would be NaN; the smallest number gives the same softmax of finite scores as 0.
     const T scale = T(c.scale), factor = scaled ? T(1) : scale == 0 ? std::numeric_limits<T>::min() : scale;
     const T never = -std::copysign(std::numeric_limits<T>::infinity(), factor);
     const int64_t first = t.b * m.sample + t.h * m.head + t.row * m.row;
@@ -180,14 +182,14 @@ template <class S> T<S> masked_scores(const Call& c, const Block& t, const Keys<
         }
     for (ptrdiff_t j = t.row + 1; c.causal && j < t.keys; j++)
         std::fill_n(s.at(j, 0), std::min<ptrdiff_t>(t.rows, j - t.row), never);
-    if constexpr (DEPTH<S> > 1) {  // products run into the padding
+    if constexpr (DEPTH<S> > 1) {  // products read the padding
         for (ptrdiff_t j = 0; j < t.keys; j++) std::fill(s.at(j, t.rows), s.at(j, t.lanes), never);
         std::fill(s.at(t.keys, 0), s.at(run<S>(t.keys), 0), never);
     }
     return factor;
 }
 
-// A sum that keeps what its additions round off (Knuth's TwoSum).
+// A compensated sum: keeps the rounding errors of its additions (Knuth's TwoSum).
 template <class V> struct Sum {
     V sum{}, lost{};
     void operator+=(V x) {
@@ -198,17 +200,17 @@ template <class V> struct Sum {
     V value() const { return sum + lost; }
 };
 
-// Keys 0 to ``keys`` in short runs, each summed by itself before it joins a Sum: what a row sums is good to an ulp.
+// Calls each(first, end) for short runs of keys. A run is summed by itself and then added to a Sum: accurate to an ulp.
 template <class Each> inline void in_runs(ptrdiff_t keys, Each each) {
     constexpr ptrdiff_t RUN = 8;
     for (ptrdiff_t first = 0; first < keys; first += RUN) each(first, std::min(keys, first + RUN));
 }
 
-// One over the sum of a row's weights, 1 where it attends to nothing: (1a).
+// rho of (1a): one over the sum of a row's weights, 1 where it attends to nothing.
 template <class V> inline V share_of(V total) { return 1 / (total == V{} ? V{} + 1 : total); }
 
-// (1)-(2) in a column of lanes: s becomes exp(factor s - top); returns (1a): top, plus infinity where a row attends to
-// nothing, and the share of a row's weights, one over their sum.
+// (1a), down the lanes: s becomes exp(factor s - top). Writes the largest scores to tops, plus infinity where a row
+// attends to nothing, and the shares, one over the sum of a row's weights.
 template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* tops, T<S>* shares) {
     using T = Arithmetic<S>;
     constexpr T infinity = std::numeric_limits<T>::infinity();
@@ -242,7 +244,7 @@ template <class T> T* tops_of(const Call& c, const Block& t) {
     return static_cast<T*>(c.softmax) + 2 * (t.b * c.H + t.h) * c.Nq + t.row;
 }
 
-// The block's largest scores, plus infinity in lanes without a row: their probabilities are 0.
+// Returns the block's largest scores, plus infinity in lanes without a row, whose probabilities are then 0.
 template <class T> const T* tops(const Call& c, const Block& t) {
     T* top = scratch<T>(STATISTICS, t.lanes);
     std::copy_n(tops_of<T>(c, t), t.rows, top);
@@ -250,7 +252,7 @@ template <class T> const T* tops(const Call& c, const Block& t) {
     return top;
 }
 
-// Every block of every pair of heads: begin(b, hk), block(t), end(b, hk).
+// For every (sample, key head) pair: state = begin(b, hk), each(state, block) for every block, end(state, b, hk).
 template <class S, class Begin, class Each, class End>
 void blocks(const Call& c, int tiles, Begin begin, Each each, End end) {
     const ptrdiff_t units = multiple(c.Nq, UNIT<S>) / UNIT<S>, widest = WIDEST * STEP<S> / UNIT<S>;
@@ -292,7 +294,7 @@ template <class S> void write_sums(const Call& c, const KeySide<S>& p, int64_t b
     scatter(p.sum_v, c.Nk, c.dv, T<S>(1), at<S>(c.gv, b, hk), c.gv.row);
 }
 
-// A block's result [width, lanes], times a factor, to its rows of x.
+// Writes a block's result [width, lanes], times a factor, to its rows of x.
 template <class S> void write_rows(const Block& t, const T<S>* result, ptrdiff_t width, T<S> factor, const Tensor& x) {
     T<S>* factors = scratch<T<S>>(STATISTICS, t.lanes);
     std::fill_n(factors, t.lanes, factor);
@@ -322,8 +324,8 @@ template <class S> void forward(const Call& c) {
         [](const KeySide<S>&, int64_t, int64_t) {});
 }
 
-// (3)-(4) down the lanes: s and dp become P and dS.
-template <class S> void slope(const Block& t, const T<S>* tops, T<S> factor, Tile<S>& s, Tile<S>& dp) {
+// (3)-(4), down the lanes: s and dp become P and dS.
+template <class S> void softmax_backward(const Block& t, const T<S>* tops, T<S> factor, Tile<S>& s, Tile<S>& dp) {
     using T = Arithmetic<S>;
     const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
@@ -362,7 +364,7 @@ template <class S> void backward(const Call& c) {
             Tile<S> p(SCORES, t, LEFT), ds(DP, t, BOTH);
             const T factor = masked_scores(c, t, pair.k, q, p);
             scores(t, pair.v, dout, c.dv, ds);
-            slope(t, tops<T>(c, t), factor, p, ds);
+            softmax_backward(t, tops<T>(c, t), factor, p, ds);
             to_keys(t, p, dout, c.dv, pair.sum_v);
             to_keys(t, ds, q, c.d, pair.sum_k);
             T* dq = result_of<S>(t, c.d);
@@ -372,30 +374,30 @@ template <class S> void backward(const Call& c) {
         [&](const KeySide<S>& pair, int64_t b, int64_t hk) { write_sums<S>(c, pair, b, hk); });
 }
 
-// (6)-(8) down the lanes: s, dp, x = ddS, y = Y become P, dS, ddP and gS; x is still to be multiplied by the scale.
+// (7)-(8), down the lanes: s, dp, dds, y become P, dS, ddP and gS; dds comes without the factor scale of (6).
 template <class S>
-void curvature(const Block& t, const T<S>* tops, T<S> factor, T<S> scale, Tile<S>& s, Tile<S>& dp, Tile<S>& x,
-               Tile<S>& y) {
+void softmax_double_backward(const Block& t, const T<S>* tops, T<S> factor, T<S> scale, Tile<S>& s, Tile<S>& dp,
+                             Tile<S>& dds, Tile<S>& y) {
     using T = Arithmetic<S>;
     const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
         const Vector<T> top = load(tops + i);
-        Vector<T> p[DEPTH<S>], ds[DEPTH<S>], e[DEPTH<S>], r[DEPTH<S>];
-        Sum<Vector<T>> all, deltas, means, totals;
+        Vector<T> p[DEPTH<S>], ds[DEPTH<S>], ddp[DEPTH<S>], gs[DEPTH<S>];
+        Sum<Vector<T>> all, deltas, etas, totals;
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
-            Vector<T> some{}, some_delta{}, some_mean{};
+            Vector<T> some{}, some_delta{}, some_eta{};
             for (ptrdiff_t j = first; j < end; j++) {
                 const Vector<T> w = exponential(load(s.at(j, i)) * factor - top);
                 store(s.at(j, i), w);
                 some += w;
                 some_delta += w * load(dp.at(j, i));
-                some_mean += w * load(x.at(j, i));
+                some_eta += w * load(dds.at(j, i));
             }
             all += some;
             deltas += some_delta;
-            means += some_mean;
+            etas += some_eta;
         });
-        const Vector<T> share = share_of(all.value()), delta = deltas.value() * share, mean = means.value() * share;
+        const Vector<T> share = share_of(all.value()), delta = deltas.value() * share, eta = etas.value() * share;
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
             Vector<T> some{};
             for (ptrdiff_t j = first; j < end; j += DEPTH<S>) {
@@ -403,24 +405,24 @@ void curvature(const Block& t, const T<S>* tops, T<S> factor, T<S> scale, Tile<S
                     p[u] = load(s.at(j + u, i)) * share;
                     store(s.at(j + u, i), p[u]);
                     ds[u] = p[u] * (load(dp.at(j + u, i)) - delta);
-                    const Vector<T> centred = (load(x.at(j + u, i)) - mean) * scale;
-                    e[u] = p[u] * centred;
-                    r[u] = p[u] * load(y.at(j + u, i)) + ds[u] * centred;
-                    some += r[u];
-                    store(y.at(j + u, i), r[u]);
+                    const Vector<T> centred = (load(dds.at(j + u, i)) - eta) * scale;
+                    ddp[u] = p[u] * centred;
+                    gs[u] = p[u] * load(y.at(j + u, i)) + ds[u] * centred;
+                    some += gs[u];
+                    store(y.at(j + u, i), gs[u]);
                 }
                 s.put(j, i, p);
                 dp.put(j, i, ds);
-                x.put(j, i, e);
+                dds.put(j, i, ddp);
             }
             totals += some;
         });
         const Vector<T> total = totals.value();
         for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                r[u] = load(y.at(j + u, i)) - load(s.at(j + u, i)) * total;
+                gs[u] = load(y.at(j + u, i)) - load(s.at(j + u, i)) * total;
             }
-            y.put(j, i, r);
+            y.put(j, i, gs);
         }
     }
 }
@@ -431,27 +433,27 @@ template <class S> void double_backward(const Call& c) {
         c, 4, [&](int64_t b, int64_t hk) { return KeySide<S>(c, b, hk, true); },
         [&](const KeySide<S>& pair, const Block& t) {
             const Queries<S> q(QUERIES, c.q, t, c.d), dout(DOUT, c.dout, t, c.dv), ddq(DDQ, c.ddq, t, c.d);
-            const bool by_x = ddq || pair.ddk;
-            Tile<S> s(SCORES, t, RIGHT), dp(DP, t, BOTH), x(X, t, BOTH), y(Y, t, BOTH);
+            const bool has_dds = ddq || pair.ddk;
+            Tile<S> s(SCORES, t, RIGHT), dp(DP, t, BOTH), dds(DDS, t, BOTH), y(Y, t, BOTH);
             const T factor = masked_scores(c, t, pair.k, q, s);
             scores(t, pair.v, dout, c.dv, dp);
-            if (ddq) scores(t, pair.k, ddq, c.d, x);
-            if (pair.ddk) scores(t, pair.ddk, q, c.d, x, bool(ddq));
-            if (!by_x) std::fill_n(x.values, run<S>(t.keys) * t.stride, T(0));
+            if (ddq) scores(t, pair.k, ddq, c.d, dds);
+            if (pair.ddk) scores(t, pair.ddk, q, c.d, dds, bool(ddq));
+            if (!has_dds) std::fill_n(dds.values, run<S>(t.keys) * t.stride, T(0));
             if (pair.ddv)
                 scores(t, pair.ddv, dout, c.dv, y);
             else
                 std::fill_n(y.values, run<S>(t.keys) * t.stride, T(0));
-            curvature(t, tops<T>(c, t), factor, T(c.scale), s, dp, x, y);
+            softmax_double_backward(t, tops<T>(c, t), factor, T(c.scale), s, dp, dds, y);
 
             to_keys(t, y, q, c.d, pair.sum_k);
             if (ddq) to_keys(t, dp, ddq, c.d, pair.sum_k);
-            if (by_x) to_keys(t, x, dout, c.dv, pair.sum_v);
+            if (has_dds) to_keys(t, dds, dout, c.dv, pair.sum_v);
             T* g = result_of<S>(t, std::max(c.d, c.dv));
             to_rows(t, y, pair.k, c.d, g, false);
             if (pair.ddk) to_rows(t, dp, pair.ddk, c.d, g, true);
             write_rows<S>(t, g, c.d, T(c.scale), c.gq);
-            to_rows(t, x, pair.v, c.dv, g, false);
+            to_rows(t, dds, pair.v, c.dv, g, false);
             if (pair.ddv) to_rows(t, s, pair.ddv, c.dv, g, true);
             write_rows<S>(t, g, c.dv, T(1), c.gdout);
         },
@@ -460,12 +462,12 @@ template <class S> void double_backward(const Call& c) {
 
 }  // namespace
 
-#define RUNGS(S)                                                                      \
-    extern "C" void attention_forward_##S(const Call* c) { forward<S>(*c); }          \
-    extern "C" void attention_backward_##S(const Call* c) { backward<S>(*c); }        \
+#define EXPORT(S)                                                              \
+    extern "C" void attention_forward_##S(const Call* c) { forward<S>(*c); }   \
+    extern "C" void attention_backward_##S(const Call* c) { backward<S>(*c); } \
     extern "C" void attention_double_backward_##S(const Call* c) { double_backward<S>(*c); }
 typedef float float32;
 typedef double float64;
-RUNGS(float32)
-RUNGS(float64)
-RUNGS(bfloat16)
+EXPORT(float32)
+EXPORT(float64)
+EXPORT(bfloat16)

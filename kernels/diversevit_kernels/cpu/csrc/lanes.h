@@ -1,7 +1,7 @@
-// Vectors of the processor at hand, written once: the compiler picks the instructions (-march=native).
+// Vectors of any processor, written once: the compiler chooses the instructions (-march=native).
 //
-// S is a type of tensors: float, double or bfloat16. T is that of the arithmetic, S or float. E is that of operands of
-// products: T, or a Pair of bfloat16 that a product multiplies and sums together.
+// S is the type of a tensor's elements: float, double or bfloat16. T is the type of the arithmetic: S, or float for
+// bfloat16. E is the type of a product's operands: T, or a Pair of bfloat16, multiplied and summed in one step.
 #pragma once
 
 #include <algorithm>
@@ -53,7 +53,7 @@ template <class To, class From> inline To bits_of(From x) {
     return y;
 }
 
-// Rounded to bfloat16, to nearest and ties to even, in the high half; NaN stays one.
+// x rounded to bfloat16 (to nearest, ties to even), in the high half of each lane; NaN stays NaN.
 inline Vector<Pair> rounded(Vector<float> x) {
     const Vector<Pair> bits = bits_of<Vector<Pair>>(x);
     return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : Vector<Pair>{} + 0x7fc00000;
@@ -61,7 +61,7 @@ inline Vector<Pair> rounded(Vector<float> x) {
 
 inline Vector<float> as_bfloat16(Vector<float> x) { return bits_of<Vector<float>>(rounded(x) & 0xffff0000); }
 
-// The first n lanes, as S. (A copy of a size that is known is an instruction, any other a call.)
+// Stores the first n lanes as S. (A copy of constant size is one instruction, any other a call.)
 template <class S> inline void store_some(S* p, Vector<S> x, ptrdiff_t n) {
     if (n == LANES<S>)
         store(p, x);
@@ -81,7 +81,7 @@ inline void store_some(bfloat16* p, Vector<float> x, ptrdiff_t n) {
         std::memcpy(p, &y, n * sizeof(bfloat16));
 }
 
-// n elements, zeros in the other lanes.
+// Loads n elements; zeros in the other lanes.
 inline Vector<float> load_some(const float* p, ptrdiff_t n) {
     if (n == LANES<float>) return load(p);
     Vector<float> x{};
@@ -105,7 +105,7 @@ inline Vector<float> only(Vector<float> x, ptrdiff_t n) {
     return x;
 }
 
-// 1 / x for x in [1, 1e30], to about an ulp.
+// 1 / x for x in [1, 1e30], accurate to about an ulp.
 inline Vector<float> reciprocal(Vector<float> x) {
 #if defined(__AVX512F__)
     const Vector<float> y = (Vector<float>)_mm512_rcp14_ps((__m512)x);
@@ -115,7 +115,7 @@ inline Vector<float> reciprocal(Vector<float> x) {
 #endif
 }
 
-// Two vectors rounded to bfloat16: each a row, or both as pairs.
+// Stores two vectors rounded to bfloat16: as two rows, or as one row of pairs.
 #if defined(__AVX512BF16__)
 inline __m512i rows_of(Vector<float> first, Vector<float> second) {
     return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
@@ -140,7 +140,7 @@ inline void store_pairs(Vector<float> first, Vector<float> second, Pair* both) {
 }
 #endif
 
-// a0 b0 a1 b1 ..., the first half of the lanes or the second.
+// a0 b0 a1 b1 ...: the first LANES elements of that, or the second.
 template <bool SECOND, class E, size_t... I>
 inline Vector<E> zip(Vector<E> a, Vector<E> b, std::index_sequence<I...>) {
     constexpr int lanes = LANES<E>, from = SECOND ? lanes / 2 : 0;
@@ -155,8 +155,8 @@ template <bool SECOND, class E> inline Vector<E> zip(Vector<E> a, Vector<E> b) {
     return zip<SECOND, E>(a, b, std::make_index_sequence<LANES<E>>{});
 }
 
-// exp(x) for x <= 88: 2 to the power of x / log 2, by its integer part and a polynomial in the rest (off by 2e-9).
-// Off by a few ulps of 1 + |x|, as any rounding of x makes it. Below -87.3 it is 0; NaN stays NaN.
+// exp(x) for x <= 88: 2^(x / log 2), from the integer part and a polynomial in the rest (error 2e-9). The error is a
+// few ulps of 1 + |x|, what rounding x alone would cause. Below -87.3 the result is 0; NaN stays NaN.
 inline Vector<float> exponential(Vector<float> x) {
     constexpr float magic = 12582912.0f, scale = 1.44269504f;  // 1.5 * 2^23: adding it rounds to an integer
     const Vector<float> shifted = x * scale + magic, n = shifted - magic, f = x * scale - n;
@@ -174,7 +174,7 @@ inline Vector<double> exponential(Vector<double> x) {
     return x;
 }
 
-// Memory of a thread, kept between calls: slot i grows to the largest size asked for. Contents are undefined.
+// Scratch memory of a thread, kept between calls: slot i grows to the largest size asked for. Contents are undefined.
 template <class T> inline T* scratch(int slot, ptrdiff_t elements) {
     struct Slot {
         void* memory = nullptr;

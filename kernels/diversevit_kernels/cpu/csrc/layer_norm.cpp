@@ -1,8 +1,8 @@
 // LayerNorm on a CPU: forward, backward and double backward, equations (10)-(19) of kernels/README.md.
 //
-// A thread owns a row, which stays in the L1 cache for the few times it is read: sums over it first, then what needs
-// them. Sums over all rows are kept for a fixed number of parts of the rows, each in order, and added in order: same bits
-// on any number of threads.
+// A thread computes a row at a time, which stays in the L1 cache for the two or three passes over it: first the sums
+// over the row, then what depends on them. For sums over all rows, the rows are divided into a fixed number of parts;
+// each part is summed in order, and so are the parts: same bits on any number of threads.
 //
 // bfloat16 is read and written as such and computed in float.
 #include "lanes.h"
@@ -12,7 +12,7 @@ namespace {
 struct Call {
     int64_t rows, width, threads;
     double eps;
-    const void *x, *dy, *ddx;              // [rows, width]; dy, ddx of the backward passes; ddx may be absent
+    const void *x, *dy, *ddx;              // [rows, width]; ddx may be absent
     const float *w, *b, *ddw, *ddb;        // [width]; each may be absent
     float *mean, *rstd;                    // [rows]
     void *y, *dx, *gx, *gdy;               // [rows, width]
@@ -20,10 +20,10 @@ struct Call {
 };
 
 typedef Vector<float> V;
-constexpr int64_t LANE = LANES<float>, WORTH = 1 << 15;  // elements for which threads are worth it
-constexpr int64_t PARTS = 64, LEAST_ROWS = 16;           // of all rows; of a part
+constexpr int64_t LANE = LANES<float>, WORTH = 1 << 15;  // fewer elements do not repay several threads
+constexpr int64_t PARTS = 64, MIN_ROWS = 16;             // parts of the rows; rows of a part
 
-enum Slot { H, XH, FIRST, SECOND };
+enum Slot { GXH, XH, FIRST, SECOND };
 
 inline float total(V x) {
     float sum = 0;
@@ -31,7 +31,7 @@ inline float total(V x) {
     return sum;
 }
 
-// A sum over a row, in as many vectors as hide how long an addition takes.
+// A sum over a row, in several vectors: one alone would wait for the latency of each addition.
 constexpr int SUMS = 4;
 struct Sum {
     V parts[SUMS] = {};
@@ -39,7 +39,7 @@ struct Sum {
     float over(float share) const { return total((parts[0] + parts[1]) + (parts[2] + parts[3])) * share; }
 };
 
-// f(first column, columns, which of a sum's vectors) for every vector of a row, the last of which may be partial.
+// Calls f(first column, columns, which vector of a Sum) for every vector of a row; the last one may be partial.
 template <class F> inline void columns(int64_t width, F f) {
     int64_t i = 0;
     for (; i + SUMS * LANE <= width; i += SUMS * LANE)
@@ -53,15 +53,15 @@ inline V parameter(const float* p, int64_t i, int64_t n, float absent) {
     return p ? load_some(p + i, n) : V{} + absent;
 }
 
-// Every row, a part of them after the other in each thread: f(row, part).
+// Calls f(row, part) for every row; a thread computes whole parts.
 template <class F> inline void each(const Call& c, F f) {
-    const int64_t parts = std::clamp<int64_t>(c.rows / LEAST_ROWS, 1, PARTS);
+    const int64_t parts = std::clamp<int64_t>(c.rows / MIN_ROWS, 1, PARTS);
 #pragma omp parallel for schedule(static) num_threads(c.rows * c.width < WORTH ? 1 : c.threads)
     for (int64_t part = 0; part < parts; part++)
         for (int64_t row = c.rows * part / parts; row < c.rows * (part + 1) / parts; row++) f(row, part);
 }
 
-// Sums over all rows, [PARTS, width], zero; nothing where the result is not asked for.
+// Returns zeros for partial sums over the rows, [PARTS, width]; null if the result is not asked for.
 inline float* partial(Slot slot, const Call& c, const float* result) {
     if (!result) return nullptr;
     float* sums = scratch<float>(slot, PARTS * c.width);
@@ -69,6 +69,7 @@ inline float* partial(Slot slot, const Call& c, const float* result) {
     return sums;
 }
 
+// Adds up the partial sums.
 inline void finish(const Call& c, const float* sums, float* result) {
     if (!result) return;
     std::copy_n(sums, c.width, result);
@@ -76,7 +77,7 @@ inline void finish(const Call& c, const float* sums, float* result) {
         for (int64_t i = 0; i < c.width; i++) result[i] += sums[part * c.width + i];
 }
 
-// A row of [rows, width].
+// Returns a row of [rows, width].
 template <class S> inline const S* row_of(const void* x, const Call& c, int64_t row) {
     return static_cast<const S*>(x) + row * c.width;
 }
@@ -114,17 +115,17 @@ template <class S> void backward(const Call& c) {
         Sum sum, dot;
         columns(c.width, [&](int64_t i, int64_t n, int u) {
             const V xh = (load_some(x + i, n) - mean) * rstd, d = load_some(dy + i, n);
-            const V g = d * parameter(c.w, i, n, 1);
-            sum[u] += g;
-            dot[u] += g * xh;
+            const V dxh = d * parameter(c.w, i, n, 1);
+            sum[u] += dxh;
+            dot[u] += dxh * xh;
             if (dw) add_some(dw + part * c.width + i, d * xh, n);
             if (db) add_some(db + part * c.width + i, d, n);
         });
-        const float g1 = sum.over(share), g2 = dot.over(share);
+        const float mean_dxh = sum.over(share), alpha2 = dot.over(share);
         columns(c.width, [&](int64_t i, int64_t n, int) {
             const V xh = (load_some(x + i, n) - mean) * rstd;
-            const V g = load_some(dy + i, n) * parameter(c.w, i, n, 1);
-            store_some(row_of<S>(c.dx, c, row) + i, (g - g1 - xh * g2) * rstd, n);
+            const V dxh = load_some(dy + i, n) * parameter(c.w, i, n, 1);
+            store_some(row_of<S>(c.dx, c, row) + i, (dxh - mean_dxh - xh * alpha2) * rstd, n);
         });
     });
     finish(c, dw, c.dw);
@@ -137,39 +138,40 @@ template <class S> void double_backward(const Call& c) {
     float* gw = partial(FIRST, c, c.gw);
     each(c, [&](int64_t row, int64_t part) {
         const S *x = row_of<S>(c.x, c, row), *dy = row_of<S>(c.dy, c, row);
-        const S* ddx = c.ddx ? row_of<S>(c.ddx, c, row) : nullptr;
+        const S* ddxs = c.ddx ? row_of<S>(c.ddx, c, row) : nullptr;
         const float mean = c.mean[row], rstd = c.rstd[row];
-        float *hs = scratch<float>(H, c.width + LANE), *xhs = scratch<float>(XH, c.width + LANE);
-        const auto a_at = [&](int64_t i, int64_t n) { return ddx ? load_some(ddx + i, n) : V{}; };
+        float *gxhs = scratch<float>(GXH, c.width + LANE), *xhs = scratch<float>(XH, c.width + LANE);
+        const auto ddx_at = [&](int64_t i, int64_t n) { return ddxs ? load_some(ddxs + i, n) : V{}; };
         Sum sum, dot, other;
         columns(c.width, [&](int64_t i, int64_t n, int u) {
-            const V xh = (load_some(x + i, n) - mean) * rstd, a = a_at(i, n);
-            sum[u] += a;
-            dot[u] += a * xh;
+            const V xh = (load_some(x + i, n) - mean) * rstd, ddx = ddx_at(i, n);
+            sum[u] += ddx;
+            dot[u] += ddx * xh;
             other[u] += load_some(dy + i, n) * parameter(c.w, i, n, 1) * xh;
             store(xhs + i, xh);
         });
-        const float a1 = sum.over(share), a2 = dot.over(share), c2 = other.over(share);
-        Sum sum_h, sum_along;
+        const float mean_ddx = sum.over(share), alpha1 = dot.over(share), alpha2 = other.over(share);
+        Sum sum_gxh, sum_along;
         columns(c.width, [&](int64_t i, int64_t n, int u) {
-            const V xh = load(xhs + i), a = a_at(i, n), d = load_some(dy + i, n), w = parameter(c.w, i, n, 1);
-            const V s = only((a - a1 - xh * a2) * rstd, n), g = d * w;
-            V h = (a * c2 + g * a2) * -rstd, gdy = s * w;
+            const V xh = load(xhs + i), ddx = ddx_at(i, n), d = load_some(dy + i, n), w = parameter(c.w, i, n, 1);
+            const V ddxh = only((ddx - mean_ddx - xh * alpha1) * rstd, n), dxh = d * w;
+            V gxh = (ddx * alpha2 + dxh * alpha1) * -rstd, gdy = ddxh * w;
             if (c.ddw) {
                 const V ddw = load_some(c.ddw + i, n);
-                h += d * ddw;
+                gxh += d * ddw;
                 gdy += xh * ddw;
             }
             if (c.ddb) gdy += load_some(c.ddb + i, n);
             store_some(row_of<S>(c.gdy, c, row) + i, gdy, n);
-            if (gw) add_some(gw + part * c.width + i, d * s, n);
-            sum_h[u] += h;
-            sum_along[u] += h * xh + g * s;
-            store(hs + i, h);
+            if (gw) add_some(gw + part * c.width + i, d * ddxh, n);
+            sum_gxh[u] += gxh;
+            sum_along[u] += gxh * xh + dxh * ddxh;
+            store(gxhs + i, gxh);
         });
-        const float h1 = sum_h.over(share), along = sum_along.over(share);
+        // along: mean(gxh xh) of J and alpha3 of (18), which both multiply xh
+        const float mean_gxh = sum_gxh.over(share), along = sum_along.over(share);
         columns(c.width, [&](int64_t i, int64_t n, int) {
-            store_some(row_of<S>(c.gx, c, row) + i, (load(hs + i) - h1 - load(xhs + i) * along) * rstd, n);
+            store_some(row_of<S>(c.gx, c, row) + i, (load(gxhs + i) - mean_gxh - load(xhs + i) * along) * rstd, n);
         });
     });
     finish(c, gw, c.gw);
@@ -177,10 +179,10 @@ template <class S> void double_backward(const Call& c) {
 
 }  // namespace
 
-#define RUNGS(S)                                                                       \
-    extern "C" void layer_norm_forward_##S(const Call* c) { forward<S>(*c); }          \
-    extern "C" void layer_norm_backward_##S(const Call* c) { backward<S>(*c); }        \
+#define EXPORT(S)                                                               \
+    extern "C" void layer_norm_forward_##S(const Call* c) { forward<S>(*c); }   \
+    extern "C" void layer_norm_backward_##S(const Call* c) { backward<S>(*c); } \
     extern "C" void layer_norm_double_backward_##S(const Call* c) { double_backward<S>(*c); }
 typedef float float32;
-RUNGS(float32)
-RUNGS(bfloat16)
+EXPORT(float32)
+EXPORT(bfloat16)

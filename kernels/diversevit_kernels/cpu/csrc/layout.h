@@ -1,12 +1,12 @@
-// How operands of products lie in memory, and the ways there.
+// Memory layouts of the operands of products, and conversions into and out of them.
 //
-// A product's left operand is dense along the depth, its right one along the columns. Their elements E hold DEPTH
-// neighbours along the depth. So a matrix x [n, width] of a tensor is, by what a product sums over,
+// A product's left operand is contiguous along the depth, its right operand along the columns. An element E of either
+// holds DEPTH neighbours along the depth. A matrix x [n, width] of a tensor is therefore stored, in a product that sums
 //
-//   the width:  left   [n, width / DEPTH]   rows as they are          right  its transpose
-//   the rows:   right  [n / DEPTH, width]   rows paired               left   its transpose
+//   over the width:  left   [n, width / DEPTH]   rows as they are          right  its transpose
+//   over the rows:   right  [n / DEPTH, width]   rows paired               left   its transpose
 //
-// with both sizes padded by zeros, to a multiple of STEP, or the rows of a block to one of UNIT.
+// with both sizes padded by zeros to a multiple of STEP; the rows of a block only to a multiple of UNIT.
 #pragma once
 
 #include "lanes.h"
@@ -16,7 +16,7 @@ template <class S> constexpr ptrdiff_t STEP = LANES<Operand<S>> * DEPTH<S>;
 constexpr ptrdiff_t multiple(ptrdiff_t n, ptrdiff_t of) { return (n + of - 1) / of * of; }
 template <class S> constexpr ptrdiff_t padded(ptrdiff_t n) { return multiple(n, STEP<S>); }
 
-#if defined(__AMX_BF16__)  // its products are of whole tiles
+#if defined(__AMX_BF16__)  // the matrix unit multiplies whole tiles
 template <class S> constexpr ptrdiff_t UNIT = STEP<S>;
 template <class S> constexpr ptrdiff_t GRAIN = DEPTH<S> == 1 ? 1 : STEP<S>;
 #else
@@ -24,13 +24,13 @@ template <class S> constexpr ptrdiff_t UNIT = LANES<Operand<S>>;
 template <class S> constexpr ptrdiff_t GRAIN = DEPTH<S>;
 #endif
 
-// How far a product runs over an axis of n: into the padding, where elements are pairs.
+// How far a product runs over an axis of size n: into the padding, where elements are pairs.
 template <class S> constexpr ptrdiff_t run(ptrdiff_t n) { return multiple(n, GRAIN<S>); }
 
-// At least n, and an odd number of vectors: a column of numbers so far apart meets every set of a cache.
+// At least n, and an odd number of vectors: a column with this stride is spread over all sets of a cache.
 template <class E> constexpr ptrdiff_t odd_vectors(ptrdiff_t n) { return ((n + LANES<E> - 1) / LANES<E> | 1) * LANES<E>; }
 
-// x [n, width], the rows stride apart -> [high, padded width].
+// x [n, width], rows stride apart -> out [high, padded width].
 template <class S>
 void as_it_is(const S* x, int64_t stride, ptrdiff_t n, ptrdiff_t high, ptrdiff_t width, Operand<S>* out) {
     const ptrdiff_t wide = padded<S>(width);
@@ -42,7 +42,7 @@ void as_it_is(const S* x, int64_t stride, ptrdiff_t n, ptrdiff_t high, ptrdiff_t
     }
 }
 
-// Rows of pairs along the width, [n, columns] -> pairs of rows, [n / 2, 2 columns], stride apart.
+// Pairs along the width, [n, columns] -> pairs along the rows, [n / 2, 2 columns], rows of out stride apart.
 inline void paired(const Pair* x, ptrdiff_t n, ptrdiff_t columns, Pair* out, ptrdiff_t stride) {
     for (ptrdiff_t i = 0; i < n; i += 2, out += stride)
         for (ptrdiff_t c = 0; c < columns; c += LANES<Pair>) {
@@ -53,7 +53,7 @@ inline void paired(const Pair* x, ptrdiff_t n, ptrdiff_t columns, Pair* out, ptr
         }
 }
 
-// LANES vectors of LANES: row i of the result is column i.
+// Transposes LANES vectors of LANES elements in place.
 template <class E> inline void transpose(Vector<E>* x) {
     constexpr int lanes = LANES<E>;
 #pragma GCC unroll 4
@@ -69,7 +69,7 @@ template <class E> inline void transpose(Vector<E>* x) {
     }
 }
 
-// x [rows, columns] -> [columns, rows], the latter's rows stride apart; both a multiple of the lanes.
+// x [rows, columns] -> out [columns, rows], rows of out stride apart; both sizes a multiple of the lanes.
 template <class E> void transposed(const E* x, ptrdiff_t rows, ptrdiff_t columns, E* out, ptrdiff_t stride) {
     for (ptrdiff_t i = 0; i < rows; i += LANES<E>)
         for (ptrdiff_t c = 0; c < columns; c += LANES<E>) {
@@ -80,7 +80,7 @@ template <class E> void transposed(const E* x, ptrdiff_t rows, ptrdiff_t columns
         }
 }
 
-// x [width, lanes] -> out [n, width], the rows stride apart, times a factor for each lane.
+// x [width, lanes] -> out [n, width], rows of out stride apart, times a factor for each lane.
 template <class S>
 void scatter_transposed(const Arithmetic<S>* x, ptrdiff_t lanes, ptrdiff_t n, ptrdiff_t width,
                         const Arithmetic<S>* factors, S* out, int64_t stride) {
@@ -99,7 +99,7 @@ void scatter_transposed(const Arithmetic<S>* x, ptrdiff_t lanes, ptrdiff_t n, pt
     }
 }
 
-// x [n, padded width] -> out [n, width], the rows stride apart, times a factor.
+// x [n, padded width] -> out [n, width], rows of out stride apart, times a factor.
 template <class S>
 void scatter(const Arithmetic<S>* x, ptrdiff_t n, ptrdiff_t width, Arithmetic<S> factor, S* out, int64_t stride) {
     using T = Arithmetic<S>;

@@ -1,5 +1,5 @@
-// C (+)= A B for pairs of bfloat16 by the matrix unit of x86 processors (AMX): its registers are tiles of 16 rows of 64
-// bytes, and an instruction multiplies A [16, 16 pairs] by B [16 pairs, 16] and adds to C [16, 16].
+// C (+)= A B for pairs of bfloat16 on the matrix unit of x86 processors (AMX). Its registers are tiles of 16 rows of 64
+// bytes; one instruction multiplies A [16, 16 pairs] by B [16 pairs, 16] and adds the product to C [16, 16].
 #pragma once
 
 #include "lanes.h"
@@ -13,14 +13,14 @@ namespace matrix_unit {
 
 constexpr ptrdiff_t SIDE = 16;
 
-// Whether the system lets this process use it; asked once.
+// Returns whether the system lets this process use the matrix unit; asks once.
 inline bool allowed() {
     constexpr long request_permission = 0x1023, tile_data = 18;
     static const bool yes = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
     return yes;
 }
 
-// While one of these lives, the thread's tiles have the shape above.
+// While an object of this type lives, the thread's tiles are configured as above.
 struct Configured {
     Configured() {
         alignas(64) static const struct {
@@ -35,7 +35,7 @@ struct Configured {
     }
 };
 
-// A block of C of HIGH x WIDE tiles, in tiles 0 to 3.
+// A block of HIGH x WIDE tiles of C, in tile registers 0 to 3.
 template <int HIGH, int WIDE>
 inline void block(ptrdiff_t depth, const Pair* a, ptrdiff_t a_row, const Pair* b, ptrdiff_t b_row, float* c,
                   ptrdiff_t c_row, bool add) {

@@ -1,15 +1,15 @@
-// C (+)= A B for matrices that lie in the caches, a block of C at a time held in registers.
+// C (+)= A B for matrices that fit the caches; a block of C at a time is kept in registers.
 #pragma once
 
 #include "matrix_unit.h"
 
-// A matrix read element by element: element (i, k) lies at data[i * row + k * column].
+// A matrix that is read element by element: (i, k) is data[i * row + k * column].
 template <class E> struct Left {
     const E* data;
     ptrdiff_t row, column;
 };
 
-// total += x times b, an element of the left operand times a row of the right one.
+// total += x b: an element of the left operand times a row of the right one.
 template <class T> inline void multiply_add(Vector<T>& total, T x, Vector<T> b) { total += x * b; }
 inline void multiply_add(Vector<float>& total, Pair x, Vector<Pair> b) {
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // processors with AMX are slow at these
@@ -27,10 +27,10 @@ constexpr int WIDEST = 4;  // vectors of a row of a block: 32 registers hold 24 
 constexpr int WIDEST = 2;  // 16 registers hold 12
 #endif
 constexpr int TALLEST = 6;
-constexpr ptrdiff_t DEEPEST = 128;  // about so many rows of B at a time: they stay in the L1 cache
+constexpr ptrdiff_t DEEPEST = 128;  // about how many rows of B at a time, so that they stay in the L1 cache
 
-// A narrow block spends its registers on several partial sums of each element, over every so many-th step of the depth:
-// where a product has few columns, its sums are as exact as a vectorised dot product's.
+// A block with fewer than WIDEST vectors uses the free registers for several partial sums of each element: step k of
+// the depth goes to sum k modulo PARTS. Products with few columns are then as accurate as a vectorised dot product.
 template <class E, int ROWS, int VECTORS, class T = Total<E>>
 inline void block(ptrdiff_t depth, Left<E> a, const E* b, ptrdiff_t b_row, T* c, ptrdiff_t c_row, bool add) {
     constexpr int PARTS = WIDEST / VECTORS;
@@ -75,8 +75,9 @@ inline void panel(ptrdiff_t rows, ptrdiff_t depth, Left<E> a, const E* b, ptrdif
     for (; i < rows; i++) block<E, 1, VECTORS>(depth, at(i), b, b_row, c + i * c_row, c_row, add);
 }
 
-// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; columns a multiple of the lanes, B and C dense along them.
-// For pairs, A is dense along its rows, and for the matrix unit every size is a multiple of the lanes.
+// C [rows, columns] (+)= A [rows, depth] B [depth, columns]; columns are a multiple of the lanes, and B and C
+// contiguous along them. For pairs, A is contiguous along its rows; for the matrix unit, every size is a multiple of
+// the lanes.
 template <class E, class T = Total<E>>
 void product(ptrdiff_t rows, ptrdiff_t columns, ptrdiff_t depth, Left<E> a, const E* b, ptrdiff_t b_row, T* c,
              ptrdiff_t c_row, bool add) {

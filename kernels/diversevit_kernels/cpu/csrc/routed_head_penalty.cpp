@@ -1,13 +1,14 @@
-// Routed input gradients u_h = r_h W_h on a CPU: their Gram matrices, and products with a matrix M over heads, (40)-(42)
-// of kernels/README.md. What is H x H is left to the caller.
+// The routed penalty on a CPU: Gram matrices of the input gradients u_h = r_h W_h, and the backward du = M u, dr, dW:
+// (40)-(42) of kernels/README.md. The H x H algebra between the two is the caller's.
 //
-// Tokens come in chunks of blocks; what is made of a chunk, u [H, tokens, D] above all, stays in the shared cache. A
-// thread owns a head of a block where weights are read (u = r W, dr = du W^T), which so stay in its own cache for block
-// after block; a block where heads meet (Gram matrix, du = M u); and some rows of a head in the sum over tokens,
-// dW = r^T du. Every sum runs in order: same bits on any number of threads.
+// Tokens are divided into blocks, and blocks into chunks; what is computed for a chunk, mainly u [H, tokens, D], stays
+// in the shared cache. Work is divided among threads in three ways. Where weights are read (u = r W, dr = du W^T), a
+// thread takes one head of block after block, so that the head's weights stay in its own cache. Where heads are
+// combined (Gram matrix, du = M u), it takes a block. In the sum over tokens, dW = r^T du, it takes some rows of a
+// head. Every sum runs in order: same bits on any number of threads.
 //
-// bfloat16 is multiplied as such and summed in float. u is float; du becomes an operand as the sum of two bfloat16, what
-// it rounds to and what that leaves.
+// bfloat16 is multiplied as such and summed in float. u is float; du is multiplied as the sum of two bfloat16: du
+// rounded, and the rest.
 #include "layout.h"
 #include "product.h"
 
@@ -31,31 +32,31 @@ struct Call {
 };
 
 constexpr ptrdiff_t CHUNK_BYTES = 4 << 20;  // of a chunk's u
-constexpr ptrdiff_t MOST_TOKENS = 64;       // of a block
-constexpr ptrdiff_t TALL = 96;              // rows of dW that a thread makes at a time
+constexpr ptrdiff_t MAX_TOKENS = 64;        // of a block
+constexpr ptrdiff_t TALL = 96;              // rows of dW that a thread computes at a time
 
-template <class S> constexpr ptrdiff_t TERMS = DEPTH<S>;  // of du as an operand
+template <class S> constexpr ptrdiff_t TERMS = DEPTH<S>;  // summands that du is multiplied as
 
-enum Slot { ROWS, PAIRS, RESULT, WEIGHTS, NUMBERS, OPERANDS, SUMS };  // the last four are the calling thread's
+enum Slot { ROWS, PAIRS, RESULT, WEIGHTS, NUMBERS, OPERANDS, SUMS };  // the last four: shared, the caller's
 
 template <class S> using T = Arithmetic<S>;
 template <class S> using E = Operand<S>;
 
-// How tokens are cut, and the padded sizes.
+// How tokens are divided, and the padded sizes.
 template <class S> struct Plan {
     ptrdiff_t in, wide, most, high;      // padded: 3d, D, tokens of a block, of a sample
-    ptrdiff_t in_row, wide_row;          // between rows of right operands
-    ptrdiff_t per_sample, count, chunk;  // blocks of a sample, in all, of a chunk
+    ptrdiff_t in_row, wide_row;          // distance between rows of right operands
+    ptrdiff_t per_sample, count, chunk;  // blocks of a sample, of all samples, of a chunk
 
     explicit Plan(const Call& c)
-        : in(padded<S>(3 * c.d)), wide(padded<S>(c.D)), most(padded<S>(MOST_TOKENS)), high(padded<S>(c.N)) {
+        : in(padded<S>(3 * c.d)), wide(padded<S>(c.D)), most(padded<S>(MAX_TOKENS)), high(padded<S>(c.N)) {
         in_row = odd_vectors<E<S>>(in);
         wide_row = odd_vectors<E<S>>(wide);
         per_sample = (high + most - 1) / most;
         count = c.B * per_sample;
         chunk = std::clamp<ptrdiff_t>(CHUNK_BYTES / (c.H * wide * most * ptrdiff_t(sizeof(T<S>))), 1, count);
     }
-    // Where a block's tokens begin, counted with the padding of all samples.
+    // Returns the first token of a block, counted over all padded samples.
     ptrdiff_t position(ptrdiff_t block) const {
         const ptrdiff_t steps = high / STEP<S>;
         return block / per_sample * high + block % per_sample * steps / per_sample * STEP<S>;
@@ -64,7 +65,7 @@ template <class S> struct Plan {
 
 struct Block {
     int64_t b, token;
-    ptrdiff_t tokens, high, begin;  // high: tokens, padded; begin: of its tokens in its chunk
+    ptrdiff_t tokens, high, begin;  // high: tokens, padded; begin: its first token's position in the chunk
 };
 
 template <class S> Block block_of(const Call& c, const Plan<S>& plan, ptrdiff_t index) {
@@ -73,7 +74,7 @@ template <class S> Block block_of(const Call& c, const Plan<S>& plan, ptrdiff_t 
     return {b, token, std::min<ptrdiff_t>(c.N - token, high), high, begin - chunk};
 }
 
-// The weights as right operands, by head: over 3d [3d, D], and over D [D, 3d].
+// The weights of each head as right operands: of products over 3d, [3d, D], and over D, [D, 3d].
 template <class S> struct Weights {
     E<S>*over_in, *over_wide = nullptr;
     ptrdiff_t in_size, wide_size;  // of a head
@@ -101,7 +102,7 @@ template <class S> struct Weights {
     }
 };
 
-// A block's r of one head, [tokens, 3d], zeros in the padding.
+// Copies r of a block and a head, [tokens, 3d], with zeros in the padding.
 template <class S> void routes(const Call& c, const Plan<S>& plan, const Block& t, int64_t h, E<S>* out) {
     S* to = reinterpret_cast<S*>(out);
     std::memset(to, 0, t.high * plan.in * sizeof(S));
@@ -118,7 +119,7 @@ template <class T> inline T total(Vector<T> x) {
     return sum;
 }
 
-// Gram matrix [H, H] of the tokens from one on, added up. Head h of a token lies h * head + token * wide on.
+// Gram matrix [H, H], summed over tokens. Head h of token n is at u + h * head + n * wide.
 template <class T>
 void gram_of(ptrdiff_t H, const T* u, ptrdiff_t head, ptrdiff_t tokens, ptrdiff_t wide, T* gram) {
     constexpr ptrdiff_t side = 4;
@@ -147,13 +148,13 @@ void gram_of(ptrdiff_t H, const T* u, ptrdiff_t head, ptrdiff_t tokens, ptrdiff_
         }
 }
 
-// What a chunk keeps of its tokens, by head. Heads lie apart by not quite a multiple of a page: where rows of all heads
-// are read and written together, they are not in each other's way in the cache.
+// Memory for a chunk's tokens, by head. The distance between heads is a little more than a multiple of a page, so that
+// rows of all heads, which are read and written together, fall into different sets of the cache.
 template <class S> struct Chunk {
-    ptrdiff_t tokens, in, wide, left_row, du_row;  // tokens: at most
+    ptrdiff_t tokens, in, wide, left_row, du_row;  // tokens: at most this many
     ptrdiff_t u_head, r_head, left_head, du_head;
     T<S>* u;             // [tokens, D]
-    E<S>*r, *left, *du;  // r: as left operand over tokens; terms of du: as one over D, as right one over tokens
+    E<S>*r, *left, *du;  // r: left operand over tokens; left: du as left operand over D; du: as right one over tokens
 
     Chunk(const Call& c, const Plan<S>& plan, bool back)
         : tokens(plan.chunk * plan.most), in(plan.in / DEPTH<S>), wide(plan.wide / DEPTH<S>) {
@@ -179,7 +180,7 @@ template <class S> struct Chunk {
     E<S>* du_of(int64_t h, ptrdiff_t term, ptrdiff_t begin) const {
         return du + (h * TERMS<S> + term) * du_head + begin / DEPTH<S> * du_row;
     }
-    // Where elements are numbers r lies as it is, [tokens, 3d]; where they are pairs transposed, [3d, tokens].
+    // [tokens, 3d]; where elements are pairs, transposed, [3d, tokens].
     E<S>* r_of(int64_t h, ptrdiff_t begin) const {
         return r + h * r_head + (DEPTH<S> == 1 ? begin * in : begin / DEPTH<S>);
     }
@@ -189,7 +190,7 @@ template <class S> struct Chunk {
     }
 };
 
-// (40): u of a block's head; its r is kept for dW if it will be asked for.
+// (40): u of a block and a head; r is kept if dW will need it.
 template <class S>
 void route(const Call& c, const Plan<S>& plan, const Weights<S>& w, const Chunk<S>& chunk, const Block& t, int64_t h,
            bool keep) {
@@ -235,7 +236,7 @@ template <class S> void gram(const Call& c) {
     }
 }
 
-// (42): du = M u of HEADS heads from h on, of a token, and of the next one where operands are pairs. Without M: zeros.
+// (42): du = M u for HEADS heads from h on, of one token, or of two where operands are pairs. Zeros where M is null.
 template <class S, int HEADS>
 void mix(const Call& c, const Chunk<S>& chunk, const T<S>* const* m, ptrdiff_t token, int64_t h) {
     using T = Arithmetic<S>;
@@ -263,7 +264,7 @@ void mix(const Call& c, const Chunk<S>& chunk, const T<S>* const* m, ptrdiff_t t
     }
 }
 
-// du of a block, all heads.
+// (42): du of a block, all heads.
 template <class S> void mix_block(const Call& c, const Chunk<S>& chunk, const Block& t) {
     using T = Arithmetic<S>;
     for (ptrdiff_t n = 0; n < t.high; n += DEPTH<S>) {
@@ -278,7 +279,7 @@ template <class S> void mix_block(const Call& c, const Chunk<S>& chunk, const Bl
     }
 }
 
-// (42): dr of a block's head.
+// (42): dr of a block and a head.
 template <class S>
 void back(const Call& c, const Plan<S>& plan, const Weights<S>& w, const Chunk<S>& chunk, const Block& t, int64_t h) {
     using T = Arithmetic<S>;
@@ -338,12 +339,12 @@ template <class S> void backward(const Call& c) {
 
 }  // namespace
 
-#define RUNGS(S)                                                                                     \
+#define EXPORT(S)                                                                                       \
     extern "C" int routed_head_penalty_parts_##S(const Call* c) { return int(Plan<S>(*c).per_sample); } \
-    extern "C" void routed_head_penalty_gram_##S(const Call* c) { gram<S>(*c); }                      \
+    extern "C" void routed_head_penalty_gram_##S(const Call* c) { gram<S>(*c); }                        \
     extern "C" void routed_head_penalty_backward_##S(const Call* c) { backward<S>(*c); }
 typedef float float32;
 typedef double float64;
-RUNGS(float32)
-RUNGS(float64)
-RUNGS(bfloat16)
+EXPORT(float32)
+EXPORT(float64)
+EXPORT(bfloat16)

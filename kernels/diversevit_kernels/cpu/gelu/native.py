@@ -1,8 +1,8 @@
-"""Calls of ``native/gelu.cpp``: the three rungs of GELU, (20)-(26) of kernels/README.md, as C++ kernels.
+"""Call the C++ kernels of GELU (``csrc/gelu.cpp``): forward, backward, double backward.
 
-Both forms, and both derivatives, are piecewise polynomials in |x| from one table (``Table`` there).
+Both forms and their derivatives are piecewise polynomials in |x|, whose coefficients are looked up in a table.
 
-Shapes   any; operands are made dense, results are dense.
+Shapes   any; operands are made contiguous, results are contiguous.
 Dtypes   float32, and bfloat16, which is read and written as such and computed in float32.
 Traffic  every operand is read once and every result written once.
 """
@@ -28,13 +28,18 @@ class _Call(ctypes.Structure):
     )
 
 
-def runs(x: Tensor) -> bool:
-    """Whether there are native kernels for tensors like x."""
+def supports(x: Tensor) -> bool:
+    """Return whether there are kernels for tensors like x."""
     return x.dtype in (torch.float32, torch.bfloat16) and library("gelu") is not None
 
 
-def call(rung: str, approximate: str, *results: str, **operands: Tensor) -> tuple[Tensor, ...]:
-    """Run a rung; operands and results by the names in ``_TENSORS``."""
+def call(direction: str, approximate: str, *results: str, **operands: Tensor) -> tuple[Tensor, ...]:
+    """Run the kernel of a ``direction``: "forward", "backward" or "double_backward".
+
+    Args:
+        results: names, of ``_TENSORS``, of what it computes; returned in this order.
+        operands: what it reads, by the names in ``_TENSORS``.
+    """
     dense = {name: t.contiguous() for name, t in operands.items()}
     x = dense["x"]
     made = {name: new_empty(x, *x.shape) for name in results}
@@ -43,5 +48,23 @@ def call(rung: str, approximate: str, *results: str, **operands: Tensor) -> tupl
         **{name: t.data_ptr() for name, t in (*dense.items(), *made.items())},
     )
     functions: Any = library("gelu")
-    functions[f"gelu_{rung}_{str(x.dtype).removeprefix('torch.')}"](ctypes.byref(request))
+    functions[f"gelu_{direction}_{str(x.dtype).removeprefix('torch.')}"](ctypes.byref(request))
     return tuple(made.values())
+
+
+def forward(x: Tensor, approximate: str) -> Tensor:
+    """(20) or (23)."""
+    (y,) = call("forward", approximate, "y", x=x)
+    return y
+
+
+def backward(x: Tensor, dy: Tensor, approximate: str) -> Tensor:
+    """(26): ``dx``."""
+    (dx,) = call("backward", approximate, "dx", x=x, dy=dy)
+    return dx
+
+
+def double_backward(x: Tensor, dy: Tensor, ddx: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """(26): ``gx`` and ``gdy``."""
+    gx, gdy = call("double_backward", approximate, "gx", "gdy", x=x, dy=dy, ddx=ddx)
+    return gx, gdy

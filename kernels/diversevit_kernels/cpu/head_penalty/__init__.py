@@ -1,7 +1,7 @@
-"""The head penalty on a CPU, of gradients given and of gradients routed through a projection."""
+"""The head penalty on a CPU, of given gradients and of gradients routed through a projection."""
 
 from .plain import head_penalty_backward, head_penalty_double_backward, head_penalty_forward
-from .routed import (
+from .routed_dispatch import (
     routed_head_penalty_backward,
     routed_head_penalty_double_backward,
     routed_head_penalty_forward,

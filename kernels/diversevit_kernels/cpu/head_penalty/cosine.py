@@ -1,7 +1,7 @@
-"""Cosines between heads, (30)-(39) of kernels/README.md: everything that is H x H.
+"""The H x H algebra of both penalties, in PyTorch: cosines between heads and their derivatives, (30)-(39).
 
-A tile's heads come as ``[groups, H, K]``, K = E by token and tokens * E by sample, so one set of formulas
-serves both granularities, and both penalties: they differ only in where a tile's heads come from.
+Equations are those of kernels/README.md. A tile's heads are ``[groups, H, K]``, K = E by token and tokens * E by
+sample: one set of formulas serves both granularities and both penalties, which differ only in the origin of the heads.
 
 Shapes   cosines [B, N, H, H] and norms [B, N, H] by token; [B, H, H] and [B, H] by sample.
 Dtypes   float32 (float64 for float64).
@@ -16,12 +16,13 @@ from torch import Tensor
 from ...common.grouping import Grouping, Statistics, Tile
 
 TILE_ELEMENTS = 1 << 19
-"""Elements of a tile's heads, or of what routes to them (2 MiB in float32): near the fastest of
-2^18 ... 2^22, whether D is 64 or 768."""
+"""Elements of a tile's heads, or of their routed gradients (2 MiB in float32).
+
+Near the fastest of 2^18 ... 2^22, whether D is 64 or 768."""
 
 
 class Slope(NamedTuple):
-    """First order, of a tile's groups."""
+    """First-order quantities of a tile's groups."""
 
     lam: Tensor  # [groups, H, H] (33) cotangent of the cosines, symmetric
     s: Tensor  # [groups, H] (34)
@@ -29,22 +30,22 @@ class Slope(NamedTuple):
 
 
 class Curvature(NamedTuple):
-    """Second order, of a tile's groups: derivatives along the direction A."""
+    """Second-order quantities of a tile's groups: derivatives along ddG."""
 
     m: Tensor  # [groups, H, H] (34)
-    m_dot: Tensor  # [groups, H, H] (38) gG = M A + M_dot G
+    m_dot: Tensor  # [groups, H, H] (38) gG = M ddG + M_dot G
     c_dot: Tensor  # [groups, H, H] (37)
 
 
 def _tokens(g: Grouping, width: int) -> int:
-    """Of a tile, for heads of ``width`` channels."""
+    """Return how many tokens a tile holds, for heads of ``width`` channels."""
     return max(1, TILE_ELEMENTS // (g.H * width))
 
 
 def penalty_forward(
     g: Grouping, like: Tensor, width: int, heads: Callable[[Tile], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(30)-(32): penalty, cosines, norms, typed like ``like``; ``heads(tile)``: [groups, H, K]."""
+    """(30)-(32): penalty, cosines, norms, in the dtype of ``like``; ``heads(tile)`` returns [groups, H, K]."""
     penalty = like.new_zeros(())
     cosines, norms = like.new_empty(*g.shape, g.H, g.H), like.new_empty(*g.shape, g.H)
     for block in g.blocks(_tokens(g, width)):
@@ -57,30 +58,37 @@ def penalty_forward(
 
 
 def penalty_of(g: Grouping, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(30)-(32) of the Gram matrices of all groups, which become the cosines: penalty, cosines, norms."""
+    """(30)-(32): penalty, cosines, norms from the Gram matrices of all groups, which become the cosines in place."""
     norms = gram.new_empty(gram.shape[:-1])
     energy = _energy(g, gram.flatten(0, -3), norms.flatten(0, -2))
     return energy.mul_(g.weight), gram, norms
 
 
 def _energy(g: Grouping, c: Tensor, n: Tensor) -> Tensor:
-    """(30)-(32) of some groups: Gram matrices ``c`` become cosines, ``n`` their norms; sum of c^2 off the diagonals."""
+    """(30)-(32): turn Gram matrices ``c`` into cosines, write norms ``n``; return the sum of c^2 off the diagonals."""
     n.copy_(c.diagonal(dim1=1, dim2=2)).sqrt_().clamp_(min=g.eps)
     _over_norms(c, n)
     return _off_diagonal(c.square()).sum()
 
 
 def slopes(g: Grouping, given: Statistics, width: int) -> Iterator[tuple[Tile, Tensor]]:
-    """Every tile with the ``M`` of its groups."""
+    """Yield every tile with the ``M`` of its groups, (34)."""
     for block in g.blocks(_tokens(g, width)):
         m = _slope(g, given.of(g, block[0])).m
         yield from ((t, m) for t in block)
 
 
 def slope_of(g: Grouping, given: Statistics) -> Tensor:
-    """The ``M`` of all groups, [groups, H, H]."""
+    """Return the ``M`` of all groups, [groups, H, H], (34)."""
     everything = Tile(slice(0, g.B), slice(0, g.N))
     return _slope(g, given.of(g, everything)).m
+
+
+def cotangent_gradients(given: Statistics) -> tuple[Tensor | None, Tensor | None]:
+    """Allocate ``gdpenalty`` (zero) and ``gdcosines``, each if its cotangent exists; ``curvatures`` computes them."""
+    cosines, _, dpenalty, dcosines = given
+    gdpenalty = None if dpenalty is None else cosines.new_zeros(())
+    return gdpenalty, None if dcosines is None else cosines.new_empty(cosines.shape)
 
 
 def curvatures(
@@ -91,24 +99,25 @@ def curvatures(
     gdpenalty: Tensor | None,
     gdcosines: Tensor | None,
 ) -> Iterator[tuple[Tile, Tensor, Tensor, Curvature]]:
-    """Every tile with its ``G`` and ``A``, read twice from ``operands`` if a group spans tiles.
+    """Yield every tile with its G, its ddG and the second-order quantities of its groups, (36)-(38).
 
-    Adds to ``gdpenalty`` and fills ``gdcosines`` (37) on the way.
+    ``operands(tile)`` returns G and ddG; it is called twice for a tile if a group spans several. Adds to ``gdpenalty``
+    and writes ``gdcosines`` (37) on the way.
     """
     for *others, last in g.blocks(_tokens(g, width)):
         here = given.of(g, last)
         k = torch.zeros_like(here.cosines)
         for t in others:
-            x, a = operands(t)
-            k.baddbmm_(a, x.mT)
-        x, a = operands(last)
-        second = _curvature(g, here, k.baddbmm_(a, x.mT))
+            x, ddx = operands(t)
+            k.baddbmm_(ddx, x.mT)
+        x, ddx = operands(last)
+        second = _curvature(g, here, k.baddbmm_(ddx, x.mT))
         if gdpenalty is not None:
             total = _off_diagonal(here.cosines * second.c_dot).sum()
             gdpenalty.add_(total, alpha=2 * g.weight)
         if gdcosines is not None:
             g.of(gdcosines, last).copy_(second.c_dot)
-        yield last, x, a, second
+        yield last, x, ddx, second
         for t in others:
             yield t, *operands(t), second
 
@@ -126,7 +135,7 @@ def _slope(g: Grouping, here: Statistics) -> Slope:
 
 
 def _curvature(g: Grouping, here: Statistics, k: Tensor) -> Curvature:
-    """(36)-(38) for ``k`` = A G^T [groups, H, H]."""
+    """(36)-(38) for ``k`` = ddG G^T [groups, H, H]."""
     c, n, dp, _ = here
     lam, s, m = _slope(g, here)
     r_dot = k + k.mT
@@ -147,16 +156,16 @@ def _curvature(g: Grouping, here: Statistics, k: Tensor) -> Curvature:
 
 
 def _over_norms(x: Tensor, n: Tensor) -> Tensor:
-    """``x_hk / (n_h n_k)`` in place, a factor at a time: their product may leave float32's range."""
+    """``x_hk / (n_h n_k)`` in place, one norm at a time, since their product may leave the range of float32."""
     return x.div_(n[:, :, None]).div_(n[:, None, :])
 
 
 def _over_free_norm(x: Tensor, n: Tensor, eps: float) -> Tensor:
-    """``f_h x_h`` of (34), x / n^2: zero where the norm is clamped, for there it is a constant."""
+    """``f_h x_h`` of (34), that is x / n^2, but zero where the norm is clamped and so constant."""
     return x.div(n).div_(n).masked_fill_(n <= eps, 0.0)
 
 
 def _off_diagonal(x: Tensor) -> Tensor:
-    """``x`` with its diagonals set to zero, in place."""
+    """Set the diagonals of ``x`` to zero, in place."""
     x.diagonal(dim1=1, dim2=2).zero_()
     return x

@@ -1,10 +1,11 @@
-"""Penalty on the cosines between head gradients on a CPU: equations (30)-(39) of kernels/README.md.
+"""The penalty on cosines between given head gradients, in PyTorch, tile by tile: (30)-(39) of kernels/README.md.
 
-One tile owns some tokens of one sample, or all tokens of some samples. The forward keeps cosines
-and norms, so the backward is one pass ``M G`` whose ``M`` is H x H algebra per group (``cosine.py``).
-By sample, the double backward first needs ``A G^T`` of a whole group: two passes unless a tile holds it.
+The only path of this operator on a CPU. A tile holds some tokens of one sample, or all tokens of some samples. The
+forward keeps cosines and norms, so that the backward is one pass ``M G``, where ``M`` is H x H algebra per group
+(``cosine``). By sample, the double backward first needs ``ddG G^T`` of a whole group: two passes unless a tile
+holds it.
 
-Shapes   grads, dgrads, ddgrads, ggrads [B, H, N, E]; cosines, norms as in ``cosine.py``.
+Shapes   grads, dgrads, ddgrads, ggrads [B, H, N, E]; cosines, norms as in ``cosine``.
 Dtypes   any floating; statistics, products and sums in float32 (float64 for float64).
 Traffic  forward reads grads once; backward reads it once and writes dgrads; double backward reads
          grads and ddgrads once (by sample: at most twice) and writes ggrads.
@@ -13,15 +14,16 @@ Traffic  forward reads grads once; backward reads it once and writes dgrads; dou
 import torch
 from torch import Tensor
 
+from ...common.contracts import HeadPenaltyBackward, HeadPenaltyDoubleBackward
 from ...common.dtypes import accumulation_dtype
 from ...common.grouping import Grouping, Statistics, Tile
 from ..runtime.allocator import new_empty_heads
 from ..runtime.scratch import Scratch
-from .cosine import curvatures, penalty_forward, slopes
+from .cosine import cotangent_gradients, curvatures, penalty_forward, slopes
 
 
 class _Loader:
-    """Tile-shaped operands and results, ``[groups, H, K]``."""
+    """Tiles of operands and results, ``[groups, H, K]``, K = E by token and tokens * E by sample."""
 
     def __init__(self, grads: Tensor, granularity: str, reduction: str, eps: float):
         B, H, N, _ = grads.shape
@@ -41,7 +43,7 @@ class _Loader:
         part.copy_(result.view(part.shape))
 
     def _part(self, x: Tensor, t: Tile) -> Tensor:
-        """Of ``[B, H, N, E]`` the tile: [samples, N, H, E] by token, [samples, H, N, E] by sample."""
+        """A tile of ``[B, H, N, E]``: [samples, N, H, E] by token, [samples, H, N, E] by sample."""
         part = x[t.samples, :, t.tokens]
         return part.transpose(1, 2) if self.grouping.by_token else part
 
@@ -55,17 +57,9 @@ def head_penalty_forward(
     return penalty_forward(load.grouping, load.like, width, lambda t: load.heads("x", grads, t))
 
 
-def head_penalty_backward(
-    grads: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    granularity: str,
-    reduction: str,
-    eps: float,
-) -> Tensor:
+def head_penalty_backward(inputs: HeadPenaltyBackward) -> Tensor:
     """(33)-(35): ``dgrads``."""
+    grads, cosines, norms, dpenalty, dcosines, granularity, reduction, eps = inputs
     load = _Loader(grads, granularity, reduction, eps)
     given = Statistics(cosines, norms, dpenalty, dcosines)
     dgrads = new_empty_heads(grads, grads.shape[-1])
@@ -76,29 +70,21 @@ def head_penalty_backward(
 
 
 def head_penalty_double_backward(
-    grads: Tensor,
-    cosines: Tensor,
-    norms: Tensor,
-    dpenalty: Tensor | None,
-    dcosines: Tensor | None,
-    ddgrads: Tensor,
-    granularity: str,
-    reduction: str,
-    eps: float,
+    inputs: HeadPenaltyDoubleBackward,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(36)-(39): ``ggrads``, and ``gdpenalty``, ``gdcosines`` where there is such a cotangent."""
+    """(36)-(39): ``ggrads``, and ``gdpenalty``, ``gdcosines`` where their cotangents exist."""
+    grads, cosines, norms, dpenalty, dcosines, ddgrads, granularity, reduction, eps = inputs
     load = _Loader(grads, granularity, reduction, eps)
     given = Statistics(cosines, norms, dpenalty, dcosines)
     ggrads = new_empty_heads(grads, grads.shape[-1])
-    gdpenalty = None if dpenalty is None else cosines.new_zeros(())
-    gdcosines = None if dcosines is None else cosines.new_empty(cosines.shape)
+    gdpenalty, gdcosines = cotangent_gradients(given)
 
     def operands(t: Tile) -> tuple[Tensor, Tensor]:
-        return load.heads("x", grads, t), load.heads("a", ddgrads, t)
+        return load.heads("x", grads, t), load.heads("ddx", ddgrads, t)
 
-    for t, x, a, at in curvatures(
+    for t, x, ddx, at in curvatures(
         load.grouping, given, grads.shape[-1], operands, gdpenalty, gdcosines
     ):
-        result = torch.bmm(at.m, a, out=load.result(x)).baddbmm_(at.m_dot, x)
+        result = torch.bmm(at.m, ddx, out=load.result(x)).baddbmm_(at.m_dot, x)
         load.store(result, ggrads, t)
     return ggrads, gdpenalty, gdcosines

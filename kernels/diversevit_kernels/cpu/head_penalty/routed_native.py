@@ -1,11 +1,12 @@
-"""Calls of ``native/routed_head_penalty.cpp``: what of the routed penalty is not H x H, as C++ kernels.
+"""Call the C++ kernels of the routed penalty (``csrc/routed_head_penalty.cpp``): all but its H x H algebra.
 
 Shapes   grad_qkv [B, N, 3, H, d]; weight [3, H, d, D]; Gram matrices and M [B, N, H, H] by token, [B, H, H] by sample.
 Dtypes   float32, float64, bfloat16, the same for both; Gram matrices, M and the weight's gradient in the accumulation
-         dtype. bfloat16 is multiplied as such and summed in float32; du becomes an operand as a sum of two bfloat16.
-         Where the processor does not multiply bfloat16 it is made float32.
+         dtype. bfloat16 is multiplied as such and summed in float32; du, which is float32, is multiplied as a sum of
+         two bfloat16. Where the processor cannot multiply bfloat16 everything is converted to float32.
 Bits     the same on any number of threads.
-Memory   a chunk of du (3 MiB) and its share of grad_qkv, the weight twice and its gradient in the accumulation dtype.
+Memory   a chunk of u (4 MiB), its du and its part of grad_qkv; the weight twice; its gradient in the accumulation
+         dtype.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ from torch import Tensor
 from ...common.dtypes import accumulation_dtype
 from ...common.forks import kernel_threads
 from ...common.grouping import Grouping
+from ...common.torch_internals import has_bfloat16_instructions
 from ..runtime.allocator import new_empty
 from ..runtime.cpp_library import library
 
@@ -42,15 +44,15 @@ class _Call(ctypes.Structure):
     )
 
 
-def runs(grad_qkv: Tensor, weight: Tensor) -> bool:
-    """Whether there are native kernels for these."""
+def supports(grad_qkv: Tensor, weight: Tensor) -> bool:
+    """Return whether there are kernels for tensors like these."""
     known = grad_qkv.dtype in (torch.float32, torch.float64, torch.bfloat16)
     alike = grad_qkv.dtype == weight.dtype and min(grad_qkv.numel(), weight.numel()) > 0
     return known and alike and library("routed_head_penalty") is not None
 
 
 def gram(g: Grouping, grad_qkv: Tensor, weight: Tensor) -> Tensor:
-    """``u u^T`` of every group, (40): ``[B, (N,) H, H]``."""
+    """(40), (30): the Gram matrices ``u u^T``, [B, N, H, H] by token, [B, H, H] by sample."""
     functions: Any = library("routed_head_penalty")
     dtype = accumulation_dtype(grad_qkv.dtype)
     parts = () if g.by_token else (_call(functions, "parts", g, grad_qkv, weight),)
@@ -61,8 +63,8 @@ def gram(g: Grouping, grad_qkv: Tensor, weight: Tensor) -> Tensor:
 
 
 def backward(g: Grouping, grad_qkv: Tensor, weight: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """(42) for du = M u: ``dgrad_qkv`` dense, ``dweight`` dense and in the accumulation dtype."""
-    if grad_qkv.dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+    """(42), du = M u: ``dgrad_qkv`` and ``dweight``, contiguous, the latter in the accumulation dtype."""
+    if grad_qkv.dtype == torch.bfloat16 and not has_bfloat16_instructions():
         dr, dw = backward(g, grad_qkv.float(), weight.float(), m)
         return dr.to(grad_qkv.dtype), dw
     functions: Any = library("routed_head_penalty")
@@ -73,6 +75,7 @@ def backward(g: Grouping, grad_qkv: Tensor, weight: Tensor, m: Tensor) -> tuple[
 
 
 def _call(functions: Any, name: str, g: Grouping, r: Tensor, w: Tensor, **tensors: Tensor) -> int:
+    """Call a function of the library; ``tensors`` are its other operands and results, by the names in ``_Call``."""
     r, w = (x if x.stride(-1) == 1 else x.contiguous() for x in (r, w))
     sizes = (g.B, g.N, g.H, r.shape[-1], w.shape[-1], g.by_token, kernel_threads())
     dr = tensors.pop("dgrad_qkv", None)
@@ -87,5 +90,5 @@ def _call(functions: Any, name: str, g: Grouping, r: Tensor, w: Tensor, **tensor
         ),
         **{name: x.data_ptr() for name, x in tensors.items()},
     )
-    kind = str(r.dtype).removeprefix("torch.")
-    return functions[f"routed_head_penalty_{name}_{kind}"](ctypes.byref(request))
+    dtype = str(r.dtype).removeprefix("torch.")
+    return functions[f"routed_head_penalty_{name}_{dtype}"](ctypes.byref(request))

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ...common.forks import ForkSafe, after_fork_in_child
+from ...common.torch_internals import compile_into_package, runner_of
 from . import compiler, library_cache
 
 MIN_ELEMENTS = 1 << 16
@@ -107,7 +108,7 @@ def _load(formula: Formula, dtype: torch.dtype) -> Function | None:
 
 
 def _open(path: str) -> Function:
-    model: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(path, 1)  # pyright: ignore
+    model = runner_of(path)
     return lambda *operands: tuple(model.run(list(operands)))
 
 
@@ -188,9 +189,7 @@ def build(module: str, name: str, dtype_name: str, path: str) -> None:
     if file_of(formula, dtype) != Path(path).name:
         raise OSError("the source was changed meanwhile")
     package = f"{path}.pt2"
-    torch._inductor.aoti_compile_and_package(
-        _exported(formula, dtype), package_path=package, inductor_configs=dict(_OPTIONS)
-    )
+    compile_into_package(_exported(formula, dtype), package, **dict(_OPTIONS))
     with zipfile.ZipFile(package) as members:
         (library,) = (n for n in members.namelist() if n.endswith(".so"))
         Path(path).write_bytes(members.read(library))

@@ -5,7 +5,7 @@
 
 from torch import Tensor
 
-from ..runtime.launch import allocate
+from ..runtime.tensors import allocate
 from .backward import attention_backward
 from .double_backward import attention_double_backward
 from .forward import attention_forward
@@ -13,11 +13,11 @@ from .forward import attention_forward
 __all__ = [
     "attention_backward",
     "attention_double_backward",
+    "attention_empty_qkv",
     "attention_forward",
-    "attention_packed",
 ]
 
 
-def attention_packed(qkv: Tensor) -> Tensor:
+def attention_empty_qkv(qkv: Tensor) -> Tensor:
     """Uninitialised, dense, like ``qkv`` [B, N, 3, H, d]: what ``into`` may be views of."""
     return allocate(tuple(qkv.shape), qkv.dtype, qkv)

@@ -11,16 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.configurations import fits
-from ..runtime.launch import cdiv, launch
-from ..runtime.tiles import add_dot, scale_split
+from ...common.contracts import QKV, AttentionBackward
+from ..runtime.launch import run_kernel
+from ..runtime.plan import target_of
+from ..runtime.sizes import cdiv
+from ..runtime.tensors import empty_heads, operand
+from ..runtime.tiles import add_dot, as_number, scale_split
+from . import configs
 from .mask_gradient import mask_gradient
 from .tiles import (
     FEW_QUERIES,
     RowStatistics,
     arguments,
-    as_number,
-    empty_heads,
     empty_statistic,
     first_row_tile,
     indices,
@@ -29,7 +31,6 @@ from .tiles import (
     load_softmax,
     load_statistic,
     load_v,
-    operand,
     probabilities,
     probabilities_of_all_keys,
     program_tile,
@@ -175,35 +176,24 @@ def attention_backward_few_queries_kernel(
 
 
 def attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    softmax: Tensor,
-    do: Tensor,
-    is_causal: bool,
-    scale: float,
-    mask_grad: bool,
-    into: tuple[Tensor, ...] | None = None,
+    inputs: AttentionBackward, into: QKV | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Attention backward, (3)-(5): ``dq``, ``dk``, ``dv`` like q, k, v, and ``dmask`` like the mask if ``mask_grad``.
 
     ``softmax`` is (1a). ``into``: where to write the first three.
     """
+    q, k, v, mask, o, softmax, do, is_causal, scale, mask_grad = inputs
     (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
     args, const = arguments(q, k, v, mask, is_causal, softmax, o=o, do=do)
-    width = widest(q, v)
+    target = target_of(q, widest(q, v))
     dq, dk, dv = into or map(empty_heads, (q, k, v))
     stats = RowStatistics(empty_statistic(q))
     if Nq <= FEW_QUERIES and const.GROUP == 1:
-        name = "attention_backward_few"
-        launch(
-            name,
+        plan = configs.BACKWARD_FEW_QUERIES.plan(target)
+        run_kernel(
+            plan,
             attention_backward_few_queries_kernel,
             lambda _: B * H,
-            q,
-            width,
             args,
             operand(dq),
             operand(dk),
@@ -211,30 +201,25 @@ def attention_backward(
             stats,
             scale,
             const=const,
-            ALL_KEYS_IN_TILE=fits(name, q, width, "BLOCK_N", Nk),
+            ALL_KEYS_IN_TILE=plan["BLOCK_N"] >= Nk,
         )
     else:
-        name = "attention_backward_rows_whole"
-        all_keys_in_tile = fits(name, q, width, "BLOCK_N", Nk)
-        launch(
-            name if all_keys_in_tile else "attention_backward_rows",
+        all_keys = configs.BACKWARD_ROWS_ALL_KEYS.holding(Nk, "BLOCK_N", target)
+        run_kernel(
+            all_keys or configs.BACKWARD_ROWS.plan(target),
             attention_backward_rows_kernel,
             lambda c: B * H * cdiv(Nq, c["BLOCK_M"]),
-            q,
-            width,
             args,
             operand(dq),
             stats,
             scale,
             const=const,
-            ALL_KEYS_IN_TILE=all_keys_in_tile,
+            ALL_KEYS_IN_TILE=all_keys is not None,
         )
-        launch(
-            "attention_backward_columns",
+        run_kernel(
+            configs.BACKWARD_COLUMNS.plan(target),
             attention_backward_columns_kernel,
             lambda c: B * key_heads * cdiv(Nk, c["BLOCK_N"]),
-            q,
-            width,
             args,
             operand(dk),
             operand(dv),

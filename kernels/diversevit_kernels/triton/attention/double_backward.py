@@ -18,28 +18,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.configurations import fills, fits, has_configuration
-from ..runtime.launch import cdiv, launch
+from ...common.contracts import QKV, AttentionBackward, AttentionDoubleBackward
+from ..runtime.device import fills
+from ..runtime.launch import run_kernel
+from ..runtime.plan import Plan, Target, target_of
+from ..runtime.sizes import cdiv
+from ..runtime.tensors import Operand, empty_heads, operand
+from ..runtime.tiles import as_number
+from . import configs
 from .backward import attention_backward
 from .double_backward_tiles import columns, rows_in_one_pass, rows_with_all_keys
 from .few_queries import head_with_few_queries
 from .mask_gradient import mask_gradient
 from .tiles import (
     FEW_QUERIES,
-    Operand,
     RowStatistics,
     arguments,
-    as_number,
     chunked,
-    empty_heads,
     empty_statistic,
-    operand,
     program_tile,
     widest,
 )
 
-FEW, HEAD, ROWS = (f"attention_double_backward_{name}" for name in ("few", "head", "rows"))
-"""Launches, by their names in the table; HEAD and ROWS have a variant ``_whole``."""
+BY_HEAD = configs.DOUBLE_BACKWARD_HEAD, configs.DOUBLE_BACKWARD_HEAD_ALL_KEYS
+ALL_KEYS = configs.DOUBLE_BACKWARD_HEAD_ALL_KEYS, configs.DOUBLE_BACKWARD_ROWS_ALL_KEYS
+"""Launch tables where a row tile holds all keys; row tiles that walk their keys read dq."""
 
 HEAD_KEYS = 256
 """Up to so many keys, one program may do a whole head: its tensors stay in the L2 cache between the two phases."""
@@ -136,39 +139,23 @@ def attention_double_backward_few_queries_kernel(
     head_with_few_queries(args, out, stats, b, h, scale, const, BLOCK_M, BLOCK_N)
 
 
-def _plan(q: Tensor, k: Tensor, mask: Tensor | None, width: int) -> tuple[str, bool]:
-    """The first launch by its name in the table, and whether a row tile holds all keys.
-
-    HEAD and ROWS, which do not, read dq.
-    """
+def _plan(target: Target, q: Tensor, k: Tensor, mask: Tensor | None) -> Plan:
+    """The plan of the first launch: of heads with few queries, of whole heads, or of row tiles."""
     (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
     grouped = key_heads != H
     if Nq <= FEW_QUERIES and not grouped:
-        return FEW, False
-    may_do_a_head = mask is None and not grouped and Nk <= HEAD_KEYS
-    by_head = may_do_a_head and has_configuration(HEAD, q, width) and fills(q, B * H)
-    name, block = (HEAD, "ROW_KEYS") if by_head else (ROWS, "BLOCK_N")
-    all_keys_in_tile = fits(f"{name}_whole", q, width, block, Nk)
-    return f"{name}_whole" if all_keys_in_tile else name, all_keys_in_tile
+        return configs.DOUBLE_BACKWARD_FEW_QUERIES.plan(target)
+    if mask is None and not grouped and Nk <= HEAD_KEYS and fills(q, B * H):
+        all_keys = configs.DOUBLE_BACKWARD_HEAD_ALL_KEYS.holding(Nk, "ROW_KEYS", target)
+        by_head = all_keys or configs.DOUBLE_BACKWARD_HEAD.find(target)
+        if by_head is not None:
+            return by_head
+    all_keys = configs.DOUBLE_BACKWARD_ROWS_ALL_KEYS.holding(Nk, "BLOCK_N", target)
+    return all_keys or configs.DOUBLE_BACKWARD_ROWS.plan(target)
 
 
 def attention_double_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    o: Tensor,
-    softmax: Tensor,
-    do: Tensor,
-    dq: Tensor | None,
-    ddq: Tensor | None,
-    ddk: Tensor | None,
-    ddv: Tensor | None,
-    ddmask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    mask_grad: bool,
-    into: tuple[Tensor, ...] | None = None,
+    inputs: AttentionDoubleBackward, into: QKV | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Attention double backward, (6)-(9): ``gq``, ``gk``, ``gv``, ``gdo``, and ``gmask`` if ``mask_grad``.
 
@@ -176,25 +163,29 @@ def attention_double_backward(
     cotangent costs nothing: its products are not compiled.
     ``into``: where to write the first three.
     """
+    q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, ddmask, is_causal, scale, mask_grad = inputs
     (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
-    width = widest(q, v)
-    name, all_keys_in_tile = _plan(q, k, mask, width)
+    target = target_of(q, widest(q, v))
+    plan = _plan(target, q, k, mask)
+    few_queries = plan.table is configs.DOUBLE_BACKWARD_FEW_QUERIES
+    all_keys_in_tile = plan.table in ALL_KEYS
     has_dds = not (ddq is None and ddk is None and ddmask is None)
-    if dq is None and has_dds and name in (HEAD, ROWS):
-        dq = attention_backward(q, k, v, mask, o, softmax, do, is_causal, scale, False)[0]
+    if dq is None and has_dds and not (few_queries or all_keys_in_tile):
+        given = AttentionBackward(q, k, v, mask, o, softmax, do, is_causal, scale, False)
+        dq = attention_backward(given)[0]
     more = {"o": o, "do": do, "dq": dq, "ddq": ddq, "ddk": ddk, "ddv": ddv, "ddmask": ddmask}
     args, const = arguments(q, k, v, mask, is_causal, softmax, **more)
     gq, gk, gv = into or map(empty_heads, (q, k, v))
     gdo = empty_heads(do)
     out = Gradients(*map(operand, (gq, gk, gv, gdo)))  # pyright: ignore[reportArgumentType]
     stats = RowStatistics(*(empty_statistic(q) for _ in range(3)))
-    common = (q, width, args, out, stats, scale)
-    if name == FEW:
-        few_queries = attention_double_backward_few_queries_kernel
-        launch(name, few_queries, lambda _: B * H, *common, const=chunked(const))
-    elif name.startswith(HEAD):
-        launch(
-            name,
+    common = (args, out, stats, scale)
+    if few_queries:
+        kernel = attention_double_backward_few_queries_kernel
+        run_kernel(plan, kernel, lambda _: B * H, *common, const=chunked(const))
+    elif plan.table in BY_HEAD:
+        run_kernel(
+            plan,
             attention_double_backward_head_kernel,
             lambda _: B * H,
             *common,
@@ -202,16 +193,16 @@ def attention_double_backward(
             ALL_KEYS_IN_TILE=all_keys_in_tile,
         )
     else:
-        launch(
-            name,
+        run_kernel(
+            plan,
             attention_double_backward_rows_kernel,
             lambda c: B * H * cdiv(Nq, c["BLOCK_M"]),
             *common,
             const=const,
             ALL_KEYS_IN_TILE=all_keys_in_tile,
         )
-        launch(
-            "attention_double_backward_columns",
+        run_kernel(
+            configs.DOUBLE_BACKWARD_COLUMNS.plan(target),
             attention_double_backward_columns_kernel,
             lambda c: B * key_heads * cdiv(Nk, c["BLOCK_N"]),
             *common,

@@ -9,18 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.launch import allocate, cdiv, launch
-from ..runtime.tiles import add_dot, scale_split
+from ..runtime.launch import run_kernel
+from ..runtime.plan import target_of
+from ..runtime.sizes import cdiv
+from ..runtime.tensors import allocate, operand
+from ..runtime.tiles import add_dot, as_number, scale_split
+from . import configs
 from .tiles import (
     FEW_QUERIES,
     arguments,
-    as_number,
     empty_softmax,
     indices,
     last_key,
     load_qk,
     load_v,
-    operand,
     program_tile,
     scores,
     share_of,
@@ -81,12 +83,11 @@ def attention_forward(
     args, const = arguments(q, k, v, mask, is_causal)
     o = allocate((B, Nq, H, v.shape[-1]), q.dtype, q).transpose(1, 2)
     softmax = empty_softmax(q)
-    launch(
-        "attention_forward_few" if Nq <= FEW_QUERIES else "attention_forward",
+    table = configs.FORWARD_FEW_QUERIES if Nq <= FEW_QUERIES else configs.FORWARD
+    run_kernel(
+        table.plan(target_of(q, widest(q, v))),
         attention_forward_kernel,
         lambda c: B * H * cdiv(Nq, c["BLOCK_M"]),
-        q,
-        widest(q, v),
         args,
         operand(o),
         softmax,

@@ -8,12 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.launch import allocate, cdiv, launch
+from ..runtime.launch import run_kernel
+from ..runtime.plan import target_of
+from ..runtime.sizes import cdiv
+from ..runtime.tensors import allocate
+from ..runtime.tiles import as_number
+from . import configs
 from .tiles import (
     Arguments,
     Constants,
     RowStatistics,
-    as_number,
     chunked,
     indices,
     load_qk,
@@ -92,12 +96,10 @@ def mask_gradient(
     """The gradient dmask, or gmask if ``stats`` has t, shaped like ``mask`` and in its dtype."""
     samples, heads = mask.shape[:2]
     parts = allocate((samples, heads, args.Nq, args.Nk), stats.delta.dtype, q)
-    launch(
-        "attention_mask_gradient",
+    run_kernel(
+        configs.MASK_GRADIENT.plan(target_of(q, max(const.WIDTH, const.VALUE_WIDTH))),
         attention_mask_gradient_kernel,
         lambda c: samples * heads * cdiv(args.Nq, c["BLOCK_M"]) * cdiv(args.Nk, c["BLOCK_N"]),
-        q,
-        max(const.WIDTH, const.VALUE_WIDTH),
         args,
         parts,
         stats,

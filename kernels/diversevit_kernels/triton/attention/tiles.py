@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.dtypes import accumulation_dtype
-from ..runtime.configurations import accumulator, precision
-from ..runtime.launch import allocate, check_operand, reach, split_width
-from ..runtime.tiles import INTERPRETED, dot, dot_nt, load_split, store_split, zeros_split
+from ..runtime.device import accumulator, precision
+from ..runtime.sizes import split_width
+from ..runtime.tensors import Operand, allocate, check_operand, operand, reach
+from ..runtime.tiles import dot, dot_nt, load_split, store_split, zeros_split
 
 MAX_WIDTH = 256
 CHUNK = tl.constexpr(16)
@@ -31,16 +32,6 @@ UNCHUNKED_WIDTH = 64
 """Up to this head width the tiles of a double backward's loop fit the registers."""
 FEW_QUERIES = 16
 """Up to so many queries, one tile of 16 rows holds them all."""
-
-
-class Operand(NamedTuple):
-    """A tensor [B, H, N, .] and its strides; in a kernel its ``ptr`` is a pointer."""
-
-    ptr: Any
-    sample: int
-    head: int
-    row: int
-    col: int
 
 
 class Rows(NamedTuple):
@@ -104,14 +95,6 @@ def chunked(const: Constants) -> Constants:
     return const._replace(CHUNKED=const.CHUNKED or const.PRECISION == "bf16x6")
 
 
-def operand(x: Tensor | None) -> Operand | None:
-    """A tensor with its strides; axes of size 1 get stride 0, so that masks broadcast."""
-    if x is None:
-        return None
-    data = x.view(torch.uint8) if x.dtype == torch.bool else x
-    return Operand(data, *[0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)])
-
-
 def arguments(
     q: Tensor,
     k: Tensor,
@@ -163,12 +146,6 @@ def widest(q: Tensor, v: Tensor) -> int:
     return max(q.shape[-1], v.shape[-1])
 
 
-def empty_heads(like: Tensor) -> Tensor:
-    """Uninitialised, shaped like ``like`` [B, H, N, .] and laid out as ``[B, N, H, .]``, what a projection reads."""
-    B, H, N, width = like.shape
-    return allocate((B, N, H, width), like.dtype, like).transpose(1, 2)
-
-
 def empty_statistic(q: Tensor) -> Tensor:
     """Uninitialised ``[B, H, Nq]``, dense, in the accumulator's dtype."""
     return allocate(tuple(q.shape[:3]), accumulation_dtype(q.dtype), q)
@@ -178,15 +155,6 @@ def empty_softmax(q: Tensor) -> Tensor:
     """Uninitialised ``[B, H, 2, Nq]``, dense, in the accumulator's dtype."""
     B, H, Nq, _ = q.shape
     return allocate((B, H, 2, Nq), accumulation_dtype(q.dtype), q)
-
-
-@triton.jit
-def as_number(x, ACC: tl.constexpr):
-    """A float64 scalar argument in the accumulator's dtype (interpreted, it is a Python number)."""
-    if INTERPRETED:
-        return tl.full([], x, ACC)
-    else:
-        return x.to(ACC)
 
 
 @triton.jit

@@ -5,8 +5,8 @@ by sample, numbered token by token). By token one program does a whole token. By
 group are cut into parts of ``span``: products are summed per part, then over parts in order, so the same
 bits come out on every run.
 
-Functions take the gradients of a tile of tokens, so that ``routed_head_penalty`` can hand them over as
-it makes them. Equations (30)-(39) of kernels/README.md.
+Functions take the gradients of a tile of tokens, so that ``routed.py`` can hand them over as it makes them.
+Equations (30)-(39) of kernels/README.md.
 """
 
 import triton
@@ -15,13 +15,16 @@ from torch import Tensor
 
 from ...common.dtypes import accumulation_dtype
 from ...common.grouping import Grouping, Statistics
-from ..attention.tiles import as_number, operand
-from ..runtime.configurations import accumulator, configuration, precision
-from ..runtime.launch import allocate, cdiv, check_operand, launch, power_of_two, reach
-from ..runtime.tiles import dot
+from ..runtime.device import accumulator, precision
+from ..runtime.launch import run_kernel
+from ..runtime.plan import target_of
+from ..runtime.sizes import cdiv, power_of_two
+from ..runtime.tensors import allocate, check_operand, operand, reach
+from ..runtime.tiles import as_number, dot
+from . import configs
 from .cosine import (
     MAX_HEADS,
-    Static,
+    Constants,
     curvature,
     load_matrix,
     load_norms,
@@ -33,169 +36,176 @@ from .cosine import (
 
 
 @triton.jit
-def group_part(parts, span, N, S: tl.constexpr):
+def group_part(parts, span, N, const: tl.constexpr):
     """This program's group, its sample and first token, its part, and where that begins and ends."""
     program = tl.program_id(0).to(tl.int64)
     group, part = program // parts, program % parts
-    if S.BY_TOKEN:
-        return group, group // N, group % N, part, 0, S.E
+    if const.BY_TOKEN:
+        return group, group // N, group % N, part, 0, const.E
     else:
-        first = (part * span).to(S.INDEX)
-        return group, group, group * 0, part, first, tl.minimum(first + span, N * S.E)
+        first = (part * span).to(const.INDEX)
+        return group, group, group * 0, part, first, tl.minimum(first + span, N * const.E)
 
 
 @triton.jit
-def _places(x, b, token, k, end, S: tl.constexpr):
-    """Addresses of all heads' elements ``k`` of a group, [HEADS, BLOCK_K], and which of them exist."""
-    h = tl.arange(0, S.HEADS).to(S.INDEX)
-    along = k * x.col if S.BY_TOKEN else k // S.E * x.row + k % S.E * x.col
+def _places(x, b, token, elements, end, const: tl.constexpr):
+    """Addresses of all heads' ``elements`` of a group, [HEADS, BLOCK_K], and which of them exist."""
+    h = tl.arange(0, const.HEADS).to(const.INDEX)
+    by_sample = elements // const.E * x.row + elements % const.E * x.col
+    along = elements * x.col if const.BY_TOKEN else by_sample
     ptr = x.ptr + b * x.sample + token * x.row
-    inside = (h < S.H)[:, None] & (k < end)[None, :]
+    inside = (h < const.H)[:, None] & (elements < end)[None, :]
     return ptr + (h[:, None] * x.head + along[None, :]), inside
 
 
 @triton.jit
-def load_heads(x, b, token, k, end, S: tl.constexpr):
-    at, inside = _places(x, b, token, k, end, S)
+def load_heads(x, b, token, elements, end, const: tl.constexpr):
+    """Load all heads' ``elements`` of a group, [HEADS, BLOCK_K], zero outside."""
+    at, inside = _places(x, b, token, elements, end, const)
     return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_heads(x, b, token, k, end, tile, S: tl.constexpr):
-    at, inside = _places(x, b, token, k, end, S)
+def store_heads(x, b, token, elements, end, tile, const: tl.constexpr):
+    """The inverse of ``load_heads``, rounded to the dtype of ``x``."""
+    at, inside = _places(x, b, token, elements, end, const)
     tl.store(at, tile.to(x.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def gram(x, y, b, token, first, end, S: tl.constexpr, BLOCK_K: tl.constexpr):
-    """X Yᵀ over elements [first, end) of a group; G Gᵀ if ``y`` is None."""
-    r = tl.zeros([S.HEADS, S.HEADS], S.ACC)
+def gram(x, y, b, token, first, end, const: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The products of heads over elements [first, end) of a group, X Yᵀ; X Xᵀ if ``y`` is None."""
+    total = tl.zeros([const.HEADS, const.HEADS], const.ACC)
     for start in range(first, end, BLOCK_K):
-        k = (start + tl.arange(0, BLOCK_K)).to(S.INDEX)
-        left = load_heads(x, b, token, k, end, S)
-        right = left if y is None else load_heads(y, b, token, k, end, S)
-        r = dot(left, tl.trans(right), r, S.PRECISION)
-    return r
+        elements = (start + tl.arange(0, BLOCK_K)).to(const.INDEX)
+        left = load_heads(x, b, token, elements, end, const)
+        right = left if y is None else load_heads(y, b, token, elements, end, const)
+        total = dot(left, tl.trans(right), total, const.PRECISION)
+    return total
 
 
 @triton.jit
-def mixed(m, x, S: tl.constexpr):
-    """M X, in ACC: M is not rounded to the dtype of the gradients, whose range it may leave."""
-    acc = tl.zeros([S.HEADS, x.shape[1]], S.ACC)
-    return dot(m, x.to(S.ACC), acc, S.MIXING)
+def mixed(m, x, const: tl.constexpr):
+    """An H x H matrix times gradients, M X, in ACC: rounded to the gradients' dtype, M may leave its range."""
+    acc = tl.zeros([const.HEADS, x.shape[1]], const.ACC)
+    return dot(m, x.to(const.ACC), acc, const.MIXING)
 
 
 @triton.jit
-def sum_of_parts(raw_ptr, group, parts, S: tl.constexpr, BLOCK_P: tl.constexpr):
-    """[HEADS, HEADS]: a group's matrices of [groups, parts, H, H], summed in order."""
-    h = tl.arange(0, S.HEADS)
-    inside = (h < S.H)[:, None] & (h < S.H)[None, :]
-    at = h[:, None] * S.H + h[None, :]
-    total = tl.zeros([BLOCK_P, S.HEADS, S.HEADS], S.ACC)
+def sum_of_parts(raw_ptr, group, parts, const: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The sum over parts of a group's matrices in [groups, parts, H, H], in order: [HEADS, HEADS]."""
+    h = tl.arange(0, const.HEADS)
+    inside = (h < const.H)[:, None] & (h < const.H)[None, :]
+    at = h[:, None] * const.H + h[None, :]
+    total = tl.zeros([BLOCK_P, const.HEADS, const.HEADS], const.ACC)
     for first in range(0, parts, BLOCK_P):
         part = first + tl.arange(0, BLOCK_P)
-        where = raw_ptr + (group * parts + part)[:, None, None] * (S.H * S.H) + at[None, :, :]
+        where = (
+            raw_ptr + (group * parts + part)[:, None, None] * (const.H * const.H) + at[None, :, :]
+        )
         mask = (part < parts)[:, None, None] & inside[None, :, :]
         total += tl.load(where, mask=mask, other=0.0)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def _products_kernel(
+def head_penalty_products_kernel(
     x,  # Operand [b, H, n, E]
     y,  # Operand like x, or None for x itself
     raw_ptr,  # [b, parts, H, H]
     N,  # n
     span,  # elements of a part
     parts,
-    S: tl.constexpr,  # Static
+    const: tl.constexpr,  # Constants
     BLOCK_K: tl.constexpr,
 ):
-    """X Yᵀ of (30) or (36), by sample. One program owns one part of one sample."""
-    group, b, token, part, first, end = group_part(parts, span, N, S)
-    store_matrix(raw_ptr, group * parts + part, gram(x, y, b, token, first, end, S, BLOCK_K), S)
+    """Products of heads, X Yᵀ of (30) or (36), by sample. One program owns one part of one sample."""
+    group, b, token, part, first, end = group_part(parts, span, N, const)
+    store_matrix(
+        raw_ptr, group * parts + part, gram(x, y, b, token, first, end, const, BLOCK_K), const
+    )
 
 
 @triton.jit
-def _statistics_kernel(
+def head_penalty_statistics_kernel(
     x,  # Operand [b, H, n, E] by token, else None
     raw_ptr,  # [b, parts, H, H] parts of R by sample, else None
-    G,  # Statistics, written
+    stats,  # Statistics, written
     penalties_ptr,  # [groups] what each group adds to the penalty
     N,  # n
     parts,
     weight: tl.float64,
     eps: tl.float64,
-    S: tl.constexpr,  # Static
+    const: tl.constexpr,  # Constants
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """(30)-(32). One program owns one group: a token's gradients, or the parts of a sample's R."""
+    """Forward, (30)-(32). One program owns one group: a token's gradients, or the parts of a sample's R."""
     if raw_ptr is None:
-        group, b, token, _, first, end = group_part(1, 0, N, S)
-        r = gram(x, None, b, token, first, end, S, BLOCK_K)
+        group, b, token, _, first, end = group_part(1, 0, N, const)
+        products = gram(x, None, b, token, first, end, const, BLOCK_K)
     else:
         group = tl.program_id(0).to(tl.int64)
-        r = sum_of_parts(raw_ptr, group, parts, S, BLOCK_P)
-    weight, eps = as_number(weight, S.ACC), as_number(eps, S.ACC)
-    store_statistics(G, penalties_ptr, group, r, weight, eps, S)
+        products = sum_of_parts(raw_ptr, group, parts, const, BLOCK_P)
+    weight, eps = as_number(weight, const.ACC), as_number(eps, const.ACC)
+    store_statistics(stats, penalties_ptr, group, products, weight, eps, const)
 
 
 @triton.jit
-def _backward_kernel(
-    x,  # Operand [b, H, n, E]
-    dx,  # Operand like x, written
-    G,  # Statistics
+def head_penalty_backward_kernel(
+    grads,  # Operand [b, H, n, E]
+    dgrads,  # Operand like grads, written
+    stats,  # Statistics
     N,  # n
     span,  # elements of a part
     parts,
     weight: tl.float64,
     eps: tl.float64,
-    S: tl.constexpr,  # Static
+    const: tl.constexpr,  # Constants
     BLOCK_K: tl.constexpr,
 ):
-    """(33)-(35). One program owns one token, or one part of one sample."""
-    group, b, token, _, first, end = group_part(parts, span, N, S)
-    c, n = load_matrix(G.cosines, group, S), load_norms(G, group, S)
-    weight, eps = as_number(weight, S.ACC), as_number(eps, S.ACC)
-    _, _, m = slope(G, group, c, n, weight, eps, S)
+    """Backward, (33)-(35). One program owns one token, or one part of one sample."""
+    group, b, token, _, first, end = group_part(parts, span, N, const)
+    c, n = load_matrix(stats.cosines, group, const), load_norms(stats, group, const)
+    weight, eps = as_number(weight, const.ACC), as_number(eps, const.ACC)
+    _, _, m = slope(stats, group, c, n, weight, eps, const)
     for start in range(first, end, BLOCK_K):
-        k = (start + tl.arange(0, BLOCK_K)).to(S.INDEX)
-        tile = load_heads(x, b, token, k, end, S)
-        store_heads(dx, b, token, k, end, mixed(m, tile, S), S)
+        elements = (start + tl.arange(0, BLOCK_K)).to(const.INDEX)
+        tile = load_heads(grads, b, token, elements, end, const)
+        store_heads(dgrads, b, token, elements, end, mixed(m, tile, const), const)
 
 
 @triton.jit
-def _curvature_kernel(
-    raw_ptr,  # [b, parts, H, H] parts of A Gᵀ
-    G,  # Statistics
+def head_penalty_curvature_kernel(
+    raw_ptr,  # [b, parts, H, H] parts of ddG Gᵀ
+    stats,  # Statistics
     m_dot_ptr,  # [b, H, H], written
     gdpenalties_ptr,  # [b] what each sample adds to gdp, or None
     gdcosines_ptr,  # [b, H, H], or None
     parts,
     weight: tl.float64,
     eps: tl.float64,
-    S: tl.constexpr,  # Static
+    const: tl.constexpr,  # Constants
     BLOCK_P: tl.constexpr,
 ):
-    """(36)-(38) by sample. One program owns one sample: the parts of its A Gᵀ."""
+    """Ṁ of (36)-(38), by sample. One program owns one sample: the parts of its ddG Gᵀ."""
     group = tl.program_id(0).to(tl.int64)
-    c, n = load_matrix(G.cosines, group, S), load_norms(G, group, S)
-    weight, eps = as_number(weight, S.ACC), as_number(eps, S.ACC)
-    product = sum_of_parts(raw_ptr, group, parts, S, BLOCK_P)
-    lam, s, _ = slope(G, group, c, n, weight, eps, S)
-    m_dot, c_dot = curvature(G, product, c, n, lam, s, weight, eps, S)
-    store_matrix(m_dot_ptr, group, m_dot, S)
-    store_cotangents(gdpenalties_ptr, gdcosines_ptr, group, c, c_dot, weight, S)
+    c, n = load_matrix(stats.cosines, group, const), load_norms(stats, group, const)
+    weight, eps = as_number(weight, const.ACC), as_number(eps, const.ACC)
+    product = sum_of_parts(raw_ptr, group, parts, const, BLOCK_P)
+    lam, s, _ = slope(stats, group, c, n, weight, eps, const)
+    m_dot, c_dot = curvature(stats, product, c, n, lam, s, weight, eps, const)
+    store_matrix(m_dot_ptr, group, m_dot, const)
+    store_cotangents(gdpenalties_ptr, gdcosines_ptr, group, c, c_dot, weight, const)
 
 
 @triton.jit
-def _double_backward_kernel(
-    x,  # Operand [b, H, n, E]
-    a,  # Operand like x: A
-    gx,  # Operand like x, written: (39)
-    dx,  # Operand like x, written: (35), or None
-    G,  # Statistics
+def head_penalty_double_backward_kernel(
+    grads,  # Operand [b, H, n, E]
+    ddgrads,  # Operand like grads
+    ggrads,  # Operand like grads, written: (39)
+    dgrads,  # Operand like grads, written: (35), or None
+    stats,  # Statistics
     m_dot_ptr,  # [b, H, H] by sample, else None
     gdpenalties_ptr,  # [groups] by token or None
     gdcosines_ptr,  # [groups, H, H] by token or None
@@ -204,38 +214,38 @@ def _double_backward_kernel(
     parts,
     weight: tl.float64,
     eps: tl.float64,
-    S: tl.constexpr,  # Static
+    const: tl.constexpr,  # Constants
     BLOCK_K: tl.constexpr,
 ):
-    """(36)-(39). One program owns one token, which it reads twice, or one part of one sample."""
-    group, b, token, _, first, end = group_part(parts, span, N, S)
-    c, n = load_matrix(G.cosines, group, S), load_norms(G, group, S)
-    weight, eps = as_number(weight, S.ACC), as_number(eps, S.ACC)
-    lam, s, m = slope(G, group, c, n, weight, eps, S)
+    """Double backward, (36)-(39). One program owns one token, which it reads twice, or one part of one sample."""
+    group, b, token, _, first, end = group_part(parts, span, N, const)
+    c, n = load_matrix(stats.cosines, group, const), load_norms(stats, group, const)
+    weight, eps = as_number(weight, const.ACC), as_number(eps, const.ACC)
+    lam, s, m = slope(stats, group, c, n, weight, eps, const)
     if m_dot_ptr is None:
-        product = gram(a, x, b, token, first, end, S, BLOCK_K)
-        m_dot, c_dot = curvature(G, product, c, n, lam, s, weight, eps, S)
-        store_cotangents(gdpenalties_ptr, gdcosines_ptr, group, c, c_dot, weight, S)
+        product = gram(ddgrads, grads, b, token, first, end, const, BLOCK_K)
+        m_dot, c_dot = curvature(stats, product, c, n, lam, s, weight, eps, const)
+        store_cotangents(gdpenalties_ptr, gdcosines_ptr, group, c, c_dot, weight, const)
     else:
-        m_dot = load_matrix(m_dot_ptr, group, S)
+        m_dot = load_matrix(m_dot_ptr, group, const)
     for start in range(first, end, BLOCK_K):
-        k = (start + tl.arange(0, BLOCK_K)).to(S.INDEX)
-        x_tile = load_heads(x, b, token, k, end, S)
-        a_tile = load_heads(a, b, token, k, end, S)
-        g_tile = mixed(m, a_tile, S) + mixed(m_dot, x_tile, S)
-        store_heads(gx, b, token, k, end, g_tile, S)
-        if dx is not None and S.HEADS <= 32:
-            store_heads(dx, b, token, k, end, mixed(m, x_tile, S), S)
-    if dx is not None and S.HEADS > 32:
+        elements = (start + tl.arange(0, BLOCK_K)).to(const.INDEX)
+        grads_tile = load_heads(grads, b, token, elements, end, const)
+        ddgrads_tile = load_heads(ddgrads, b, token, elements, end, const)
+        ggrads_tile = mixed(m, ddgrads_tile, const) + mixed(m_dot, grads_tile, const)
+        store_heads(ggrads, b, token, elements, end, ggrads_tile, const)
+        if dgrads is not None and const.HEADS <= 32:
+            store_heads(dgrads, b, token, elements, end, mixed(m, grads_tile, const), const)
+    if dgrads is not None and const.HEADS > 32:
         # a loop of its own: the registers do not hold all three products
         for start in range(first, end, BLOCK_K):
-            k = (start + tl.arange(0, BLOCK_K)).to(S.INDEX)
-            dx_tile = mixed(m, load_heads(x, b, token, k, end, S), S)
-            store_heads(dx, b, token, k, end, dx_tile, S)
+            elements = (start + tl.arange(0, BLOCK_K)).to(const.INDEX)
+            dgrads_tile = mixed(m, load_heads(grads, b, token, elements, end, const), const)
+            store_heads(dgrads, b, token, elements, end, dgrads_tile, const)
 
 
-def static_of(g: Grouping, *likes: Tensor) -> Static:
-    """What kernels must know of a problem.
+def constants_of(g: Grouping, *likes: Tensor) -> Constants:
+    """The constants of the kernels for a problem.
 
     Args:
         likes: gradients [b, H, n, E] as they will be read or written, for dtype, E and reach in memory.
@@ -250,7 +260,7 @@ def static_of(g: Grouping, *likes: Tensor) -> Static:
     x = likes[0]
     wide = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
     farthest = max(reach(x, 1) for x in likes)
-    return Static(
+    return Constants(
         H=g.H,
         HEADS=max(16, power_of_two(g.H)),
         E=x.shape[-1],
@@ -262,81 +272,88 @@ def static_of(g: Grouping, *likes: Tensor) -> Static:
     )
 
 
-def programs_of(S: Static, x: Tensor) -> tuple[int, int, int]:
+def programs_of(const: Constants, x: Tensor) -> tuple[int, int, int]:
     """Groups of ``x``, elements of a part, and parts of a group."""
     b, _, n, E = x.shape
-    if S.BY_TOKEN:
+    if const.BY_TOKEN:
         return b * n, E, 1
-    span = configuration("head_penalty_span", x, S.HEADS)["SPAN"]
+    span = configs.part_elements(x)
     return b, span, cdiv(n * E, span)
 
 
-def products(S: Static, x: Tensor, y: Tensor | None, raw: Tensor) -> None:
-    """Parts of X Yᵀ by sample, of G Gᵀ if ``y`` is None, into ``raw`` [b, parts, H, H]."""
-    groups, span, parts = programs_of(S, x)
-    sizes = x.shape[2], span, parts
-    grid = groups * parts
-    given = operand(x), operand(y), raw, *sizes
-    launch("head_penalty_products", _products_kernel, lambda _: grid, x, S.HEADS, *given, S=S)
+def products(const: Constants, x: Tensor, y: Tensor | None, raw: Tensor) -> None:
+    """Parts of X Yᵀ by sample, of X Xᵀ if ``y`` is None, into ``raw`` [b, parts, H, H]."""
+    plan = configs.PRODUCTS.plan(target_of(x, const.HEADS))
+    groups, *sizes = programs_of(const, x)
+    programs = groups * sizes[1]
+    given = operand(x), operand(y), raw, x.shape[2], *sizes
+    run_kernel(plan, head_penalty_products_kernel, lambda _: programs, *given, const=const)
 
 
 def statistics(
-    g: Grouping, S: Static, x: Tensor | None, raw: Tensor | None, out: Statistics, penalties: Tensor
+    g: Grouping,
+    const: Constants,
+    x: Tensor | None,
+    raw: Tensor | None,
+    out: Statistics,
+    penalties: Tensor,
 ) -> None:
-    """(30)-(32) of the groups of ``x`` by token, of ``raw`` by sample, into ``out`` and ``penalties``."""
-    like = penalties if x is None else x
+    """Write ``out`` and ``penalties``, (30)-(32), for the groups of ``x`` by token, of ``raw`` by sample."""
+    plan = configs.STATISTICS.plan(target_of(penalties if x is None else x, const.HEADS))
     N, parts = 1 if x is None else x.shape[2], 1 if raw is None else raw.shape[1]
     given = operand(x), raw, out, penalties, N, parts, g.weight, g.eps
-    grid = penalties.numel()
-    launch(
-        "head_penalty_statistics", _statistics_kernel, lambda _: grid, like, S.HEADS, *given, S=S
-    )
+    programs = penalties.numel()
+    run_kernel(plan, head_penalty_statistics_kernel, lambda _: programs, *given, const=const)
 
 
-def backward(g: Grouping, S: Static, x: Tensor, dx: Tensor, here: Statistics) -> None:
-    """(35) of a tile of tokens, into ``dx``."""
-    groups, *sizes = programs_of(S, x)
-    grid = groups * sizes[1]
-    given = operand(x), operand(dx), here, x.shape[2], *sizes, g.weight, g.eps
-    launch("head_penalty_backward", _backward_kernel, lambda _: grid, x, S.HEADS, *given, S=S)
+def backward(
+    g: Grouping, const: Constants, grads: Tensor, dgrads: Tensor, stats: Statistics
+) -> None:
+    """Write ``dgrads``, (35), for a tile of tokens."""
+    plan = configs.BACKWARD.plan(target_of(grads, const.HEADS))
+    groups, *sizes = programs_of(const, grads)
+    programs = groups * sizes[1]
+    given = operand(grads), operand(dgrads), stats, grads.shape[2], *sizes, g.weight, g.eps
+    run_kernel(plan, head_penalty_backward_kernel, lambda _: programs, *given, const=const)
 
 
 def curvatures(
     g: Grouping,
-    S: Static,
+    const: Constants,
     raw: Tensor,
-    here: Statistics,
+    stats: Statistics,
     gdpenalties: Tensor | None,
     gdcosines: Tensor | None,
 ) -> Tensor:
-    """(37)-(38) of samples: writes ``gdpenalties`` [b] and ``gdcosines``, returns Ṁ [b, H, H]."""
-    m_dot = allocate(tuple(here.cosines.shape), here.cosines.dtype, raw)
-    given = raw, here, m_dot, gdpenalties, gdcosines, raw.shape[1], g.weight, g.eps
-    grid = raw.shape[0]
-    launch("head_penalty_curvature", _curvature_kernel, lambda _: grid, raw, S.HEADS, *given, S=S)
+    """Write ``gdpenalties`` [b] and ``gdcosines`` of samples, and return their Ṁ [b, H, H], (37)-(38)."""
+    plan = configs.CURVATURE.plan(target_of(raw, const.HEADS))
+    m_dot = allocate(tuple(stats.cosines.shape), stats.cosines.dtype, raw)
+    given = raw, stats, m_dot, gdpenalties, gdcosines, raw.shape[1], g.weight, g.eps
+    programs = raw.shape[0]
+    run_kernel(plan, head_penalty_curvature_kernel, lambda _: programs, *given, const=const)
     return m_dot
 
 
 def double_backward(
     g: Grouping,
-    S: Static,
-    x: Tensor,
-    a: Tensor,
-    gx: Tensor,
-    dx: Tensor | None,
-    here: Statistics,
+    const: Constants,
+    grads: Tensor,
+    ddgrads: Tensor,
+    ggrads: Tensor,
+    dgrads: Tensor | None,
+    stats: Statistics,
     m_dot: Tensor | None,
     gdpenalties: Tensor | None,
     gdcosines: Tensor | None,
 ) -> None:
-    """(39) of a tile of tokens into ``gx``, and (35) into ``dx`` unless it is None.
+    """Write ``ggrads``, (39), for a tile of tokens, and ``dgrads``, (35), unless it is None.
 
-    By token also (37) into ``gdpenalties`` and ``gdcosines``; by sample ``m_dot`` is given.
+    By token also ``gdpenalties`` and ``gdcosines``, (37); by sample ``m_dot`` is given.
     """
-    groups, *sizes = programs_of(S, x)
-    grid = groups * sizes[1]
-    tensors = operand(x), operand(a), operand(gx), operand(dx), here, m_dot
+    plan = configs.DOUBLE_BACKWARD.plan(target_of(grads, const.HEADS))
+    groups, *sizes = programs_of(const, grads)
+    programs = groups * sizes[1]
+    tensors = operand(grads), operand(ddgrads), operand(ggrads), operand(dgrads), stats, m_dot
     results = (gdpenalties, gdcosines) if m_dot is None else (None, None)
-    given = *tensors, *results, x.shape[2], *sizes, g.weight, g.eps
-    name = "head_penalty_double_backward"
-    launch(name, _double_backward_kernel, lambda _: grid, x, S.HEADS, *given, S=S)
+    given = *tensors, *results, grads.shape[2], *sizes, g.weight, g.eps
+    run_kernel(plan, head_penalty_double_backward_kernel, lambda _: programs, *given, const=const)

@@ -17,10 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.dtypes import accumulation_dtype
-from ..layer_norm.sums import sum_over_programs
-from ..runtime.configurations import accumulator, configuration, fills, precision
-from ..runtime.launch import allocate, cdiv, check_operand, launch, reach
+from ..runtime.device import accumulator, fills, precision
+from ..runtime.launch import run_kernel
+from ..runtime.plan import Configuration, target_of
+from ..runtime.sizes import cdiv
+from ..runtime.sums import sum_over_programs
+from ..runtime.tensors import allocate, check_operand, reach
 from ..runtime.tiles import dot
+from . import configs
 
 MOST_PARTS = 32
 """Programs that share the tokens of a weight's gradient: bounds the memory of their sums."""
@@ -32,7 +36,7 @@ _DTYPES = {
 }
 
 
-class Rows(NamedTuple):
+class RoutedGradients(NamedTuple):
     """Gradients [b, n, 3, H, d] and their strides; in a kernel ``ptr`` is a pointer."""
 
     ptr: Any
@@ -53,8 +57,8 @@ class Weight(NamedTuple):
     col: int
 
 
-class RoutedStatic(NamedTuple):
-    """What is known when a kernel is compiled."""
+class RoutedConstants(NamedTuple):
+    """Constants of a kernel: known when it is compiled."""
 
     H: int
     d: int
@@ -68,7 +72,7 @@ class RoutedStatic(NamedTuple):
 
 @triton.jit
 def head_tiles(rows, columns):
-    """(head, row tile, column tile) of this program; tiles of a head are neighbours."""
+    """Head, row tile and column tile of this program; tiles of a head are neighbours."""
     program = tl.program_id(0).to(tl.int64)
     return program // (rows * columns), program // columns % rows, program % columns
 
@@ -80,148 +84,153 @@ def numbers(tile, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rows_places(r, h, t, j, tokens, N, S: tl.constexpr):
-    """Addresses of [t, j] in head ``h`` of Rows, and which of them exist."""
+def rows_places(r, h, t, j, tokens, N, const: tl.constexpr):
+    """Addresses of [t, j] in head ``h`` of RoutedGradients, and which of them exist."""
     row = r.ptr + h * r.head + t // N * r.sample + t % N * r.token
-    along = j // S.d * r.piece + j % S.d * r.col
-    return row[:, None] + along[None, :], (t < tokens)[:, None] & (j < 3 * S.d)[None, :]
+    along = j // const.d * r.piece + j % const.d * r.col
+    return row[:, None] + along[None, :], (t < tokens)[:, None] & (j < 3 * const.d)[None, :]
 
 
 @triton.jit
-def load_rows(r, h, t, j, tokens, N, S: tl.constexpr):
-    at, inside = rows_places(r, h, t, j, tokens, N, S)
+def load_rows(r, h, t, j, tokens, N, const: tl.constexpr):
+    """Load [t, j] of head ``h``, zero outside."""
+    at, inside = rows_places(r, h, t, j, tokens, N, const)
     return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
-def load_weight(w, h, j, e, S: tl.constexpr):
-    """[j, e] of head ``h``."""
-    row = j // S.d * w.piece + j % S.d * w.row
-    inside = (j < 3 * S.d)[:, None] & (e < S.D)[None, :]
+def load_weight(w, h, j, e, const: tl.constexpr):
+    """Load [j, e] of head ``h``, zero outside."""
+    row = j // const.d * w.piece + j % const.d * w.row
+    inside = (j < 3 * const.d)[:, None] & (e < const.D)[None, :]
     return tl.load(w.ptr + h * w.head + row[:, None] + (e * w.col)[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def routed_places(u_ptr, h, t, e, tokens, S: tl.constexpr):
+def routed_places(u_ptr, h, t, e, tokens, const: tl.constexpr):
     """Addresses of [t, e] in head ``h`` of u, and which of them exist."""
-    at = u_ptr + h * S.D + t[:, None] * (S.H * S.D) + e[None, :]
-    return at, (t < tokens)[:, None] & (e < S.D)[None, :]
+    at = u_ptr + h * const.D + t[:, None] * (const.H * const.D) + e[None, :]
+    return at, (t < tokens)[:, None] & (e < const.D)[None, :]
 
 
 @triton.jit
-def load_routed(u_ptr, h, t, e, tokens, S: tl.constexpr):
-    at, inside = routed_places(u_ptr, h, t, e, tokens, S)
+def load_routed(u_ptr, h, t, e, tokens, const: tl.constexpr):
+    """Load [t, e] of head ``h``, zero outside."""
+    at, inside = routed_places(u_ptr, h, t, e, tokens, const)
     return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
-def _route_kernel(
-    r,  # Rows
+def routed_penalty_route_kernel(
+    r,  # RoutedGradients
     w,  # Weight
-    r_two,  # Rows, or None
+    r_two,  # RoutedGradients, or None
     w_two,  # Weight, or None like r_two
     u_ptr,  # [tokens, H, D], written
     tokens,
     N,  # n: tokens of a sample
-    S: tl.constexpr,  # RoutedStatic
+    const: tl.constexpr,  # RoutedConstants
     BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """(40) or (43): u_h = r_h W_h (+ the second pair).
+    """Route, (40) or (43): u_h = r_h W_h (+ the second pair).
 
     One program owns BLOCK_T tokens x BLOCK_E channels of one head.
     """
-    h, row, column = head_tiles(tl.cdiv(tokens, BLOCK_T), tl.cdiv(S.D, BLOCK_E))
-    t, e = numbers(row, BLOCK_T), numbers(column, BLOCK_E).to(S.INDEX)
-    u = tl.zeros([BLOCK_T, BLOCK_E], S.ACC)
-    for start in range(0, 3 * S.d, BLOCK_J):
-        j = (start + tl.arange(0, BLOCK_J)).to(S.INDEX)
-        r_tile = load_rows(r, h, t, j, tokens, N, S).to(S.DTYPE)
-        u = dot(r_tile, load_weight(w, h, j, e, S).to(S.DTYPE), u, S.PRECISION)
+    h, row, column = head_tiles(tl.cdiv(tokens, BLOCK_T), tl.cdiv(const.D, BLOCK_E))
+    t, e = numbers(row, BLOCK_T), numbers(column, BLOCK_E).to(const.INDEX)
+    u = tl.zeros([BLOCK_T, BLOCK_E], const.ACC)
+    for start in range(0, 3 * const.d, BLOCK_J):
+        j = (start + tl.arange(0, BLOCK_J)).to(const.INDEX)
+        r_tile = load_rows(r, h, t, j, tokens, N, const).to(const.DTYPE)
+        u = dot(r_tile, load_weight(w, h, j, e, const).to(const.DTYPE), u, const.PRECISION)
         if r_two is not None:
-            r_tile = load_rows(r_two, h, t, j, tokens, N, S).to(S.DTYPE)
-            u = dot(r_tile, load_weight(w_two, h, j, e, S).to(S.DTYPE), u, S.PRECISION)
-    at, inside = routed_places(u_ptr, h, t, e, tokens, S)
+            r_tile = load_rows(r_two, h, t, j, tokens, N, const).to(const.DTYPE)
+            u = dot(r_tile, load_weight(w_two, h, j, e, const).to(const.DTYPE), u, const.PRECISION)
+    at, inside = routed_places(u_ptr, h, t, e, tokens, const)
     tl.store(at, u, mask=inside)
 
 
 @triton.jit
-def _route_back_kernel(
+def routed_penalty_route_back_kernel(
     u_ptr,  # [tokens, H, D]
     w,  # Weight
     u_two_ptr,  # [tokens, H, D], or None
     w_two,  # Weight, or None like u_two_ptr
-    r,  # Rows, written
+    r,  # RoutedGradients, written
     tokens,
     N,  # n: tokens of a sample
-    S: tl.constexpr,  # RoutedStatic
+    const: tl.constexpr,  # RoutedConstants
     BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """(42) or (45): r_h = u_h W_hᵀ (+ the second pair).
+    """Route back, (42) or (45): r_h = u_h W_hᵀ (+ the second pair).
 
     One program owns BLOCK_T tokens x BLOCK_J gradients of one head.
     """
-    h, row, column = head_tiles(tl.cdiv(tokens, BLOCK_T), tl.cdiv(3 * S.d, BLOCK_J))
-    t, j = numbers(row, BLOCK_T), numbers(column, BLOCK_J).to(S.INDEX)
-    total = tl.zeros([BLOCK_T, BLOCK_J], S.ACC)
-    for start in range(0, S.D, BLOCK_E):
-        e = (start + tl.arange(0, BLOCK_E)).to(S.INDEX)
-        w_tile = load_weight(w, h, j, e, S).to(S.ACC)
-        total = dot(load_routed(u_ptr, h, t, e, tokens, S), tl.trans(w_tile), total, S.WIDE)
+    h, row, column = head_tiles(tl.cdiv(tokens, BLOCK_T), tl.cdiv(3 * const.d, BLOCK_J))
+    t, j = numbers(row, BLOCK_T), numbers(column, BLOCK_J).to(const.INDEX)
+    total = tl.zeros([BLOCK_T, BLOCK_J], const.ACC)
+    for start in range(0, const.D, BLOCK_E):
+        e = (start + tl.arange(0, BLOCK_E)).to(const.INDEX)
+        w_tile = load_weight(w, h, j, e, const).to(const.ACC)
+        total = dot(load_routed(u_ptr, h, t, e, tokens, const), tl.trans(w_tile), total, const.WIDE)
         if u_two_ptr is not None:
-            w_tile = load_weight(w_two, h, j, e, S).to(S.ACC)
-            u_tile = load_routed(u_two_ptr, h, t, e, tokens, S)
-            total = dot(u_tile, tl.trans(w_tile), total, S.WIDE)
-    at, inside = rows_places(r, h, t, j, tokens, N, S)
+            w_tile = load_weight(w_two, h, j, e, const).to(const.ACC)
+            u_tile = load_routed(u_two_ptr, h, t, e, tokens, const)
+            total = dot(u_tile, tl.trans(w_tile), total, const.WIDE)
+    at, inside = rows_places(r, h, t, j, tokens, N, const)
     tl.store(at, total.to(r.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _weight_kernel(
-    r,  # Rows
+def routed_penalty_weight_kernel(
+    r,  # RoutedGradients
     u_ptr,  # [tokens, H, D]
-    r_two,  # Rows, or None
+    r_two,  # RoutedGradients, or None
     u_two_ptr,  # [tokens, H, D], or None like r_two
     before_ptr,  # [parts, 3, H, d, D] of the tiles of tokens before this one, or None
     sums_ptr,  # like before_ptr, written
     tokens,
     N,  # n: tokens of a sample
     parts,
-    S: tl.constexpr,  # RoutedStatic
+    const: tl.constexpr,  # RoutedConstants
     BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """(42) or (45): W_h = r_hᵀ u_h (+ the second pair) over tokens.
+    """The gradient of a weight, (42) or (45): W_h = r_hᵀ u_h (+ the second pair), summed over tokens.
 
     One program owns BLOCK_J gradients x BLOCK_E channels of one head, of one part: every ``parts``-th BLOCK_T tokens.
     """
-    columns = tl.cdiv(S.D, BLOCK_E)
-    h, part, tile = head_tiles(parts, tl.cdiv(3 * S.d, BLOCK_J) * columns)
-    j = numbers(tile // columns, BLOCK_J).to(S.INDEX)
-    e = numbers(tile % columns, BLOCK_E).to(S.INDEX)
-    row = ((part * 3 + j // S.d) * S.H + h) * S.d + j % S.d
-    at, inside = (row * S.D)[:, None] + e[None, :], (j < 3 * S.d)[:, None] & (e < S.D)[None, :]
+    columns = tl.cdiv(const.D, BLOCK_E)
+    h, part, tile = head_tiles(parts, tl.cdiv(3 * const.d, BLOCK_J) * columns)
+    j = numbers(tile // columns, BLOCK_J).to(const.INDEX)
+    e = numbers(tile % columns, BLOCK_E).to(const.INDEX)
+    row = ((part * 3 + j // const.d) * const.H + h) * const.d + j % const.d
+    at, inside = (
+        (row * const.D)[:, None] + e[None, :],
+        (j < 3 * const.d)[:, None] & (e < const.D)[None, :],
+    )
     if before_ptr is None:
-        sums = tl.zeros([BLOCK_J, BLOCK_E], S.ACC)
+        sums = tl.zeros([BLOCK_J, BLOCK_E], const.ACC)
     else:
         sums = tl.load(before_ptr + at, mask=inside, other=0.0)
     for start in range(part * BLOCK_T, tokens, parts * BLOCK_T):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        r_tile = load_rows(r, h, t, j, tokens, N, S).to(S.ACC)
-        sums = dot(tl.trans(r_tile), load_routed(u_ptr, h, t, e, tokens, S), sums, S.WIDE)
+        r_tile = load_rows(r, h, t, j, tokens, N, const).to(const.ACC)
+        sums = dot(tl.trans(r_tile), load_routed(u_ptr, h, t, e, tokens, const), sums, const.WIDE)
         if r_two is not None:
-            r_tile = load_rows(r_two, h, t, j, tokens, N, S).to(S.ACC)
-            u_tile = load_routed(u_two_ptr, h, t, e, tokens, S)
-            sums = dot(tl.trans(r_tile), u_tile, sums, S.WIDE)
+            r_tile = load_rows(r_two, h, t, j, tokens, N, const).to(const.ACC)
+            u_tile = load_routed(u_two_ptr, h, t, e, tokens, const)
+            sums = dot(tl.trans(r_tile), u_tile, sums, const.WIDE)
     tl.store(sums_ptr + at, sums, mask=inside)
 
 
-def static_of(r: Tensor, w: Tensor, *others: Tensor | None) -> RoutedStatic:
-    """What kernels must know of r [B, N, 3, H, d], W [3, H, d, D], and others like either.
+def constants_of(r: Tensor, w: Tensor, *others: Tensor | None) -> RoutedConstants:
+    """The constants of the kernels for r [B, N, 3, H, d], W [3, H, d, D], and others like either.
 
     Raises:
         NotImplementedError: a dtype or layout without a kernel.
@@ -232,7 +241,7 @@ def static_of(r: Tensor, w: Tensor, *others: Tensor | None) -> RoutedStatic:
     common = torch.promote_types(r.dtype, w.dtype)
     wide = "bf16x3" if common == torch.bfloat16 else "bf16x6"  # u stays float32
     farthest = max(reach(x, 2 if x.ndim == 5 else 0) for x in tensors)
-    return RoutedStatic(
+    return RoutedConstants(
         H=r.shape[3],
         d=r.shape[4],
         D=w.shape[3],
@@ -244,87 +253,93 @@ def static_of(r: Tensor, w: Tensor, *others: Tensor | None) -> RoutedStatic:
     )
 
 
-def rows_of(x: Tensor) -> Rows:
-    return Rows(x, *x.stride())
+def rows_of(x: Tensor) -> RoutedGradients:
+    """Gradients [b, n, 3, H, d] with their strides."""
+    return RoutedGradients(x, *x.stride())
 
 
 def weight_of(x: Tensor) -> Weight:
+    """A weight [3, H, d, D] with its strides."""
     return Weight(x, *x.stride())
 
 
-def route(S: RoutedStatic, pairs: list[tuple[Tensor, Tensor]], u: Tensor) -> None:
-    """Sum of r W over ``pairs`` (r, W), into ``u`` [b, n, H, D]."""
+def route(const: RoutedConstants, pairs: list[tuple[Tensor, Tensor]], u: Tensor) -> None:
+    """The sum of r W over ``pairs`` (r, W), into ``u`` [b, n, H, D]."""
     (b, n), operands = u.shape[:2], []
     for r, w in pairs:
         operands += [rows_of(r), weight_of(w)]
-    like = u if S.DTYPE == S.ACC else pairs[0][0]
-    launch(
-        "routed_penalty_route",
-        _route_kernel,
-        lambda c: S.H * cdiv(b * n, c["BLOCK_T"]) * cdiv(S.D, c["BLOCK_E"]),
-        like,
-        S.d,
+    like = u if const.DTYPE == const.ACC else pairs[0][0]
+    run_kernel(
+        configs.ROUTE.plan(target_of(like, const.d)),
+        routed_penalty_route_kernel,
+        lambda c: const.H * cdiv(b * n, c["BLOCK_T"]) * cdiv(const.D, c["BLOCK_E"]),
         *(operands + [None, None])[:4],
         u,
         b * n,
         n,
-        S=S,
+        const=const,
     )
 
 
-def route_back(S: RoutedStatic, pairs: list[tuple[Tensor, Tensor]], r: Tensor) -> None:
-    """Sum of u Wᵀ over ``pairs`` (u, W), into ``r`` [b, n, 3, H, d]."""
+def route_back(const: RoutedConstants, pairs: list[tuple[Tensor, Tensor]], r: Tensor) -> None:
+    """The sum of u Wᵀ over ``pairs`` (u, W), into ``r`` [b, n, 3, H, d]."""
     (b, n), operands = r.shape[:2], []
     for u, w in pairs:
         operands += [u, weight_of(w)]
-    launch(
-        "routed_penalty_route_back",
-        _route_back_kernel,
-        lambda c: S.H * cdiv(b * n, c["BLOCK_T"]) * cdiv(3 * S.d, c["BLOCK_J"]),
-        pairs[0][0],
-        S.d,
+    run_kernel(
+        configs.ROUTE_BACK.plan(target_of(pairs[0][0], const.d)),
+        routed_penalty_route_back_kernel,
+        lambda c: const.H * cdiv(b * n, c["BLOCK_T"]) * cdiv(3 * const.d, c["BLOCK_J"]),
         *(operands + [None, None])[:4],
         rows_of(r),
         b * n,
         n,
-        S=S,
+        const=const,
     )
 
 
 class WeightSums:
-    """Sum of rᵀ u over tokens, tile after tile, in ``parts`` that programs share; added up in order at last."""
+    """The sum of rᵀ u over tokens, tile after tile, in ``parts`` that programs share; added up in order at last."""
 
-    def __init__(self, S: RoutedStatic, u: Tensor):
-        chosen = configuration("routed_penalty_weight", u, S.d)
-        blocks = S.H * cdiv(3 * S.d, chosen["BLOCK_J"]) * cdiv(S.D, chosen["BLOCK_E"])
-        tiles = cdiv(u.shape[0] * u.shape[1], chosen["BLOCK_T"])
+    def __init__(self, const: RoutedConstants, u: Tensor):
+        self._const, self._plan = const, configs.WEIGHT.plan(target_of(u, const.d))
+        blocks, tiles = self._blocks(self._plan.configuration), u.shape[0] * u.shape[1]
+        tiles = cdiv(tiles, self._plan["BLOCK_T"])
         self._parts = 1
         while 2 * self._parts <= min(tiles, MOST_PARTS) and not fills(u, blocks * self._parts):
             self._parts *= 2
-        self._static, self._shape = S, (self._parts, 3, S.H, S.d, S.D)
+        self._shape = (self._parts, 3, const.H, const.d, const.D)
         self._sums: list[Tensor] = []  # before the next tile, and room for those after it
 
+    def _blocks(self, c: Configuration) -> int:
+        """Programs that cover the weight once."""
+        const = self._const
+        return const.H * cdiv(3 * const.d, c["BLOCK_J"]) * cdiv(const.D, c["BLOCK_E"])
+
     def add(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """A tile's ``pairs`` (r, u). Never in place: a launch that is repeated gives the same."""
-        S, u, operands = self._static, pairs[0][1], []
+        """Add a tile's ``pairs`` (r, u). Never in place: a launch that is repeated gives the same."""
+        u, operands = pairs[0][1], []
         b, n = u.shape[:2]
         for pair in pairs:
             operands += [rows_of(pair[0]), pair[1]]
         room = self._sums.pop() if len(self._sums) == 2 else allocate(self._shape, u.dtype, u)
         before = self._sums[0] if self._sums else None
-        parts = self._parts
-
-        def grid(c: Any) -> int:
-            return parts * S.H * cdiv(3 * S.d, c["BLOCK_J"]) * cdiv(S.D, c["BLOCK_E"])
-
-        operands = (operands + [None, None])[:4]
-        sizes = b * n, n, parts
-        given = *operands, before, room, *sizes
-        launch("routed_penalty_weight", _weight_kernel, grid, u, S.d, *given, S=S)
+        run_kernel(
+            self._plan,
+            routed_penalty_weight_kernel,
+            lambda c: self._parts * self._blocks(c),
+            *(operands + [None, None])[:4],
+            before,
+            room,
+            b * n,
+            n,
+            self._parts,
+            const=self._const,
+        )
         self._sums.insert(0, room)
 
     def total(self, like: Tensor) -> Tensor:
-        """``[3, H, d, D]``, dense, in the dtype of ``like``."""
+        """The sum ``[3, H, d, D]``, dense, in the dtype of ``like``."""
         total, sums = allocate(self._shape[1:], like.dtype, like), self._sums[0]
         sum_over_programs([sums, None], [total, None], self._parts, total.numel(), sums)
         return total

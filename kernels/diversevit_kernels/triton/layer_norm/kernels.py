@@ -1,15 +1,15 @@
 """LayerNorm on a GPU: forward, backward, double backward, equations (10)-(19) of kernels/README.md.
 
 A program owns a tile of whole rows, padded to a power of two of features, so that one read serves every
-mean of a row. Gradients of the parameters are sums over rows: see ``layer_norm_sums``.
+mean of a row. Gradients of the parameters are sums over rows: see ``runtime/sums.py``.
 
 Shapes   x, y, dy, ddx, dx, gx, gdy [*lead, *normalized], ``axes`` normalized axes; weight, bias, their
          gradients and cotangents [*normalized]; mean, rstd [*lead]. In a kernel [rows, WIDTH], [WIDTH], [rows].
          x, dy and ddx have any strides; they are copied only if their normalized axes do not merge into one.
 Dtypes   float16, bfloat16, float32, float64; a half x may have float32 parameters. Statistics, means and sums
          in float32 (float64 for float64).
-Traffic  each of x, dy, ddx that a rung takes is read once, each result like x written once; besides 2 numbers
-         per row, and the sums of ``layer_norm_sums`` for each gradient of a parameter.
+Traffic  each of x, dy, ddx that a kernel takes is read once, each result like x written once; also 2 numbers
+         per row, and the partial sums of ``runtime/sums.py`` for each gradient of a parameter.
 Source   one tile per row: Triton's layer-norm tutorial; (15)-(19) are derived in the README.
 """
 
@@ -18,10 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common.contracts import LayerNormBackward, LayerNormDoubleBackward
 from ...common.dtypes import accumulation_dtype
-from ..runtime.configurations import accumulator
-from ..runtime.launch import allocate, cdiv, launch, power_of_two
-from .sums import programs_of, store_sums, sum_over_programs
+from ..runtime.device import accumulator, multiprocessors
+from ..runtime.launch import run_kernel
+from ..runtime.plan import Plan, target_of
+from ..runtime.sizes import cdiv, power_of_two
+from ..runtime.sums import store_sums, sum_over_programs
+from ..runtime.tensors import allocate
+from . import configs
 from .tiles import (
     as_rows,
     dense,
@@ -38,8 +43,8 @@ from .tiles import (
 
 
 @triton.jit
-def _forward_kernel(
-    x,  # Rows [rows, WIDTH]
+def layer_norm_forward_kernel(
+    x,  # Matrix [rows, WIDTH]
     weight_ptr,  # [WIDTH], or None
     bias_ptr,  # [WIDTH], or None
     y_ptr,  # [rows, WIDTH], dense
@@ -53,7 +58,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """(10)-(12). One program owns the rows of one tile.
+    """Forward, (10)-(12). One program owns the rows of one tile.
 
     The mean of x - mean, which rounding left over, corrects the mean: a constant row has xh = 0.
     """
@@ -76,9 +81,9 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
-    x,  # Rows [rows, WIDTH]
-    dy,  # Rows [rows, WIDTH]
+def layer_norm_backward_kernel(
+    x,  # Matrix [rows, WIDTH]
+    dy,  # Matrix [rows, WIDTH]
     weight_ptr,  # [WIDTH], or None
     mean_ptr,  # [rows]
     rstd_ptr,  # [rows]
@@ -92,30 +97,30 @@ def _backward_kernel(
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """(14). One of P programs owns every P-th tile of rows, and their part of dw and db."""
+    """Backward, (14). One of P programs owns every P-th tile of rows, and their part of dw and db."""
     BLOCK_M: tl.constexpr = rows_per_tile(TILE, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
     dw, db = tl.zeros([BLOCK_M, BLOCK_N], ACC), tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for tile in range(program, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
         row, col, inside = positions(tile, rows, WIDTH, BLOCK_M, BLOCK_N)
         xh, rstd = load_normalized(x, mean_ptr, rstd_ptr, row, col, inside, rows, sizes, ACC)
-        g = load_tile(dy, row, col, inside, sizes, ACC)
+        dxh = load_tile(dy, row, col, inside, sizes, ACC)
         if dw_ptr is not None:
-            dw += g * xh
+            dw += dxh * xh
         if db_ptr is not None:
-            db += g
+            db += dxh
         if weight_ptr is not None:
-            g = g * features(weight_ptr, col, WIDTH, ACC)
-        store_tile(dx_ptr, row, col, inside, jacobian(g, xh, rstd, WIDTH), WIDTH)
+            dxh = dxh * features(weight_ptr, col, WIDTH, ACC)
+        store_tile(dx_ptr, row, col, inside, jacobian(dxh, xh, rstd, WIDTH), WIDTH)
     store_sums(dw_ptr, program, dw, WIDTH)
     store_sums(db_ptr, program, db, WIDTH)
 
 
 @triton.jit
-def _double_backward_kernel(
-    x,  # Rows [rows, WIDTH]
-    dy,  # Rows [rows, WIDTH]
-    ddx,  # Rows [rows, WIDTH]: a; or None
+def layer_norm_double_backward_kernel(
+    x,  # Matrix [rows, WIDTH]
+    dy,  # Matrix [rows, WIDTH]
+    ddx,  # Matrix [rows, WIDTH], or None
     weight_ptr,  # [WIDTH], or None
     ddw_ptr,  # [WIDTH], or None
     ddb_ptr,  # [WIDTH], or None
@@ -131,9 +136,9 @@ def _double_backward_kernel(
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """(15)-(19). One of P programs owns every P-th tile of rows, and their part of gw.
+    """Double backward, (15)-(19). One of P programs owns every P-th tile of rows, and their part of gw.
 
-    Two rounds of row means: mean(a), a2 and c2, then q and the two of J h.
+    Two rounds of row means: mean(ddx), alpha1 and alpha2, then alpha3 and the two of J gxh.
     """
     BLOCK_M: tl.constexpr = rows_per_tile(TILE, BLOCK_N)
     program = tl.program_id(0).to(tl.int64)
@@ -143,26 +148,26 @@ def _double_backward_kernel(
         xh, rstd = load_normalized(x, mean_ptr, rstd_ptr, row, col, inside, rows, sizes, ACC)
         w = features(weight_ptr, col, WIDTH, ACC)
         dy_tile = load_tile(dy, row, col, inside, sizes, ACC)
-        h, gdy = tl.zeros([BLOCK_M, BLOCK_N], ACC), tl.zeros([BLOCK_M, BLOCK_N], ACC)
-        q = tl.zeros([BLOCK_M, 1], ACC)
+        gxh, gdy = tl.zeros([BLOCK_M, BLOCK_N], ACC), tl.zeros([BLOCK_M, BLOCK_N], ACC)
+        alpha3 = tl.zeros([BLOCK_M, 1], ACC)
         if ddx is not None:
-            a = load_tile(ddx, row, col, inside, sizes, ACC)
-            g = dy_tile if w is None else dy_tile * w
-            a2, c2 = row_mean(a * xh, WIDTH), row_mean(g * xh, WIDTH)
-            s = rstd * (a - row_mean(a, WIDTH) - xh * a2)
-            q = row_mean(g * s, WIDTH)
-            h = -rstd * (c2 * a + a2 * g)
-            gdy = s if w is None else s * w
+            ddx_tile = load_tile(ddx, row, col, inside, sizes, ACC)
+            dxh = dy_tile if w is None else dy_tile * w
+            alpha1, alpha2 = row_mean(ddx_tile * xh, WIDTH), row_mean(dxh * xh, WIDTH)
+            ddxh = rstd * (ddx_tile - row_mean(ddx_tile, WIDTH) - xh * alpha1)
+            alpha3 = row_mean(dxh * ddxh, WIDTH)
+            gxh = -rstd * (alpha2 * ddx_tile + alpha1 * dxh)
+            gdy = ddxh if w is None else ddxh * w
             if gw_ptr is not None:
-                gw += dy_tile * s
+                gw += dy_tile * ddxh
         if ddw_ptr is not None:
             ddw = features(ddw_ptr, col, WIDTH, ACC)
-            h += dy_tile * ddw
+            gxh += dy_tile * ddw
             gdy += xh * ddw
         if ddb_ptr is not None:
             gdy += features(ddb_ptr, col, WIDTH, ACC)
         store_tile(gdy_ptr, row, col, inside, gdy, WIDTH)
-        gx = jacobian(h, xh, rstd, WIDTH) - rstd * q * xh
+        gx = jacobian(gxh, xh, rstd, WIDTH) - rstd * alpha3 * xh
         store_tile(gx_ptr, row, col, inside, gx, WIDTH)
     store_sums(gw_ptr, program, gw, WIDTH)
 
@@ -170,7 +175,7 @@ def _double_backward_kernel(
 def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(10)-(12): ``y`` like x, ``mean`` and ``rstd`` [*lead]."""
+    """LayerNorm, (10)-(12): ``y`` like x, ``mean`` and ``rstd`` [*lead]."""
     rows, width = sizes_of(x, axes)
     lead, dtype = tuple(x.shape[: x.ndim - axes]), accumulation_dtype(x.dtype)
     y = allocate(tuple(x.shape), x.dtype, x)
@@ -179,12 +184,10 @@ def layer_norm_forward(
         return y, mean.fill_(torch.nan), rstd.fill_(torch.nan)  # of no features, as the definition
     sizes, (x_rows,) = as_rows(axes, x)
     block = power_of_two(width)
-    launch(
-        "layer_norm_forward",
-        _forward_kernel,
+    run_kernel(
+        configs.FORWARD.plan(target_of(x, width)),
+        layer_norm_forward_kernel,
         lambda c: cdiv(rows, rows_per_tile(c["TILE"], block)),
-        x,
-        width,
         x_rows,
         *map(dense, (weight, bias)),
         y,
@@ -200,17 +203,9 @@ def layer_norm_forward(
     return y, mean, rstd
 
 
-def layer_norm_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    axes: int,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(14): ``dx`` like x, ``dw`` if ``weight_grad``, ``db`` if ``bias_grad``."""
+def layer_norm_backward(inputs: LayerNormBackward) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of the inputs, (14): ``dx`` like x, ``dw`` if ``weight_grad``, ``db`` if ``bias_grad``."""
+    x, weight, mean, rstd, dy, axes, weight_grad, bias_grad = inputs
     rows, width = sizes_of(x, axes)
     like = x if weight is None else weight
     normalized = tuple(x.shape[x.ndim - axes :])
@@ -222,14 +217,13 @@ def layer_norm_backward(
         dw, db = (None if g is None else g.zero_() for g in (dw, db))
         return dx, dw, db
     sizes, (x_rows, dy_rows) = as_rows(axes, x, dy)
-    programs = programs_of("layer_norm_backward", x, rows, width)
+    plan = configs.BACKWARD.plan(target_of(x, width))
+    programs = _programs(plan, x, rows, width)
     parts = [None if g is None else allocate((programs, width), mean.dtype, x) for g in (dw, db)]
-    launch(
-        "layer_norm_backward",
-        _backward_kernel,
+    run_kernel(
+        plan,
+        layer_norm_backward_kernel,
         lambda _: programs,
-        x,
-        width,
         x_rows,
         dy_rows,
         *map(dense, (weight, mean, rstd)),
@@ -246,22 +240,14 @@ def layer_norm_backward(
 
 
 def layer_norm_double_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    ddx: Tensor | None,
-    ddw: Tensor | None,
-    ddb: Tensor | None,
-    axes: int,
-    weight_grad: bool,
+    inputs: LayerNormDoubleBackward,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(15)-(19): ``gx`` like x, ``gw`` if ``weight_grad``, ``gdy`` like dy.
+    """The gradients of the backward's inputs, (15)-(19): ``gx`` like x, ``gw`` if ``weight_grad``, ``gdy`` like dy.
 
     An absent cotangent costs nothing. ``gx`` is None unless ``ddx`` or ``ddw`` is given,
     ``gw`` unless ``ddx`` is.
     """
+    x, weight, mean, rstd, dy, ddx, ddw, ddb, axes, weight_grad = inputs
     rows, width = sizes_of(x, axes)
     gdy = allocate(tuple(x.shape), x.dtype, x)
     if ddx is None and ddw is None:
@@ -273,14 +259,13 @@ def layer_norm_double_backward(
     if x.numel() == 0:
         return gx, None if gw is None else gw.zero_(), gdy
     sizes, reads = as_rows(axes, x, dy, ddx)
-    programs = programs_of("layer_norm_double_backward", x, rows, width)
+    plan = configs.DOUBLE_BACKWARD.plan(target_of(x, width))
+    programs = _programs(plan, x, rows, width)
     parts = None if gw is None else allocate((programs, width), mean.dtype, x)
-    launch(
-        "layer_norm_double_backward",
-        _double_backward_kernel,
+    run_kernel(
+        plan,
+        layer_norm_double_backward_kernel,
         lambda _: programs,
-        x,
-        width,
         *reads,
         *map(dense, (weight, ddw, ddb, mean, rstd)),
         gx,
@@ -294,3 +279,12 @@ def layer_norm_double_backward(
     )
     sum_over_programs([parts, None], [gw, None], programs, width, x)
     return gx, gw, gdy
+
+
+def _programs(plan: Plan, x: Tensor, rows: int, width: int) -> int:
+    """Programs that share the rows of a backward pass: a tile for each, up to two per multiprocessor.
+
+    Kernels stride by the grid they find, so this is right for tiles of any size: autotuning tries several.
+    """
+    most = 2 * (multiprocessors(x) or 128)
+    return min(most, cdiv(rows, rows_per_tile(plan["TILE"], power_of_two(width))))

@@ -1,4 +1,4 @@
-"""What the LayerNorm kernels share: rows of a matrix, tiles of whole rows, their means and the Jacobian.
+"""Device functions of the LayerNorm kernels: matrices of any strides, tiles of whole rows, means, the Jacobian.
 
 Shapes   a tile is [BLOCK_M, BLOCK_N]: some rows, and all WIDTH features padded to a power of two; statistics
          of its rows are [BLOCK_M, 1], numbers per feature [1, BLOCK_N].
@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.launch import check_operand
 from ..runtime.strided import merged_axes, offsets
+from ..runtime.tensors import check_operand
 
 MAX_WIDTH = 8192
 """Features of a row that one tile holds."""
 
 
-class Rows(NamedTuple):
+class Matrix(NamedTuple):
     """A matrix [rows, WIDTH] of any strides; in a kernel its ``ptr`` is a pointer."""
 
     ptr: Any
@@ -38,7 +38,7 @@ def rows_per_tile(TILE, BLOCK_N):
 
 @triton.jit
 def positions(tile, rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows and columns of a tile, and which of its elements exist."""
+    """The rows and columns of a tile, and which of its elements exist."""
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     col = tl.arange(0, BLOCK_N).to(tl.int64)
     return row, col, (row < rows)[:, None] & (col < WIDTH)[None, :]
@@ -46,21 +46,21 @@ def positions(tile, rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: t
 
 @triton.jit
 def load_tile(x, row, col, inside, sizes, ACC: tl.constexpr):
-    """A tile of ``Rows``, zero outside."""
+    """Load a tile of a ``Matrix``, zero outside."""
     at = offsets(row, sizes, x.strides)[:, None] + col[None, :] * x.col
     return tl.load(x.ptr + at, mask=inside, other=0.0).to(ACC)
 
 
 @triton.jit
 def store_tile(ptr, row, col, inside, tile, WIDTH: tl.constexpr):
-    """A tile of a dense [rows, WIDTH], rounded to the dtype of ``ptr``."""
+    """Store a tile of a dense [rows, WIDTH], rounded to the dtype of ``ptr``."""
     at = row[:, None] * WIDTH + col[None, :]
     tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def features(ptr, col, WIDTH: tl.constexpr, ACC: tl.constexpr):
-    """[1, BLOCK_N] numbers per feature, zero outside; None of None."""
+    """Load numbers per feature as [1, BLOCK_N], zero outside; None of None."""
     if ptr is None:
         return  # not "return None": Triton before 3.8 makes a tensor of it
     else:
@@ -69,13 +69,13 @@ def features(ptr, col, WIDTH: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def row_mean(z, WIDTH: tl.constexpr):
-    """Of every row, [BLOCK_M, 1]; ``z`` is zero beyond the row's end."""
+    """The mean of each row of ``z``, [BLOCK_M, 1]; ``z`` is zero beyond the row's end."""
     return tl.sum(z, 1)[:, None] / WIDTH
 
 
 @triton.jit
 def load_normalized(x, mean_ptr, rstd_ptr, row, col, inside, rows, sizes, ACC: tl.constexpr):
-    """(11): xh of a tile, and r of its rows [BLOCK_M, 1], zero outside."""
+    """Load a tile of x normalized, xh of (11), and rstd of its rows [BLOCK_M, 1]; zero outside."""
     mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
     rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
     xh = (load_tile(x, row, col, inside, sizes, ACC) - mean) * rstd
@@ -84,12 +84,12 @@ def load_normalized(x, mean_ptr, rstd_ptr, row, col, inside, rows, sizes, ACC: t
 
 @triton.jit
 def jacobian(z, xh, rstd, WIDTH: tl.constexpr):
-    """(13): J z, given a z that is zero beyond the row's end."""
+    """The Jacobian times z, J z of (13), given a z that is zero beyond the row's end."""
     return rstd * (z - row_mean(z, WIDTH) - xh * row_mean(xh * z, WIDTH))
 
 
 def sizes_of(x: Tensor, axes: int) -> tuple[int, int]:
-    """Rows and features of ``x``.
+    """The number of rows and of features of ``x``.
 
     Raises:
         NotImplementedError: a dtype, layout or width without a kernel.
@@ -103,7 +103,7 @@ def sizes_of(x: Tensor, axes: int) -> tuple[int, int]:
     return rows, width
 
 
-def as_rows(axes: int, *tensors: Tensor | None) -> tuple[tuple[int, ...], list[Rows | None]]:
+def as_rows(axes: int, *tensors: Tensor | None) -> tuple[tuple[int, ...], list[Matrix | None]]:
     """Sizes of the axes that rows run through, merged for all tensors alike, and each one's strides."""
     whole = [(t, 0) if t is None else _with_one_column_stride(t, axes) for t in tensors]
     given = [t for t, _ in whole if t is not None]
@@ -111,7 +111,7 @@ def as_rows(axes: int, *tensors: Tensor | None) -> tuple[tuple[int, ...], list[R
     lead = [t.stride()[:split] for t in given]
     sizes, strides = merged_axes(given[0].shape[:split], *lead)
     each = iter(strides)
-    return sizes, [None if t is None else Rows(t, next(each), col) for t, col in whole]
+    return sizes, [None if t is None else Matrix(t, next(each), col) for t, col in whole]
 
 
 def _with_one_column_stride(x: Tensor, axes: int) -> tuple[Tensor, int]:
@@ -122,5 +122,5 @@ def _with_one_column_stride(x: Tensor, axes: int) -> tuple[Tensor, int]:
 
 
 def dense(x: Tensor | None) -> Tensor | None:
-    """Dense: numbers per feature, or per row."""
+    """``x``, or a dense copy: numbers per feature, or per row."""
     return None if x is None else x.contiguous()

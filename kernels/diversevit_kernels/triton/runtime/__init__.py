@@ -1,1 +1,1 @@
-"""What every Triton kernel needs: launches, configurations, tiles, strided tensors."""
+"""The runtime of the Triton kernels: the device, launch plans, launches, tensors, tiles, sums."""

@@ -1,8 +1,49 @@
 """Choosing a launch configuration by measurement, for those who ask: once for each kind of launch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from .configurations import Configuration
+import triton
+from torch import Tensor
+
+from .device import shared_memory
+from .plan import Configuration, Grid, Plan
+
+_measured: dict[tuple[Any, ...], Configuration] = {}
+
+
+def tuned(
+    plan: Plan, kernel: Any, grid: Grid, args: tuple[Any, ...], constants: dict[str, Any]
+) -> Configuration:
+    """The fastest configuration for this kind of launch; running a kernel twice gives the same results."""
+    tensors = list(tensors_of(args))
+    kinds = ((x.device, x.dtype, x.shape) for x in tensors)
+    key = (plan.table.name, *kinds, *sorted(map(str, constants.items())))
+    if key not in _measured:
+
+        def run(c: Configuration) -> None:
+            kernel[(grid(c),)](*args, **constants, **c.keywords)
+
+        def shared(c: Configuration) -> int:
+            made = kernel.warmup(*args, grid=(grid(c),), **constants, **c.keywords)
+            return made.metadata.shared
+
+        _measured[key] = fastest(
+            plan.table.candidates(plan.configuration),
+            shared,
+            shared_memory(tensors[0].device),
+            lambda c: triton.testing.do_bench(lambda: run(c), return_mode="median"),
+        )
+    return _measured[key]
+
+
+def tensors_of(args: Any) -> Iterator[Tensor]:
+    """The tensors of a launch, those inside its tuples too."""
+    for x in args:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, tuple):
+            yield from tensors_of(x)
 
 
 def fastest(

@@ -37,7 +37,7 @@ def merged_axes(shape: Sequence[int], *strides: Sequence[int]) -> tuple[Ints, li
 
 @triton.jit
 def offsets(index, sizes, strides):
-    """Where the elements numbered ``index`` in row-major order lie; arguments of ``merged_axes``."""
+    """Offsets of the elements numbered ``index`` in row-major order; ``sizes``, ``strides`` of ``merged_axes``."""
     at = tl.zeros_like(index)
     for axis in tl.static_range(len(sizes)):
         at += index % sizes[axis] * strides[axis]

@@ -1,15 +1,24 @@
-"""Device functions that every stage shares: tiles of rows x width, split into powers of two.
+"""Device functions that every operator shares: tiles of rows x width, split into powers of two.
 
-A *split tile* is a tuple of tiles [rows, w] whose widths ``w`` are ``WIDTHS`` (see ``launch.split_width``):
+A *split tile* is a tuple of tiles [rows, w] whose widths ``w`` are ``WIDTHS`` (see ``sizes.split_width``):
 head width 80 is three tiles of 32 and not a padded 128.
 """
 
 import triton
 import triton.language as tl
 
-from .configurations import INTERPRETED as _INTERPRETED
+from .device import INTERPRETED as _INTERPRETED
 
 INTERPRETED = tl.constexpr(_INTERPRETED)
+
+
+@triton.jit
+def as_number(x, ACC: tl.constexpr):
+    """A float64 scalar argument in the accumulator's dtype (interpreted, it is a Python number)."""
+    if INTERPRETED:
+        return tl.full([], x, ACC)
+    else:
+        return x.to(ACC)
 
 
 @triton.jit

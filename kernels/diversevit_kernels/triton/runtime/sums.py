@@ -1,9 +1,9 @@
-"""Gradients of LayerNorm's parameters: sums over rows in two stages, without atomics.
+"""Sums over rows in two steps, without atomics.
 
 Each of a fixed number of programs walks its tiles of rows in order and writes its own sums; a second
 kernel adds those in order. Same bits on every run.
 
-Traffic  programs x WIDTH numbers of the accumulation dtype out and in again, for each gradient.
+Traffic  programs x WIDTH numbers of the accumulation dtype out and in again, for each sum.
 Source   Triton's layer-norm tutorial, with Liger's persistent programs in place of its locks.
 """
 
@@ -11,9 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..runtime.configurations import accumulator, configuration, multiprocessors
-from ..runtime.launch import cdiv, launch, power_of_two
-from .tiles import rows_per_tile
+from .device import accumulator
+from .launch import run_kernel
+from .plan import ANY_SIZE, ANY_WIDTH, EVERY_CHIP, INTERPRETER, LaunchTable, row, target_of
+from .sizes import cdiv
+
+PARTIAL_SUMS = LaunchTable(
+    "partial_sums",
+    row(INTERPRETER, ANY_SIZE, ANY_WIDTH, warps=1, stages=1, BLOCK_P=2, BLOCK_N=16),
+    row(EVERY_CHIP, ANY_SIZE, ANY_WIDTH, warps=4, stages=1, BLOCK_P=32, BLOCK_N=32),
+)
 
 
 @triton.jit
@@ -25,7 +32,7 @@ def store_sums(ptr, program, tile, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _sums_kernel(
+def partial_sums_kernel(
     one_ptr,  # [parts, WIDTH], dense, or None
     two_ptr,  # [parts, WIDTH], dense, or None
     one_sum_ptr,  # [WIDTH], or None like one_ptr
@@ -36,7 +43,7 @@ def _sums_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The sums over rows in (14) and (19), from their parts. One program owns BLOCK_N features."""
+    """Two sums over rows from their parts. One program owns BLOCK_N columns."""
     col = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     _sum_parts(one_ptr, one_sum_ptr, col, parts, WIDTH, ACC, BLOCK_P)
     _sum_parts(two_ptr, two_sum_ptr, col, parts, WIDTH, ACC, BLOCK_P)
@@ -57,31 +64,25 @@ def _sum_parts(
         tl.store(sum_ptr + col, value, mask=col < WIDTH)
 
 
-def programs_of(name: str, x: Tensor, rows: int, width: int) -> int:
-    """Programs that share the rows of a backward pass: a tile for each, up to two per multiprocessor.
-
-    Kernels stride by the grid they find, so this is right for tiles of any size: autotuning tries several.
-    """
-    most = 2 * (multiprocessors(x) or 128)
-    tile = configuration(name, x, width)["TILE"]
-    return min(most, cdiv(rows, rows_per_tile(tile, power_of_two(width))))
-
-
 def sum_over_programs(
-    parts: list[Tensor | None], sums: list[Tensor | None], programs: int, width: int, x: Tensor
+    parts: list[Tensor | None], sums: list[Tensor | None], programs: int, width: int, like: Tensor
 ) -> None:
-    """Add what the programs summed; starts nothing if no parameter wants a gradient."""
+    """Add what the programs summed; starts nothing if no sum is wanted.
+
+    Args:
+        parts: two of [programs, width], or None.
+        sums: two of [width], written; None where ``parts`` is.
+        like: a tensor in the dtype whose accumulator the parts are in.
+    """
     if all(s is None for s in sums):
         return
-    launch(
-        "layer_norm_sums",
-        _sums_kernel,
+    run_kernel(
+        PARTIAL_SUMS.plan(target_of(like, width)),
+        partial_sums_kernel,
         lambda c: cdiv(width, c["BLOCK_N"]),
-        x,
-        width,
         *parts,
         *sums,
         programs,
         WIDTH=width,
-        ACC=accumulator(x.dtype),
+        ACC=accumulator(like.dtype),
     )

@@ -1,0 +1,199 @@
+"""The private parts of PyTorch that this library uses; nothing else in it names one.
+
+Each says what it tells and why no public call does. Each was tried on PyTorch 2.10.0 and 2.14.1 by
+``tests/test_torch_internals.py``. The first ones run at every call of an operator and are PyTorch's own
+functions, for a Python function around them would cost as much as they do.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+__all__ = ["ProxyTorchDispatchMode", "tree_flatten", "tree_unflatten"]  # here as they are
+
+functorch_active = torch._C._are_functorch_transforms_active
+"""Whether a ``torch.func`` transform runs. There is no public way to ask."""
+
+any_requires_grad = torch._C._any_requires_grad
+"""Whether one of the arguments is a tensor that requires a gradient; a loop in Python is slower."""
+
+dispatch_modes = torch._C._len_torch_dispatch_stack
+"""How many ``TorchDispatchMode`` are entered. ``torch.utils`` publishes the mode, not its stack."""
+
+profiler_enabled = torch.autograd._profiler_enabled
+"""Whether a profiler records. A public profiler tells only of itself."""
+
+tracing_state = torch._C._get_tracing_state
+"""What ``torch.jit.trace`` writes into, or None; ``torch.jit.is_tracing`` asks through two more functions."""
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""A context: operators skip autograd altogether, as PyTorch lets them inside a custom operator's function.
+Under ``no_grad`` they still pass through it."""
+
+function_modes = _get_current_function_mode_stack
+"""The ``TorchFunctionMode`` entered, the outermost first. The stack is not published."""
+
+frame_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore
+"""Something callable where ``torch.compile`` runs Python between two of its graphs; there
+``torch.compiler.is_compiling`` is False. A Python function around it would itself be compiled there."""
+
+cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+"""What ``F.scaled_dot_product_attention`` runs on a CPU. PyTorch's public flop counter does not know it."""
+
+BatchNorm = _BatchNorm
+"""The base of all batch norms, ``SyncBatchNorm`` among them. The public classes have no other in common."""
+
+
+def dispatch_keys(x: Tensor) -> int:
+    """The tensor's dispatch keys, a bit each: subclasses, vmapped, negated ... tensors have their own.
+
+    Public are only properties (``is_neg``, ``is_conj``), not all, and none of functorch's wrappers.
+    """
+    return torch._C._dispatch_keys(x).raw_repr()
+
+
+def in_forward_mode() -> bool:
+    """Whether a forward-mode level is open (``torch.func.jvp``, ``forward_ad.dual_level``).
+
+    ``forward_ad`` publishes how to enter a level, not whether one is.
+    """
+    return forward_ad._current_level >= 0
+
+
+def overload_of(operator: torch.library.CustomOpDef) -> Any:
+    """What compilers and dispatch modes see of a custom operator (``torch.ops.<namespace>.<name>.default``).
+
+    ``torch.ops`` would look it up by the name, which is private too.
+    """
+    return operator._opoverload
+
+
+def function_of(operator: torch.library.CustomOpDef) -> Any:
+    """The Python function that ``torch.library.custom_op`` was given, which it does not hand back."""
+    return operator._init_fn
+
+
+def name_of(operator: torch.library.CustomOpDef) -> str:
+    """The operator's name without its namespace, which it was given and does not hand back."""
+    return operator._name
+
+
+def tensor_arguments(operator: torch.library.CustomOpDef) -> int:
+    """How many of a custom operator's arguments are tensors or None; its schema is read by private names only."""
+    return sum(
+        "Tensor" in str(argument.type) for argument in overload_of(operator)._schema.arguments
+    )
+
+
+def will_run(node: Any) -> bool:
+    """Whether the running backward pass executes this node of the graph.
+
+    ``ctx.needs_input_grad`` says only whether an input has a gradient, be it asked for or not.
+
+    Raises:
+        RuntimeError: the node is a leaf that ``autograd.grad`` was asked for, or no backward pass runs.
+    """
+    return torch._C._will_engine_execute_node(node)
+
+
+def write_count(x: Tensor) -> int:
+    """How often the tensor's memory was written to in place. Only autograd's errors mention it publicly."""
+    return x._version
+
+
+def in_checkpoint() -> bool:
+    """Whether ``torch.utils.checkpoint`` drops what is saved for backward now, to recompute it.
+
+    Saved tensors' hooks can be entered and disabled publicly, not looked at.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+    return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook.")
+
+
+def compiler_traces_gradients() -> bool:
+    """Whether ``torch.compile`` traces ``torch.autograd.grad``; off by default, and not in 2.10."""
+    return getattr(torch._dynamo.config, "trace_autograd_ops", False)
+
+
+def tracing_gradients() -> Any:
+    """A context in which ``torch.compile`` traces ``torch.autograd.grad`` (2.11): the setting has no public name."""
+    from torch._dynamo import config  # a second of import that only compilers need
+
+    return config.patch(trace_autograd_ops=True)
+
+
+def compiler_errors() -> tuple[type[Exception], type[Exception]]:
+    """What ``torch.compile`` raises of too many shapes, and the base of what else it raises; not published."""
+    from torch._dynamo import exc
+
+    return exc.FailOnRecompileLimitHit, exc.TorchDynamoException
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile(module)`` or ``module.compile()`` was called; nothing public remembers."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a forward or backward hook is registered on the module; public are only the registrations."""
+    return any(getattr(module, kind) for kind in _HOOKS)
+
+
+def has_global_hooks() -> bool:
+    """Whether one is registered on all modules, as profilers and counters do; public as ``has_hooks``."""
+    return any(getattr(nn.modules.module, f"_global{kind}") for kind in _HOOKS)
+
+
+def is_looked_at(x: Tensor) -> bool:
+    """Whether a hook of the tensor is shown its gradient, or it keeps it; public are only the registrations."""
+    return bool(x._backward_hooks) or x.retains_grad
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own dictionary of parameters, for reading and for writing past ``__setattr__``.
+
+    ``named_parameters`` and ``getattr`` also give what a parametrisation or another hook computes.
+    """
+    return module._parameters
+
+
+def running_ddp() -> Any:
+    """The ``DistributedDataParallel`` whose forward runs, or None. The module inside cannot ask."""
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Those modules in ``model`` that ``fully_shard`` gave parameters of their own to gather.
+
+    ``fully_shard`` marks modules of which it gathers nothing with the same public class.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = (m for m in model.modules() if fsdp and isinstance(m, fsdp.FSDPModule))
+    return [module for module in sharded if _fsdp_group(module) is not None]
+
+
+def reshards_after_backward(module: Any) -> bool:
+    """Whether FSDP2 frees the module's gathered parameters after a backward pass.
+
+    ``set_reshard_after_backward`` is public; what it was is not.
+    """
+    return _fsdp_group(module).reshard_after_backward
+
+
+def is_fsdp_root(module: Any) -> bool:
+    """Whether FSDP2 takes the module for the outermost of a model, which it finds at the first forward."""
+    return module._get_fsdp_state()._is_root
+
+
+def _fsdp_group(module: Any) -> Any:
+    return module._get_fsdp_state()._fsdp_param_group

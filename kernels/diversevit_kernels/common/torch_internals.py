@@ -1,0 +1,32 @@
+"""The private parts of PyTorch that the kernels use; nothing else in this package names one.
+
+Tried on PyTorch 2.10.0 and 2.14.1 by ``tests/test_torch_internals.py``.
+"""
+
+from typing import Any
+
+import torch
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether the CPU multiplies bfloat16 itself (AVX-512).
+
+    Before 2.11 PyTorch has no public list of what a processor can do.
+    """
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def compile_into_package(program: torch.export.ExportedProgram, path: str, **options: Any) -> None:
+    """Compile an exported program by Inductor into the package at ``path``.
+
+    PyTorch's documentation gives this as the way, and has no public name for it.
+    """
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+
+
+def runner_of(library: str) -> Any:
+    """What runs such a package's library, by ``run(operands)``.
+
+    ``torch._inductor.aoti_load_package``, private as well, wants the whole package and unpacks it by itself.
+    """
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1)  # pyright: ignore
