@@ -19,6 +19,8 @@ class Stock(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is dvf.attention:
             return self.attention(*args[:3])
+        if func is dvf.attention_qkvpacked:
+            return self.attention(*args[0].permute(2, 0, 3, 1, 4)).transpose(1, 2)
         if func is dvf.gelu:
             return F.gelu(args[0], approximate=kwargs.get("approximate", "none"))
         if func is dvf.layer_norm:

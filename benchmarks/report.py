@@ -176,7 +176,7 @@ def _rewrite(path: Path, tables: str, name: str) -> None:
 
 
 def recorded() -> dict[str, list[Row]]:
-    """The rows of every device that the front page shows."""
+    """Read the rows of every device that the front page shows."""
     return {
         device: records.read(ROOT / f"benchmarks/results/{device}.json")
         for device in front_page.DEVICES

@@ -140,7 +140,7 @@ def check_scale(scale: float | None) -> None:
 
 
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, tensors other than float64 in the autocast dtype, as PyTorch's attention; else as they are."""
+    """Convert tensors other than float64 to autocast's dtype where it is on, as PyTorch's attention does."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -151,7 +151,7 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _as_samples(
     q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
-    """q, k, v as ``[B, heads, N, .]`` views where possible, and the output's leading shape."""
+    """Reshape q, k, v to ``[B, heads, N, .]``, views where possible; also return the output's leading shape."""
     axes = 1 if enable_gqa else 2
     if q.ndim == k.ndim == v.ndim == 4 and q.shape[:axes] == k.shape[:axes] == v.shape[:axes]:
         return q, k, v, tuple(q.shape[:2])
@@ -171,7 +171,7 @@ def _as_samples(
 
 
 def mask_as_samples(mask: Tensor, lead: tuple[int, ...], q: Tensor, k: Tensor) -> Tensor:
-    """The mask as ``[B | 1, H | 1, Nq | 1, Nk | 1]``, broadcast axes kept at size 1."""
+    """Reshape the mask to ``[B | 1, H | 1, Nq | 1, Nk | 1]``, broadcast axes kept at size 1."""
     full = (*lead, q.shape[2], k.shape[2])
     shape = (1,) * (len(full) - mask.ndim) + tuple(mask.shape)
     if mask.ndim > len(full) or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
@@ -213,7 +213,7 @@ def attention_double_backward_operator(
 
 
 def _narrow(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """A float64 mask whose finite numbers stay finite in float32, in which other queries' scores are."""
+    """Clamp a float64 mask so that its finite numbers stay finite in float32, the dtype of other queries' scores."""
     if mask is None or mask.dtype != torch.float64 or q.dtype == torch.float64:
         return mask
     largest = torch.finfo(torch.float32).max

@@ -72,12 +72,12 @@ _chosen = "auto"  # process-wide: autograd runs backward passes on threads of it
 
 
 def chosen_backend() -> str:
-    """What ``use_backend`` was told last."""
+    """The name that ``use_backend`` was given last."""
     return _chosen
 
 
 def unavailable() -> dict[str, str | None]:
-    """Every backend, and why it cannot be used here (``None``: it can)."""
+    """Every backend by name, and why it cannot be used here (``None``: it can)."""
     return {name: backend.missing() for name, backend in _BACKENDS.items()}
 
 

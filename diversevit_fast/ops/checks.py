@@ -7,7 +7,7 @@ from ..errors import UsageError, usage_error
 
 
 def check_tensor(name: str, x: object) -> Tensor:
-    """``x`` if it is a dense floating tensor.
+    """Return ``x`` if it is a dense floating tensor.
 
     Raises:
         UsageError: not a tensor, not floating, or neither strided nor plain.
@@ -23,7 +23,7 @@ def check_tensor(name: str, x: object) -> Tensor:
 
 
 def check_alike(**tensors: Tensor | None) -> None:
-    """Every tensor given has the first one's dtype and device.
+    """Check that every tensor given has the first one's dtype and device.
 
     Raises:
         UsageError: naming the first that differs.
@@ -41,7 +41,7 @@ def check_alike(**tensors: Tensor | None) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """``value`` is one of ``choices``.
+    """Check that ``value`` is one of ``choices``.
 
     Raises:
         UsageError: it is not.
@@ -52,5 +52,5 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def shape_error(name: str, wanted: str, x: Tensor, hint: str) -> UsageError:
-    """The error for a tensor of the wrong shape."""
+    """Build the error for a tensor of the wrong shape."""
     return usage_error(name, f"shape {wanted}", list(x.shape), hint)

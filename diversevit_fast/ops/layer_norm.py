@@ -82,7 +82,7 @@ def layer_norm(
 
 
 def _normalized_shape(normalized_shape: int | Sequence[int], x: Tensor) -> tuple[int, ...]:
-    """The sizes as a tuple, once they are known to be x's last ones."""
+    """Return the sizes as a tuple; they must be x's last ones."""
     one = isinstance(normalized_shape, int)
     shape = (normalized_shape,) if one else normalized_shape
     if not isinstance(shape, Sequence) or not all(isinstance(n, int) for n in shape) or not shape:
@@ -100,7 +100,7 @@ def _normalized_shape(normalized_shape: int | Sequence[int], x: Tensor) -> tuple
 def _check_parameter(
     name: str, p: Tensor | None, shape: tuple[int, ...], like: Tensor, *, half_as_float: bool
 ) -> None:
-    """``p`` has ``shape``, the device of ``like`` and its dtype, or one that may stand for it."""
+    """Check that ``p`` has ``shape``, the device of ``like``, and its dtype or one that may stand for it."""
     if p is None:
         return
     check_tensor(name, p)
@@ -119,7 +119,7 @@ def _check_parameter(
 
 
 def _cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Under autocast half tensors in float32; on a CPU PyTorch leaves layer_norm alone."""
+    """Convert half tensors to float32 under autocast; on a CPU PyTorch leaves layer_norm alone."""
     device = next(t.device.type for t in tensors if t is not None)
     if device == "cpu" or not torch.is_autocast_enabled(device):
         return tensors
@@ -240,7 +240,7 @@ def _double_backward_derivative(
 
 
 def _eps_of(x: Tensor, rstd: Tensor, axes: int) -> Any:
-    """What was added to the variance, a constant; only the forward is given it."""
+    """Recover the eps that was added to the variance, as a constant; only the forward is given it."""
     with torch.no_grad():
         square = rstd.reshape(*rstd.shape, *[1] * axes).square()
         wide = x.to(square.dtype)

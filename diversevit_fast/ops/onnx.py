@@ -1,7 +1,7 @@
-"""What ``torch.onnx.export`` sees in place of this library's operators: PyTorch's, which both exporters translate.
+"""ONNX export: PyTorch's operators, which both exporters translate, in place of this library's.
 
-Of a module, what the public functions compute while it is exported; of an ``ExportedProgram``, which holds our
-operators already, their decompositions.
+While a module is exported, the public functions compute with PyTorch's operators. An ``ExportedProgram`` already holds
+this library's operators; for the exporter they are decomposed.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def exporting_to_onnx() -> bool:
-    """Whether ``torch.onnx.export`` looks on, which knows PyTorch's operators and none of ours."""
+    """Whether ``torch.onnx.export`` is running, which knows PyTorch's operators and none of ours."""
     traced = torch.compiler.is_exporting() or tracing_state() is not None
     return traced and torch.onnx.is_in_onnx_export()
 
 
 def decomposes(operator: torch.library.CustomOpDef, formula: Callable[..., Any]) -> None:
-    """Of an ``ExportedProgram`` that holds ``operator``, the exporter sees ``formula``.
+    """Show the exporter ``formula`` where an ``ExportedProgram`` holds ``operator``.
 
     Not by way of PyTorch's table of decompositions: where the variable ``CI`` is set, Inductor refuses every
     operator that stands in it.
@@ -48,7 +48,7 @@ def exported_attention(
     scale: float,
     enable_gqa: bool,
 ) -> Tensor:
-    """(1)-(2) with the arguments of ``attention``, zeros in rows that attend to nothing.
+    """Compute (1)-(2) with the arguments of ``attention``; rows that attend to nothing are zero.
 
     The exporters' own translations of ``F.scaled_dot_product_attention`` give NaN there for an additive
     mask and for a negative scale, and take neither three axes nor, all of them, grouped heads.
@@ -66,6 +66,6 @@ def exported_attention(
 
 
 def _repeated(x: Tensor, group: int) -> Tensor:
-    """Each head ``group`` times in a row: [..., H, N, d] -> [..., H group, N, d]."""
+    """Repeat each head ``group`` times in a row: [..., H, N, d] -> [..., H group, N, d]."""
     x = x.unsqueeze(-3)
     return x.expand(*[-1] * (x.ndim - 3), group, -1, -1).flatten(-4, -3)

@@ -100,7 +100,7 @@ def formula_along_two(f: Callable[..., Any], x: Tensors, a: Tensors, u: Tensors)
 
 
 def _wanted(ctx: Any, tensors: Tensors) -> list[bool]:
-    """Of which tensors the running backward pass asks for the gradient.
+    """Tell for each tensor whether the running backward pass asks for its gradient.
 
     ``ctx.needs_input_grad`` says which have one, be it asked for or not.
     """

@@ -1,4 +1,4 @@
-"""Compiling ahead: what the first large call on a CPU would otherwise spend seconds on."""
+"""Compile CPU kernels ahead of the first large call, which would otherwise wait for them."""
 
 import torch
 
@@ -11,18 +11,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def warmup(*dtypes: torch.dtype) -> dict[torch.dtype, list[str]]:
     """Compile the CPU kernels of attention, layer_norm, gelu and routed_head_penalty, or load them from disk.
 
-    Without this call the first use of each does it: some seconds the first time on a machine, milliseconds from then
-    on: they lie in ``diversevit`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``), or in
-    ``DIVERSEVIT_CACHE_DIR``, and only where nobody else can write. Besides, Inductor compiles three formulas of
-    attention for each dtype, for masks that want a gradient and for float16. GPU kernels are compiled by Triton when
-    they are first launched, with a cache of its own.
+    Without this call the first use of each kernel compiles it: some seconds the first time on a machine, milliseconds
+    from then on. Compiled kernels are stored in ``diversevit`` in the user's cache folder (``XDG_CACHE_HOME``, else
+    ``~/.cache``), or in ``DIVERSEVIT_CACHE_DIR``, and only where nobody else can write. Inductor also compiles three
+    formulas of attention for each dtype, for masks whose gradient is asked for and for float16. GPU kernels are
+    compiled by Triton when they are first launched, with a cache of its own.
 
     Args:
         dtypes: of float32, bfloat16 and float16; none: float32 and bfloat16.
 
     Returns:
-        Names of the compiled kernels and formulas by dtype. Where none could be compiled (no C++ compiler), one
-        warning, an empty list, and the operators run a slower path.
+        Names of the compiled kernels and formulas by dtype. Where none can be compiled (no C++ compiler) there is one
+        warning, the list is empty, and the operators run a slower path.
 
     Raises:
         UsageError: another dtype.

@@ -49,7 +49,7 @@ def small(monkeypatch):
 class TestCost:
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_a_period_takes_the_penalty_once(self, variant, monkeypatch):
-        """Of all samples, or of a quarter; every=4 is four steps."""
+        """The penalty is of all samples, or of a quarter; every=4 is four steps."""
         taken, training_loss = [], amortised.training_loss
 
         def spy(model, diversity, *args):
@@ -104,7 +104,7 @@ class TestCost:
 
 
 def train(folder: Path, seeds: int = 2, **changes) -> list[tuple[str, dict]]:
-    """What was told after each training."""
+    """Train, and return what was told after each training."""
     told: list[tuple[str, dict]] = []
     shared = {**TINY, **changes}
     amortised.train_all(shared, seeds, folder, lambda name, rows: told.append((name, dict(rows))))

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import diversevit_fast as dvf
 from benchmarks.baselines import Stock, TwiceDifferentiableStock, published_penalty
 from tests.helpers import published
-from tests.helpers.vits import assert_same, diverse_vit, gradients, images_for
+from tests.helpers.vits import assert_same, diverse_vit, gradients, images_for, timm_vit
 
-OURS = {dvf.attention, dvf.layer_norm, dvf.gelu}
+ATTENTION = {dvf.attention, dvf.attention_qkvpacked}
+OURS = {dvf.layer_norm, dvf.gelu, *ATTENTION}
 STOCK = {F.scaled_dot_product_attention, F.layer_norm, F.gelu}
 
 
@@ -26,16 +28,34 @@ class Called(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def attached(model: nn.Module) -> nn.Module:
+    """The model inside ``HeadDiversity``, which makes it call our operators."""
+
+    class Inside(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            with dvf.HeadDiversity(model, layers="all"):
+                return model(images)
+
+    return Inside()
+
+
+@pytest.mark.parametrize(
+    ("make", "wrap"),
+    [(diverse_vit, nn.Module.double), (diverse_vit, attached), (timm_vit, attached)],
+    ids=["DiverseViT", "DiverseViT in HeadDiversity", "timm in HeadDiversity"],
+)
 @pytest.mark.parametrize("stock", [Stock, TwiceDifferentiableStock])
-def test_stock_operators_run_in_place_of_ours(stock):
-    model = diverse_vit()
+def test_stock_operators_run_in_place_of_ours(stock, make, wrap):
+    model = make()
     images = images_for(model)
+    model = wrap(model)
     with Called() as plain:
         ours = model(images)
     with Called() as replaced, stock():
         theirs = model(images)
-    assert plain.functions >= OURS
-    assert not plain.functions & STOCK
+    assert plain.functions >= OURS - ATTENTION
+    assert plain.functions & ATTENTION
+    assert not plain.functions & {F.scaled_dot_product_attention}
     assert replaced.functions >= STOCK
     assert not replaced.functions & OURS
     torch.testing.assert_close(theirs, ours)

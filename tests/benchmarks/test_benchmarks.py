@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: checks bite, rounds interleave, reports hold the recorded numbers."""
+"""Tests of the benchmarks: checks bite, rounds interleave, reports hold the recorded numbers."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The memory benchmark measures what is in use, in a process of its own, and stores what it prints."""
+"""Tests of the memory benchmark: it measures what is in use, in a process of its own, and stores what it prints."""
 
 import json
 from pathlib import Path
@@ -50,9 +50,9 @@ def test_a_process_that_fails_is_one_line():
 def test_table_and_file_hold_every_row(monkeypatch, tmp_path, capsys):
     asked = []
 
-    def peak(workload, provider, size, environment):
-        asked.append((workload, provider, size, dict(environment)))
-        first = provider == ROWS[workload][0]
+    def peak(workload, name, size, environment):
+        asked.append((workload, name, size, dict(environment)))
+        first = name == ROWS[workload][0]
         return (2 << 20) * (1 if first else 3) * (1 if environment else 4)
 
     monkeypatch.setattr(memory, "peak", peak)

@@ -1,4 +1,4 @@
-"""What the step benchmark compares is the same thing, and the penalised step is cheap."""
+"""Tests of the paper's step: its implementations agree, and ratios are medians over rounds."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The benchmark of head selection compares the same scores, and stores what it prints."""
+"""Tests of the benchmark of head selection: it compares the same scores, and stores what it prints."""
 
 import json
 

@@ -15,10 +15,9 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from diversevit_kernels.triton.runtime import launch, plan  # noqa: E402
-from tools.kernel_analysis import cases as workloads  # noqa: E402
-from tools.kernel_analysis import compile_report, compiling, machine_code  # noqa: E402
+from tools.kernel_analysis import cases, compile_report, compiling, machine_code  # noqa: E402
 from tools.kernel_analysis.chips import CHIPS, resident  # noqa: E402
-from tools.kernel_analysis.compiling import Workload  # noqa: E402
+from tools.kernel_analysis.compiling import HostCall  # noqa: E402
 from tools.kernel_analysis.operators import folder, with_flat_arguments  # noqa: E402, with_flat_arguments
 
 
@@ -104,11 +103,11 @@ def refused():
     run("refused", _refused, x, x)
 
 
-def toy(host, *args, stage="attention", binding=True, **kwargs) -> Workload:
-    """A workload that launches a toy in the name of a stage that exists."""
+def toy(host, *args, operator="attention", binding=True, **kwargs) -> HostCall:
+    """A call that launches a toy in the name of an operator that exists."""
     case = f"{host.__name__}{args or ''}"
     call = lambda _: host(*args, **kwargs)  # noqa: E731
-    return Workload(stage, "forward", case, "bfloat16", 64, call, binding)
+    return HostCall(operator, "forward", case, "bfloat16", 64, call, binding)
 
 
 def rows_of(architecture, *some):
@@ -270,9 +269,9 @@ def test_the_limit_on_shared_memory_is_the_programs():
     with compiling.fresh_compilers():
         binary = compiling.compile_one(found)
     fits = dataclasses.replace(binary, shared=99 * 1024)
-    assert compile_report.judge(found, fits) == ([], [])
+    assert compile_report.check(found, fits) == ([], [])
     beyond = dataclasses.replace(binary, shared=99 * 1024 + 1)
-    failures, _ = compile_report.judge(found, beyond)
+    failures, _ = compile_report.check(found, beyond)
     assert failures == [f"shared memory {99 * 1024 + 1} of {99 * 1024} bytes"]
 
 
@@ -316,7 +315,7 @@ def test_identical_compilations_are_compiled_once():
     same = [toy(product), toy(product, K=1024), toy(product, K=1000)]
     found, wrong = compiling.record("sm_90", same)
     assert not wrong
-    assert sorted(len(one.workloads) for one in found) == [1, 2]  # 1000 is not divisible by 16
+    assert sorted(len(one.calls) for one in found) == [1, 2]  # 1000 is not divisible by 16
 
 
 def test_a_warm_cache_is_not_read(monkeypatch, tmp_path):
@@ -338,7 +337,7 @@ def test_what_is_missing_or_refused_fails():
     def unsupported():
         raise NotImplementedError("no row for this")
 
-    some = [toy(product, stage="absent"), toy(unsupported), toy(refused), toy(lambda: None)]
+    some = [toy(product, operator="absent"), toy(unsupported), toy(refused), toy(lambda: None)]
     rows, failures = rows_of("sm_90", *some)
     assert rows == []
     for expected in (
@@ -370,7 +369,7 @@ def test_a_crash_costs_one_compilation(monkeypatch):
     ("some", "status"), [([toy(product)], 0), ([toy(columns, "fat"), toy(product)], 1)]
 )
 def test_the_command(monkeypatch, tmp_path, capsys, some, status):
-    monkeypatch.setattr(compile_report, "chosen_workloads", lambda *_: some)
+    monkeypatch.setattr(compile_report, "chosen_calls", lambda *_: some)
     monkeypatch.setattr(compile_report, "RESULTS", tmp_path)
     command = ["--architectures", "sm_90", "--jobs", "1"]
     assert compile_report.main(command) == status
@@ -386,32 +385,36 @@ def test_the_command(monkeypatch, tmp_path, capsys, some, status):
 
 def test_a_partial_run_replaces_its_own_rows_only(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compile_report, "RESULTS", tmp_path)
-    monkeypatch.setattr(compile_report, "chosen_workloads", lambda *_: [toy(product)])
+    monkeypatch.setattr(compile_report, "chosen_calls", lambda *_: [toy(product)])
     for architectures in (["sm_80", "sm_90"], ["sm_90"]):
-        command = ["--stages", "attention", "--jobs", "1", "--architectures", *architectures]
+        command = ["--operators", "attention", "--jobs", "1", "--architectures", *architectures]
         assert compile_report.main(command) == 0
     stored = compile_report.stored()
     assert sorted(r["architecture"] for r in stored["rows"]) == ["sm_80", "sm_90"]
     assert len(stored["runs"]) == 2
 
 
-@pytest.mark.parametrize("stage", workloads.STAGES)
+@pytest.mark.parametrize("operator", cases.OPERATORS)
 @pytest.mark.parametrize("quick", [False, True])
-def test_workloads_fit_the_host_functions(stage, quick):
-    """Every call binds to the function's parameters, in all three rungs."""
+def test_calls_fit_the_host_functions(operator, quick):
+    """Every call binds to the function's parameters, in all three orders."""
     try:
-        module = import_module(f"diversevit_kernels.triton.{folder(stage)}")
+        module = import_module(f"diversevit_kernels.triton.{folder(operator)}")
     except ModuleNotFoundError:
-        module = import_module(f"diversevit_kernels.cpu.{folder(stage)}")
-    some = [w for d in workloads.DTYPES for w in workloads.workloads(stage, d, 64, quick)]
-    assert {w.rung for w in some} == {"forward", "backward", "double_backward"}
-    for w in some:
-        signature = inspect.signature(with_flat_arguments(getattr(module, f"{stage}_{w.rung}")))
-        w.call(signature.bind)
-    names = [str(w) for w in some]
+        module = import_module(f"diversevit_kernels.cpu.{folder(operator)}")
+    some = [call for d in cases.DTYPES for call in cases.host_calls(operator, d, 64, quick)]
+    assert {call.order for call in some} == {"forward", "backward", "double_backward"}
+    for call in some:
+        signature = inspect.signature(
+            with_flat_arguments(getattr(module, f"{operator}_{call.order}"))
+        )
+        call.call(signature.bind)
+    names = [str(call) for call in some]
     assert len(names) == len(set(names))
 
 
 def test_head_widths_up_to_128_are_binding():
     for width, binding in ((128, True), (256, False)):
-        assert {w.binding for w in workloads.workloads("attention", "bfloat16", width)} == {binding}
+        assert {call.binding for call in cases.host_calls("attention", "bfloat16", width)} == {
+            binding
+        }

@@ -163,8 +163,10 @@ def test_a_slower_kernel_is_seen(how, tiny, monkeypatch):
     altered(monkeypatch, function, change)
     lines = slower(ratios.ratios(tiny=True), tiny)
     KEPT.clear()
-    stage = function.removesuffix("_backward").removesuffix("_double")
-    assert any(line.startswith(stage) and f", {what}: ours / baseline is" in line for line in lines)
+    operator = function.removesuffix("_backward").removesuffix("_double")
+    assert any(
+        line.startswith(operator) and f", {what}: ours / baseline is" in line for line in lines
+    )
 
 
 def test_only_what_grew_beyond_the_tolerance_is_named():

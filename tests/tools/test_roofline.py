@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tools.kernel_analysis import roofline
-from tools.kernel_analysis.operators import STAGES, climb_eagerly, missing
+from tools.kernel_analysis.operators import OPERATORS, missing, run_orders_eagerly
 from tools.kernel_analysis.tensor_traffic import TensorTraffic
 
 interpreted = pytest.mark.skipif(
@@ -16,17 +16,17 @@ interpreted = pytest.mark.skipif(
 TOKENS = 20
 
 
-def skip_if_missing(stage: str) -> None:
-    if reason := missing(stage):
+def skip_if_missing(operator: str) -> None:
+    if reason := missing(operator):
         pytest.skip(reason)
 
 
 @interpreted
-@pytest.mark.parametrize("stage", STAGES)
-def test_counts_of_a_stage(stage):
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_counts_of_an_operator(operator):
     """No order moves less than it must, nor asks for less than it touches."""
-    skip_if_missing(stage)
-    orders = roofline.count(stage, TOKENS, "sm_90")
+    skip_if_missing(operator)
+    orders = roofline.count(operator, TOKENS, "sm_90")
     assert list(orders) == list(roofline.ORDERS)
     for one in orders.values():
         assert one.compulsory <= one.unique <= one.requested
@@ -36,13 +36,15 @@ def test_counts_of_a_stage(stage):
 
 @interpreted
 def test_compulsory_bytes_of_attention():
-    """d0: q, k, v in, o and the softmax's statistics out; d2 besides: do, ddq, ddk, ddv in, four gradients out."""
+    """Forward: q, k, v in, o and the statistics out; double backward also do, ddq, ddk, ddv in, four gradients out."""
     skip_if_missing("attention")
     orders = roofline.count("attention", TOKENS, "sm_90")
     tensor, statistics = TOKENS * 64 * 2, 2 * TOKENS * 4
-    assert orders["d0"].compulsory == 4 * tensor + statistics
-    assert 7 * tensor + statistics <= orders["d1"].compulsory <= 8 * tensor + statistics
-    assert 11 * tensor + statistics <= orders["d2"].compulsory <= 13 * tensor + statistics
+    assert orders["forward"].compulsory == 4 * tensor + statistics
+    assert 7 * tensor + statistics <= orders["backward"].compulsory <= 8 * tensor + statistics
+    assert (
+        11 * tensor + statistics <= orders["double_backward"].compulsory <= 13 * tensor + statistics
+    )
 
 
 @interpreted
@@ -56,9 +58,9 @@ def test_chips_with_the_same_tiles_are_counted_once():
 
 
 def test_eager_traffic_grows_with_the_square_of_the_tokens():
-    def moved(stage: str, tokens: int) -> int:
+    def moved(operator: str, tokens: int) -> int:
         with TensorTraffic() as traffic:
-            climb_eagerly(stage, tokens, torch.float32, lambda _: None)
+            run_orders_eagerly(operator, tokens, torch.float32, lambda _: None)
         return traffic.total
 
     assert moved("attention", 512) > 3.2 * moved("attention", 256)
@@ -73,23 +75,23 @@ def test_a_launch_is_bound_by_its_slower_side():
 
 
 def passing() -> dict:
-    d2 = {"unique": 110, "requested": 390, "compulsory": 100}
+    last = {"unique": 110, "requested": 390, "compulsory": 100}
     other = {"unique": 45, "requested": 50, "compulsory": 40}
     return {
-        **{"stage": "attention", "tokens": 197, "chips": ["H100 SXM"]},
-        "orders": {"d0": other, "d1": other, "d2": d2},
-        "eager": {"d0": 300, "d1": 300, "d2": 800},
+        **{"operator": "attention", "tokens": 197, "chips": ["H100 SXM"]},
+        "orders": {"forward": other, "backward": other, "double_backward": last},
+        "eager": {"forward": 300, "backward": 300, "double_backward": 800},
     }
 
 
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (("orders", "d2", "unique"), 131, "unique 1.31x"),
-        (("orders", "d2", "requested"), 401, "requested 4.01x"),
-        (("eager", "d2"), 500, "eager moves 5.50x"),
-        (("tokens",), 196, "nothing to judge"),
-        (("stage",), "gelu", "nothing to judge"),
+        (("orders", "double_backward", "unique"), 131, "unique 1.31x"),
+        (("orders", "double_backward", "requested"), 401, "requested 4.01x"),
+        (("eager", "double_backward"), 500, "eager moves 5.50x"),
+        (("tokens",), 196, "nothing to check"),
+        (("operator",), "gelu", "nothing to check"),
     ],
     ids=["unique", "requested", "eager", "other tokens", "no attention"],
 )

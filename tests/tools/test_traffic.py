@@ -1,4 +1,4 @@
-"""The counting counts what kernels do: tiny kernels whose traffic is known by hand."""
+"""Tests of the interpreter's instruments, on tiny kernels whose traffic is known by hand."""
 
 import os
 

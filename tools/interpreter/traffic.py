@@ -11,7 +11,7 @@ from tools.interpreter.observer import Observer, observed
 from tools.interpreter.quick import quick
 
 COMPACT_BEYOND = 1 << 20
-"""Addresses kept before duplicates are dropped."""
+"""Number of addresses that are kept before duplicates are dropped."""
 
 
 class Accesses:
@@ -51,7 +51,7 @@ def unique_bytes(accesses: Sequence[Accesses]) -> int:
 
 @dataclass
 class LaunchTraffic:
-    """What one launch did. Products include padding lanes unless said otherwise."""
+    """The counts of one launch. Products include padding lanes unless said otherwise."""
 
     kernel: str
     tensors: list[Tensor] = field(repr=False)  # kept alive: an address must not be given out twice

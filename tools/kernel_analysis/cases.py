@@ -1,7 +1,7 @@
-"""What the compile report compiles: calls of every stage's host functions at sizes of vision transformers.
+"""The calls that the compile report compiles: every operator's host functions at sizes of vision transformers.
 
 Tensors are on the meta device, laid out as in a model: q, k, v are views of one qkv projection, outputs
-and their cotangents lie as [B, N, H, d]. Every head width gets the plain case, short (197 tokens: all keys in
+and their cotangents are laid out as [B, N, H, d]. Every head width gets the plain case, short (197 tokens: all keys in
 one tile) and long (1025: streamed); everything else is compiled at head width 64.
 """
 
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.kernel_analysis.compiling import Workload
+from tools.kernel_analysis.compiling import HostCall
 
-STAGES = ("attention", "layer_norm", "gelu", "head_penalty", "routed_head_penalty")
+OPERATORS = ("attention", "layer_norm", "gelu", "head_penalty", "routed_head_penalty")
 WIDTHS = (16, 32, 64, 80, 88, 96, 104, 112, 128, 256)
-"""Head widths. 64 also stands for the stages that have none."""
+"""Head widths. Operators without heads are listed at 64."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _B, _H = 8, 12
@@ -24,33 +24,35 @@ _SHORT, _LONG = 197, 1025
 _SIZES = ((_B, _SHORT), (64, _SHORT), (_B, _LONG))
 """Batch and tokens: at a batch of 64 the heads alone fill every chip, which changes the launch choice."""
 _BINDING_WIDTH = 128
-"""Up to this head width registers and tensor cores are judged; beyond, the kernel must only compile."""
+"""Up to this head width registers and tensor cores are checked; beyond, the kernel must only compile."""
 
 Function = Callable[..., Any]
 _Cases = Iterator[tuple[str, str, Callable[[Function], object]]]
-"""Rung, case, call."""
+"""Triples of order, case and call."""
 
 
-def workloads(stage: str, dtype: str, width: int, quick: bool = False) -> list[Workload]:
-    """All calls of a stage for one dtype and one head width.
+def host_calls(operator: str, dtype: str, width: int, quick: bool = False) -> list[HostCall]:
+    """Return all calls of an operator for one dtype and one head width.
 
-    Stages without heads have their own widths and are listed once, at head width 64.
+    Operators without heads have their own widths and are listed once, at head width 64.
     """
     d = DTYPES[dtype]
-    if stage == "attention":
-        return _named(stage, dtype, width, _attention(d, width, quick))
-    if stage == "routed_head_penalty":
-        return _named(stage, dtype, width, _routed(d, width, quick))
+    if operator == "attention":
+        return _named(operator, dtype, width, _attention(d, width, quick))
+    if operator == "routed_head_penalty":
+        return _named(operator, dtype, width, _routed(d, width, quick))
     if width != 64:
         return []
-    cases, sizes = _WITHOUT_HEADS[stage]
+    cases, sizes = _WITHOUT_HEADS[operator]
     chosen = [n for n in sizes if not quick or n in _QUICK_SIZES]
-    return [w for n in chosen for w in _named(stage, dtype, n, cases(d, n))]
+    return [w for n in chosen for w in _named(operator, dtype, n, cases(d, n))]
 
 
-def _named(stage: str, dtype: str, width: int, cases: _Cases) -> list[Workload]:
-    binding = stage not in ("attention", "routed_head_penalty") or width <= _BINDING_WIDTH
-    return [Workload(stage, rung, case, dtype, width, call, binding) for rung, case, call in cases]
+def _named(operator: str, dtype: str, width: int, cases: _Cases) -> list[HostCall]:
+    binding = operator not in ("attention", "routed_head_penalty") or width <= _BINDING_WIDTH
+    return [
+        HostCall(operator, order, case, dtype, width, call, binding) for order, case, call in cases
+    ]
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -108,7 +110,7 @@ def _attention_case(
     mask_grad: bool = False,
     given: tuple[bool, bool, bool] = (True, True, True),
 ) -> _Cases:
-    """The three rungs; ``given`` says which of ddq, ddk, ddv exist."""
+    """Yield the three orders; ``given`` says which of ddq, ddk, ddv exist."""
     dq, dk, dv = (_by_token(*x.shape, dtype=q.dtype) for x in (q, k, v))
     B, H, n, _ = q.shape
     o = do = _by_token(B, H, n, v.shape[-1], q.dtype)
@@ -126,7 +128,7 @@ def _attention_case(
 
 
 def _layer_norm(dtype: torch.dtype, D: int) -> _Cases:
-    """Parameters in the dtype of x, and in float32 under half x; without; and without some cotangents."""
+    """Yield calls with parameters in x's dtype, in float32 and without, and without some cotangents."""
     x, row = _empty(_B, _SHORT, D, dtype=dtype), _empty(_B, _SHORT, dtype=torch.float32)
     for kind in dict.fromkeys((dtype, torch.float32)):
         w = _empty(D, dtype=kind)
@@ -156,7 +158,7 @@ def _gelu(dtype: torch.dtype, D: int) -> _Cases:
 
 
 def _call(*args: Any) -> Any:
-    """The last argument is the function: so that ``partial`` can hold the others."""
+    """Call the last argument with the others, so that ``partial`` can hold these."""
     return args[-1](*args[:-1])
 
 
@@ -166,7 +168,7 @@ def _statistics(H: int, granularity: str) -> tuple[Tensor, Tensor]:
 
 
 def _penalty_case(name: str, H: int, granularity: str, x: tuple, ddx: tuple) -> _Cases:
-    """The three rungs of either penalty; with a gradient of the cosines too where by token."""
+    """Yield the three orders of either penalty; by token also with a gradient of the cosines."""
     c, n = _statistics(H, granularity)
     dp = _empty(dtype=torch.float32)
     dc = c if granularity == "token" else None
@@ -211,5 +213,5 @@ _WITHOUT_HEADS: dict[str, tuple[Callable[[torch.dtype, int], _Cases], tuple[int,
     "gelu": (_gelu, (3072,)),
     "head_penalty": (_head_penalty, (768,)),
 }
-"""Stages whose width is not a head's: cases and widths."""
+"""Operators whose width is not a head's: cases and widths."""
 _QUICK_SIZES = (768, 3072)

@@ -1,4 +1,4 @@
-"""What the reported chips hold per multiprocessor, and how many programs of a kernel fit at once.
+"""Limits of the reported chips per multiprocessor, and how many programs of a kernel fit at once.
 
 Sources: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability" (registers,
 warps, blocks, shared memory; 1 KiB of shared memory per block is reserved from 8.0 on); registers are
@@ -50,7 +50,7 @@ _SCHEDULERS = 4  # per multiprocessor, on all of them
 
 
 def resident(chip: Chip, registers: int, warps: int, shared: int, tensor_columns: int = 0) -> int:
-    """Programs of ``warps`` warps that one multiprocessor holds at once; 0 if it cannot hold one.
+    """Return how many programs of ``warps`` warps one multiprocessor holds at once; 0 if it cannot hold one.
 
     Args:
         registers: per thread.

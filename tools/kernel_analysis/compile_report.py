@@ -1,7 +1,7 @@
-"""Every Triton kernel in its default configuration, compiled for every architecture, and judged. No GPU.
+"""Compile every Triton kernel in its default configuration for every architecture, and check it. No GPU.
 
-``python -m tools.kernel_analysis.compile_report`` prints a table, stores it in ``benchmarks/results`` (given
-``--stages`` or ``--architectures``, only their rows change) and exits with status 1 if a verdict fails. Up to
+``python -m tools.kernel_analysis.compile_report`` prints a table, stores it in ``tools/kernel_analysis/results`` (given
+``--operators`` or ``--architectures``, only their rows change) and exits with status 1 if a check fails. Up to
 head width 128, in bfloat16, float16 and float32, on sm_80, sm_90 and sm_100 a kernel must not touch local
 memory inside a loop, must keep its stack within 64 bytes, and must use tensor cores where its source has a
 matrix product; spills that a chip itself preferred (``attention.configs.SPILLING``) are allowed. Everywhere it
@@ -19,15 +19,14 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.timing import RESULTS
 from diversevit_kernels.triton.attention.configs import SPILLING
 from diversevit_kernels.triton.runtime.device import INTERPRETED
-from tools.kernel_analysis import cases as workloads
+from tools.kernel_analysis import RESULTS, cases
 from tools.kernel_analysis.chips import CHIPS, resident
 from tools.kernel_analysis.compiling import (
     Binary,
     Compilation,
-    Workload,
+    HostCall,
     compile_all,
     fresh_compilers,
     record,
@@ -42,8 +41,8 @@ Record = dict[str, Any]
 """One binary in the report, as it is stored."""
 
 
-def judge(compilation: Compilation, binary: Binary) -> tuple[list[str], list[str]]:
-    """What makes the report fail, and what is only worth a line."""
+def check(compilation: Compilation, binary: Binary) -> tuple[list[str], list[str]]:
+    """Return what makes the report fail, and what is only worth a line."""
     chip, code = CHIPS[compilation.architecture], binary.code
     failures, spills = [], []
     if binary.shared > chip.shared_per_program:
@@ -62,14 +61,16 @@ def judge(compilation: Compilation, binary: Binary) -> tuple[list[str], list[str
         spills.append(f"{code.stack} bytes of stack")
     if binary.multiplies and not code.mnemonics("tensor"):
         spills.append("a matrix product without tensor cores")
-    binding = compilation.architecture in REQUIRED and any(w.binding for w in compilation.workloads)
+    binding = compilation.architecture in REQUIRED and any(
+        call.binding for call in compilation.calls
+    )
     return (failures + spills, []) if binding else (failures, spills)
 
 
 def _preferred(compilation: Compilation) -> bool:
     """Whether the chip itself preferred a configuration that spills."""
-    first = compilation.workloads[0]
-    itemsize = workloads.DTYPES[first.dtype].itemsize
+    first = compilation.calls[0]
+    itemsize = cases.DTYPES[first.dtype].itemsize
     widest = SPILLING.get((compilation.launch.name, compilation.architecture, itemsize), 0)
     return first.width <= widest
 
@@ -85,14 +86,14 @@ def _resident(compilation: Compilation, binary: Binary) -> int:
 
 
 def row(compilation: Compilation, binary: Binary) -> Record:
-    first, code, chosen = compilation.workloads[0], binary.code, compilation.launch.configuration
-    failures, notes = judge(compilation, binary)
+    first, code, chosen = compilation.calls[0], binary.code, compilation.launch.configuration
+    failures, notes = check(compilation, binary)
     total = counts(code.opcodes)
     return {
-        "stage": first.stage,
+        "operator": first.operator,
         "kernel": compilation.launch.name,
         "function": compilation.launch.kernel.__name__,
-        "cases": list(dict.fromkeys(f"{w.rung}: {w.case}" for w in compilation.workloads)),
+        "cases": list(dict.fromkeys(f"{call.order}: {call.case}" for call in compilation.calls)),
         "dtype": first.dtype,
         "width": first.width,
         "architecture": compilation.architecture,
@@ -121,7 +122,18 @@ def row(compilation: Compilation, binary: Binary) -> Record:
     }
 
 
-_COLUMNS = ("stage", "kernel", "case", "dtype", "width", "arch", "tiles", "warps", "stages", "regs")
+_COLUMNS = (
+    "operator",
+    "kernel",
+    "case",
+    "dtype",
+    "width",
+    "arch",
+    "tiles",
+    "warps",
+    "stages",
+    "regs",
+)
 _COLUMNS += ("stack", "spill", "in loops", "shared", "CTAs", "tensor", "loads", "main loop")
 
 
@@ -133,7 +145,14 @@ def cells(r: dict[str, Any]) -> list[str]:
         kinds[name.partition(".")[0].removeprefix("v_")[:10]] += n
     loop = {k: n for k, n in (r["loops"][0] if r["loops"] else {}).items() if k != "depth"}
     return [
-        *(r["stage"], r["kernel"], r["cases"][0] + more, r["dtype"], str(r["width"]), r["target"]),
+        *(
+            r["operator"],
+            r["kernel"],
+            r["cases"][0] + more,
+            r["dtype"],
+            str(r["width"]),
+            r["target"],
+        ),
         " ".join(f"{k}={n}" for k, n in r["tiles"].items()),
         *(str(r[k]) for k in ("warps", "stages", "registers", "stack")),
         f"{r['spill_stores']}/{r['spill_loads']}",
@@ -153,25 +172,25 @@ def aligned(lines: list[list[str]]) -> str:
     )
 
 
-def chosen_workloads(
-    stages: list[str], dtypes: list[str], widths: list[int], quick: bool
-) -> list[Workload]:
-    """Of float16 only head width 64."""
+def chosen_calls(
+    operators: list[str], dtypes: list[str], widths: list[int], quick: bool
+) -> list[HostCall]:
+    """Return the calls of operators in all dtypes and widths; in float16 only head width 64."""
     return [
-        w
-        for stage in stages
+        call
+        for operator in operators
         for dtype in dtypes
         for width in widths
         if dtype != "float16" or width == 64
-        for w in workloads.workloads(stage, dtype, width, quick)
+        for call in cases.host_calls(operator, dtype, width, quick)
     ]
 
 
-def report(asked: dict[str, list[Workload]], jobs: int) -> tuple[list[Record], list[str]]:
-    """Record, compile, read and judge. Returns the rows, sorted, and one line per call that has none.
+def report(asked: dict[str, list[HostCall]], jobs: int) -> tuple[list[Record], list[str]]:
+    """Record, compile, read and check calls. Return the rows, sorted, and one line per call that has none.
 
     Args:
-        asked: workloads by architecture.
+        asked: calls by architecture.
     """
     compilations: list[Compilation] = []
     failures: list[str] = []
@@ -183,7 +202,7 @@ def report(asked: dict[str, list[Workload]], jobs: int) -> tuple[list[Record], l
     with fresh_compilers():
         for done, (i, result) in enumerate(compile_all(compilations, jobs), 1):
             one = compilations[i]
-            label = f"{one.architecture} {one.workloads[0]}: {one.launch.name}"
+            label = f"{one.architecture} {one.calls[0]}: {one.launch.name}"
             if isinstance(result, str):
                 failures.append(f"{label}: {result}")
             else:
@@ -210,18 +229,18 @@ def text(rows: list[Record], failures: list[str], what: str) -> str:
 
 
 def stored() -> dict[str, Any]:
-    """What ``results/compile_report.json`` holds; of no file, nothing."""
+    """Return the stored report; an empty one if there is none."""
     path = RESULTS / "compile_report.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else {"runs": [], "rows": []}
 
 
 def write(rows: list[Record], wrong: list[str], what: str, asked: set[tuple[str, str]]) -> None:
-    """``results/compile_report.json`` (a row per line) and the same as text.
+    """Write ``results/compile_report.json`` (a row per line) and the same as text.
 
-    Rows of other stages and architectures than those ``asked`` for stay as they are stored.
+    Rows of other operators and architectures than those ``asked`` for stay as they are stored.
     """
     before = stored()
-    kept = [r for r in before["rows"] if (r["stage"], r["architecture"]) not in asked]
+    kept = [r for r in before["rows"] if (r["operator"], r["architecture"]) not in asked]
     everything = sorted([*kept, *rows], key=_order)
     failures = failures_of(everything) + wrong
     runs = [*before["runs"], what] if kept else [what]
@@ -235,14 +254,14 @@ def write(rows: list[Record], wrong: list[str], what: str, asked: set[tuple[str,
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    keys = ("stage", "kernel", "architecture", "dtype", "width")
+    keys = ("operator", "kernel", "architecture", "dtype", "width")
     return [record[k] for k in keys], record["cases"]
 
 
 def failures_of(rows: list[Record]) -> list[str]:
-    """One line per failed verdict."""
+    """Return one line per failed check."""
     return [
-        f"{r['architecture']} {r['stage']} {r['cases'][0]} {r['dtype']} width {r['width']}:"
+        f"{r['architecture']} {r['operator']} {r['cases'][0]} {r['dtype']} width {r['width']}:"
         f" {r['kernel']}: {why}"
         for r in rows
         for why in r["failures"]
@@ -255,12 +274,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--architectures", nargs="+", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument(
-        "--stages", nargs="+", choices=workloads.STAGES, default=list(workloads.STAGES)
+        "--operators", nargs="+", choices=cases.OPERATORS, default=list(cases.OPERATORS)
     )
     parser.add_argument(
-        "--dtypes", nargs="+", choices=list(workloads.DTYPES), default=list(workloads.DTYPES)
+        "--dtypes", nargs="+", choices=list(cases.DTYPES), default=list(cases.DTYPES)
     )
-    parser.add_argument("--widths", nargs="+", type=int, default=list(workloads.WIDTHS))
+    parser.add_argument("--widths", nargs="+", type=int, default=list(cases.WIDTHS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument(
         "--quick",
@@ -285,20 +304,20 @@ def main(given: list[str] | None = None) -> int:
             widths = [w for w in widths if w in (64, 80)]
             dtypes = [d for d in dtypes if d != "float16"]
         quick = options.quick or architecture not in REQUIRED
-        asked[architecture] = chosen_workloads(options.stages, dtypes, widths, quick)
+        asked[architecture] = chosen_calls(options.operators, dtypes, widths, quick)
     start = time.time()
     rows, wrong = report(asked, options.jobs)
     failures = failures_of(rows) + wrong
     calls = sum(map(len, asked.values()))
     what = (
         f"{calls} host calls, {len(rows)} binaries; Triton {triton.__version__}, "
-        f"torch {torch.__version__}; {' '.join(options.architectures)}; {' '.join(options.stages)}"
+        f"torch {torch.__version__}; {' '.join(options.architectures)}; {' '.join(options.operators)}"
         f"{'; quick' if options.quick else ''}"
     )
     print(text(rows, failures, what))
     print(f"{time.time() - start:.0f} s", file=sys.stderr)
     if not options.no_write:
-        pairs = {(stage, a) for stage in options.stages for a in options.architectures}
+        pairs = {(name, a) for name in options.operators for a in options.architectures}
         write(rows, wrong, what, pairs)
     return 1 if failures else 0
 

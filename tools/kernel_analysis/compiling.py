@@ -1,4 +1,4 @@
-"""What the host functions launch, compiled ahead of time for chips that are not here.
+"""Compile what host functions launch, ahead of time and for chips that are not here.
 
 Host functions run on meta tensors under ``device.pretend`` while ``launch.recording`` collects their
 launches, so what is compiled is what is launched: same kernel, same specialisation of arguments, same
@@ -30,35 +30,35 @@ from tools.kernel_analysis.operators import folder, with_flat_arguments
 
 
 @dataclass(frozen=True)
-class Workload:
+class HostCall:
     """One call of a host function. ``call`` gets the function and calls it on meta tensors."""
 
-    stage: str
-    rung: str  # forward, backward, double_backward
+    operator: str
+    order: str  # forward, backward, double_backward
     case: str  # "plain [8, 12, 197, .]"
     dtype: str
     width: int  # what the launch table is keyed by: head width, or features
     call: Callable[[Callable[..., Any]], object]
-    binding: bool = True  # whether the verdicts on registers and tensor cores apply
+    binding: bool = True  # whether the limits on registers and tensor cores apply
 
     def __str__(self) -> str:
-        return f"{self.stage}_{self.rung} {self.case} {self.dtype} width {self.width}"
+        return f"{self.operator}_{self.order} {self.case} {self.dtype} width {self.width}"
 
 
 @dataclass
 class Compilation:
-    """One binary, and every workload that needs it."""
+    """One binary to compile, and every call that needs it."""
 
     architecture: str
     launch: launch.Launch
     source: ASTSource
     options: dict[str, Any]
-    workloads: list[Workload] = field(default_factory=list)
+    calls: list[HostCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Binary:
-    """What became of a compilation."""
+    """The result of a compilation."""
 
     code: Code
     target: str  # the name the assembler was given: sm_90a
@@ -68,46 +68,46 @@ class Binary:
     multiplies: bool  # the source has a matrix product
 
 
-def host_function(stage: str, rung: str) -> Callable[..., Any]:
-    """``<stage>_<rung>`` of the Triton backend, called with flat arguments.
+def host_function(operator: str, order: str) -> Callable[..., Any]:
+    """Return ``<operator>_<order>`` of the Triton backend, called with flat arguments.
 
     Raises:
         ModuleNotFoundError, AttributeError: there is none.
     """
-    module = importlib.import_module(f"diversevit_kernels.triton.{folder(stage)}")
-    return with_flat_arguments(getattr(module, f"{stage}_{rung}"))
+    module = importlib.import_module(f"diversevit_kernels.triton.{folder(operator)}")
+    return with_flat_arguments(getattr(module, f"{operator}_{order}"))
 
 
-def record(architecture: str, workloads: list[Workload]) -> tuple[list[Compilation], list[str]]:
-    """Distinct compilations that the workloads need on ``architecture``, and a line per thing that went wrong."""
+def record(architecture: str, calls: list[HostCall]) -> tuple[list[Compilation], list[str]]:
+    """Return the distinct compilations that calls need on ``architecture``, and a line per thing that went wrong."""
     found: dict[str, Compilation] = {}
-    wrong: dict[str, list[Workload]] = {}
-    for workload in workloads:
+    wrong: dict[str, list[HostCall]] = {}
+    for call in calls:
         try:
             with device.pretend(architecture), launch.recording(run=False) as launches:
-                workload.call(host_function(workload.stage, workload.rung))
+                call.call(host_function(call.operator, call.order))
             prepared = [_prepare(architecture, one) for one in launches]
         except (ModuleNotFoundError, AttributeError) as error:
-            wrong.setdefault(f"missing: {error}", []).append(workload)
+            wrong.setdefault(f"missing: {error}", []).append(call)
             continue
         except Exception as error:
-            wrong.setdefault(_brief(error), []).append(workload)
+            wrong.setdefault(_brief(error), []).append(call)
             continue
         if not launches:
-            wrong.setdefault("launches nothing", []).append(workload)
+            wrong.setdefault("launches nothing", []).append(call)
         for key, compilation in prepared:
-            found.setdefault(key, compilation).workloads.append(workload)
+            found.setdefault(key, compilation).calls.append(call)
     lines = [f"{architecture} {_several(some)}: {reason}" for reason, some in wrong.items()]
     return list(found.values()), lines
 
 
-def _several(workloads: list[Workload]) -> str:
-    more = len(workloads) - 1
-    return f"{workloads[0]}{f' and {more} more calls' if more else ''}"
+def _several(calls: list[HostCall]) -> str:
+    more = len(calls) - 1
+    return f"{calls[0]}{f' and {more} more calls' if more else ''}"
 
 
 def _brief(error: BaseException) -> str:
-    """Type, first and last line: a compiler's first says where, its last why."""
+    """Return an error's type, first and last line: a compiler's first says where, its last why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     return f"{type(error).__name__}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}"
 
@@ -118,7 +118,7 @@ def target_of(architecture: str) -> GPUTarget:
 
 
 def _prepare(architecture: str, one: launch.Launch) -> tuple[str, Compilation]:
-    """A launch as Triton's just-in-time path sees it, and what tells its binary from others."""
+    """Return a key that tells a launch's binary from others, and the compilation that Triton would do for it."""
     backend = make_backend(target_of(architecture))
     keywords = one.keywords | {"debug": False}
     kernel = one.kernel
@@ -134,7 +134,7 @@ def _prepare(architecture: str, one: launch.Launch) -> tuple[str, Compilation]:
 
 @contextlib.contextmanager
 def fresh_compilers() -> Iterator[None]:
-    """Inside the block nothing is read from Triton's cache, and what it writes is thrown away.
+    """Compile everything anew inside the block, and leave nothing behind in Triton's cache.
 
     What it writes is kept where the user set ``TRITON_CACHE_DIR``.
     """
@@ -150,7 +150,7 @@ def fresh_compilers() -> Iterator[None]:
 
 
 def compile_one(compilation: Compilation) -> Binary:
-    """Compile and read. To be called inside ``fresh_compilers``."""
+    """Compile, and read the machine code. To be called inside ``fresh_compilers``."""
     target = target_of(compilation.architecture)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
@@ -173,7 +173,7 @@ def compile_one(compilation: Compilation) -> Binary:
 
 
 def compile_all(compilations: list[Compilation], jobs: int) -> Iterator[tuple[int, Binary | str]]:
-    """Results as they come, by index: a binary, or why there is none. To be called inside ``fresh_compilers``.
+    """Yield results as they come, by index: a binary, or why there is none. To be called inside ``fresh_compilers``.
 
     ``jobs`` processes share the work; one that dies (a compiler may crash) costs only what it worked on.
     """

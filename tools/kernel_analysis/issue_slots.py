@@ -1,4 +1,4 @@
-"""How many cycles the inner loop of each compiled kernel must take, by execution pipe.
+"""Count how many cycles the inner loop of each compiled kernel must take, by execution pipe.
 
 Not a measurement: instructions of one pass of an innermost loop (of the whole kernel, where it has none;
 ``machine_code`` reads them) over what a multiprocessor starts per cycle. The largest pipe is a lower bound
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from diversevit_kernels.triton.runtime import device, launch
-from tools.kernel_analysis.compiling import Workload, compile_one, fresh_compilers, record
+from tools.kernel_analysis.compiling import HostCall, compile_one, fresh_compilers, record
 from tools.kernel_analysis.machine_code import Loop, counts
-from tools.kernel_analysis.operators import RUNGS, STAGES, WIDTH, climb, missing
+from tools.kernel_analysis.operators import OPERATORS, WIDTH, missing, run_orders
 
 
 @dataclass(frozen=True)
 class Pipes:
-    """What one multiprocessor does per cycle. Sources: the whitepapers of A100, H100 and Blackwell."""
+    """Throughput of one multiprocessor, per cycle. Sources: the whitepapers of A100, H100 and Blackwell."""
 
     tensor: int  # dense bfloat16 floating-point operations
     fma: int  # float32 lanes
@@ -40,7 +40,7 @@ _MEMORY = ("lds", "ldsm", "sts", "ldg", "stg")
 
 
 def tensor_flops(opcode: str) -> int | None:
-    """Floating-point operations of one warp's tensor instruction; None if its name does not say."""
+    """Return the floating-point operations of one warp's tensor instruction; None if its name does not say."""
     if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode):
         m, n, k = map(int, found.groups())
         return 2 * m * n * k // 4  # a group of four warps issues it together
@@ -51,7 +51,7 @@ def tensor_flops(opcode: str) -> int | None:
 
 
 def cycles(loop: Loop, warps: int, pipes: Pipes) -> dict[str, float | None]:
-    """Cycles that one pass of ``loop`` by one program occupies each pipe of a multiprocessor for."""
+    """Return how many cycles one pass of ``loop`` by one program occupies each pipe of a multiprocessor."""
     found = counts(loop.opcodes)
     tensor = {op: n for op, n in loop.opcodes.items() if re.match(r"[A-Z]*MMA(\.|$)", op)}
     flops = [(tensor_flops(op), n) for op, n in tensor.items()]
@@ -67,28 +67,33 @@ def cycles(loop: Loop, warps: int, pipes: Pipes) -> dict[str, float | None]:
     }
 
 
-def workloads(stage: str, tokens: int, architecture: str) -> list[Workload]:
-    """The stage's three rungs on meta tensors, bfloat16."""
-    jobs: list[Workload] = []
+def host_calls(name: str, tokens: int, architecture: str) -> list[HostCall]:
+    """Return the calls of an operator's three orders on meta tensors, bfloat16."""
+    calls: list[HostCall] = []
 
     def around(order: str, run: Any) -> Any:
         case = f"N={tokens}"
-        jobs.append(Workload(stage, RUNGS[order], case, "bfloat16", WIDTH, lambda _: run()))
+        calls.append(HostCall(name, order, case, "bfloat16", WIDTH, lambda _: run()))
         return run()
 
     with device.pretend(architecture), launch.recording(run=False):
-        climb(stage, STAGES[stage].values(tokens, torch.bfloat16, "meta"), around)
-    return jobs
+        run_orders(name, OPERATORS[name].values(tokens, torch.bfloat16, "meta"), around)
+    return calls
 
 
-def measure(stages: Sequence[str], tokens: Sequence[int], architectures: Sequence[str]) -> Any:
-    """Rows of stage, rung, tokens, architecture, kernel and cycles per pass; and what went wrong."""
+def measure(operators: Sequence[str], tokens: Sequence[int], architectures: Sequence[str]) -> Any:
+    """Return rows of operator, order, tokens, architecture, kernel and cycles per pass; and what went wrong."""
     rows: list[dict[str, Any]] = []
     wrong: list[str] = []
     with fresh_compilers():
         for architecture in architectures:
-            jobs = [w for s in stages for n in tokens for w in workloads(s, n, architecture)]
-            compilations, errors = record(architecture, jobs)
+            calls = [
+                call
+                for name in operators
+                for n in tokens
+                for call in host_calls(name, n, architecture)
+            ]
+            compilations, errors = record(architecture, calls)
             wrong += errors
             for compilation in compilations:
                 binary = compile_one(compilation)
@@ -99,12 +104,12 @@ def measure(stages: Sequence[str], tokens: Sequence[int], architectures: Sequenc
                 ]
                 rows += [
                     {
-                        **{"stage": w.stage, "rung": w.rung, "case": w.case},
+                        **{"operator": call.operator, "order": call.order, "case": call.case},
                         **{"architecture": architecture, "kernel": compilation.launch.name},
                         **{"warps": binary.warps, "loops": loops},
                         "straight": not binary.code.innermost,
                     }
-                    for w in compilation.workloads
+                    for call in compilation.calls
                 ]
     return {"rows": rows, "wrong": wrong}
 
@@ -112,10 +117,10 @@ def measure(stages: Sequence[str], tokens: Sequence[int], architectures: Sequenc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[197, 577])
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--operators", nargs="+", choices=list(OPERATORS), default=list(OPERATORS))
     parser.add_argument("--architectures", nargs="+", choices=list(PIPES), default=list(PIPES))
     options = parser.parse_args()
-    present = [stage for stage in options.stages if missing(stage) is None]
+    present = [name for name in options.operators if missing(name) is None]
     json.dump(measure(present, options.tokens, options.architectures), sys.stdout, indent=1)
 
 

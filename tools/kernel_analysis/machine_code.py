@@ -1,9 +1,9 @@
-"""Reading machine code: resources, instructions and loops of one kernel, without a GPU.
+"""Read machine code: resources, instructions and loops of one kernel, without a GPU.
 
-NVIDIA: ``cuobjdump`` and ``nvdisasm``, which Triton ships. AMD: the assembly text Triton keeps. A loop is a
-strongly connected part of the control flow graph, its inner loops are what stays connected
-without its first instruction (so loops that share their first instruction count as one). A range of
-addresses would not do: ptxas moves spin waits behind the epilogue and jumps back from there.
+NVIDIA's is read by ``cuobjdump`` and ``nvdisasm``, which Triton ships; AMD's is the assembly text that Triton keeps.
+A loop is a strongly connected part of the control flow graph. Its inner loops are what stays connected without its
+first instruction, so loops that share their first instruction count as one. A loop is not a range of addresses:
+ptxas moves spin waits behind the epilogue, and jumps back from there.
 """
 
 import re
@@ -33,13 +33,13 @@ CATEGORIES = {
     "ldl": r"LDL(\.|$)|scratch_load",
     "stl": r"STL(\.|$)|scratch_store",
 }
-"""Instructions that are counted, by the beginning of their names (SASS, then AMD)."""
+"""Category -> pattern of the beginning of instructions' names (SASS, then AMD)."""
 _COUNTED = {name: re.compile(pattern) for name, pattern in CATEGORIES.items()}
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The instructions one pass of a loop may execute, those of its inner loops among them."""
+    """The instructions that one pass of a loop may execute, including those of its inner loops."""
 
     depth: int  # 0: in no other loop
     innermost: bool  # has no inner loop but waits
@@ -53,7 +53,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Code:
-    """One kernel as the chip runs it."""
+    """The machine code of one kernel."""
 
     registers: int  # per thread
     stack: int  # bytes per thread
@@ -64,13 +64,13 @@ class Code:
 
     @property
     def local_in_loops(self) -> int:
-        """Local-memory instructions (spills, mostly) inside any loop."""
+        """Number of local-memory instructions (spills, mostly) inside any loop."""
         outer = [counts(loop.opcodes) for loop in self.loops if loop.depth == 0]
         return sum(c["ldl"] + c["stl"] for c in outer)
 
     @property
     def local_in_innermost(self) -> int:
-        """Those of them where it costs most."""
+        """Number of local-memory instructions inside innermost loops, where they cost most."""
         inner = [counts(loop.opcodes) for loop in self.innermost]
         return sum(c["ldl"] + c["stl"] for c in inner)
 
@@ -81,11 +81,11 @@ class Code:
         return sorted(some, key=lambda loop: -loop.opcodes.total())
 
     def mnemonics(self, category: str) -> Counter[str]:
-        """How often each instruction of a category occurs, by full name."""
+        """Count each instruction of a category, by full name."""
         return Counter({op: n for op, n in self.opcodes.items() if _COUNTED[category].match(op)})
 
     def loads(self) -> Counter[str]:
-        """Global loads by kind and width in bits: ``LDG.128``, ``LDGSTS.64``, ``load.32``."""
+        """Count global loads by kind and width in bits: ``LDG.128``, ``LDGSTS.64``, ``load.32``."""
         widths: Counter[str] = Counter()
         for op, n in self.mnemonics("ldg").items():
             widths[_width(op)] += n
@@ -93,7 +93,7 @@ class Code:
 
 
 def counts(opcodes: Counter[str]) -> dict[str, int]:
-    """Instructions per category of ``CATEGORIES``, of a loop or of a kernel."""
+    """Count the instructions of a loop or a kernel in each of ``CATEGORIES``."""
     total = dict.fromkeys(CATEGORIES, 0)
     for op, n in opcodes.items():
         for name, pattern in _COUNTED.items():
@@ -103,7 +103,7 @@ def counts(opcodes: Counter[str]) -> dict[str, int]:
 
 
 def innermost_loops(code: Code) -> list[dict[str, int]]:
-    """Per innermost loop the instructions per category, ``all`` of them, and the loop's depth."""
+    """Return for each innermost loop its depth, the number of instructions (``all``), and that of each category."""
     return [
         {"depth": loop.depth, "all": loop.opcodes.total(), **counts(loop.opcodes)}
         for loop in code.innermost
@@ -131,7 +131,7 @@ class _Instruction:
 
 
 class Program:
-    """Instructions and labels in order, as a graph."""
+    """A kernel's instructions and labels in order, with their control flow graph."""
 
     def __init__(self) -> None:
         self.code: list[_Instruction] = []
@@ -170,7 +170,7 @@ class Program:
 
 
 def _components(graph: nx.DiGraph, within: set[int], depth: int) -> Iterator[tuple[set[int], int]]:
-    """Loops inside ``within`` and their depths; one instruction that jumps to itself is padding."""
+    """Yield the loops inside ``within`` and their depths. An instruction that jumps to itself is padding."""
     for nodes in nx.strongly_connected_components(graph.subgraph(within)):
         if len(nodes) > 1:
             yield nodes, depth
@@ -184,7 +184,7 @@ _SYMBOL = re.compile(r"`\(([^)]+)\)")
 
 
 def sass_program(text: str, name: str) -> Program:
-    """Kernel ``name`` of what ``nvdisasm -c`` printed."""
+    """Parse kernel ``name`` from what ``nvdisasm -c`` printed."""
     program, inside = Program(), False
     for line in text.splitlines():
         if section := re.match(r"//-+ \.(\S+)", line):
@@ -217,7 +217,7 @@ def _tool(tool: Any, *arguments: str) -> str:
 
 
 def read_cubin(cubin: bytes, name: str, ptxas_log: str = "") -> Code:
-    """A kernel compiled for NVIDIA. Spilled bytes are in ptxas' log only (``-v``)."""
+    """Read a kernel compiled for NVIDIA. Spilled bytes are in ptxas' log only (``-v``)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
@@ -237,7 +237,7 @@ _AMD_LABEL = re.compile(r"([.$\w]+):")
 
 
 def read_amdgcn(text: str, name: str) -> Code:
-    """A kernel compiled for AMD, from its assembly."""
+    """Read a kernel compiled for AMD, from its assembly."""
     program, inside = Program(), False
     for line in text.splitlines():
         if label := _AMD_LABEL.match(line):

@@ -1,16 +1,17 @@
-"""The checked cost model: what every kernel moves and computes, counted, against what it must.
+"""Count what every kernel moves and computes, and compare it with what the operator needs at least.
 
-``python -m tools.kernel_analysis.roofline`` runs the three rungs of every stage in Triton's interpreter (it sets
-``TRITON_INTERPRET=1`` itself) with the launch configurations of each chip, bfloat16, one sample (attention: one head),
-counts lane by lane (``tools.interpreter.traffic``), and stores ``benchmarks/results/roofline.json``.
+``python -m tools.kernel_analysis.roofline`` runs forward, backward and double backward of every operator in Triton's
+interpreter (it sets ``TRITON_INTERPRET=1`` itself) with the launch configurations of each chip, bfloat16, one sample
+(attention: one head), counts lane by lane (``tools.interpreter.traffic``), and stores
+``tools/kernel_analysis/results/roofline.json``.
 
-* compulsory: each tensor that the rung reads, once, and each result, once.
+* compulsory: each tensor that is read, once, and each result, once.
 * unique: distinct bytes read plus distinct bytes written; of an order: over all its launches together.
 * requested: bytes of all unmasked lanes, before any cache; operators of PyTorch count in both.
 * eager: what PyTorch's operators move for the same three orders of the plain formula (``tensor_traffic``).
 * predictions: sum over launches of max(FLOPs / peak, unique / bandwidth). Nothing here is timed.
 
-It exits with 1, one line each, where a judged threshold is missed or a stage has no kernels.
+It exits with 1, one line each, where attention misses a threshold or an operator has no kernels.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-ORDERS = ("d0", "d1", "d2")
+from tools.kernel_analysis import RESULTS
+
+ORDERS = ("forward", "backward", "double_backward")
 
 
 class Peak(NamedTuple):
@@ -41,14 +44,15 @@ PEAKS = {
 BATCH, HEADS = 64, 12
 """Predicted times are for so many samples, and heads where the count is per head."""
 
-JUDGED_TOKENS = 197
+CHECKED_TOKENS = 197
 UNIQUE_LIMIT, REQUESTED_LIMIT, EAGER_FACTOR = 1.3, 4.0, 6.0
-"""Of attention: d2's unique and requested over compulsory at 197 tokens; eager's bytes over ours, from there on."""
+"""Thresholds of attention: its double backward's unique and requested bytes over compulsory ones at 197 tokens, and
+eager's bytes over ours from there on."""
 
 
 @dataclass
 class Order:
-    """One rung of one stage, counted."""
+    """One order of one operator, counted."""
 
     kernels: list[dict[str, Any]]
     unique: int
@@ -59,17 +63,17 @@ class Order:
     useful_flops: int
 
 
-def count(stage: str, tokens: int, architecture: str) -> dict[str, Order]:
-    """Run the stage's rungs under the interpreter with ``architecture``'s launch configurations."""
+def count(name: str, tokens: int, architecture: str) -> dict[str, Order]:
+    """Run an operator's orders in the interpreter with ``architecture``'s launch configurations."""
     import torch
 
     from diversevit_kernels.triton.runtime import device, launch
     from tools.interpreter.traffic import counting, unique_bytes
-    from tools.kernel_analysis.operators import STAGES, climb
+    from tools.kernel_analysis.operators import OPERATORS, run_orders
     from tools.kernel_analysis.tensor_traffic import TensorTraffic, bytes_of
 
     orders: dict[str, Order] = {}
-    values = STAGES[stage].values(tokens, torch.bfloat16)
+    values = OPERATORS[name].values(tokens, torch.bfloat16)
 
     def around(order: str, run: Callable[[], Any]) -> Any:
         given = _distinct(values.values())
@@ -91,7 +95,7 @@ def count(stage: str, tokens: int, architecture: str) -> dict[str, Order]:
         return returned
 
     with device.pretend(architecture):
-        climb(stage, values, around)
+        run_orders(name, values, around)
     return orders
 
 
@@ -121,80 +125,83 @@ def _row(name: str, launched: Any) -> dict[str, Any]:
     return {"name": name, **{f: getattr(launched, f) for f in fields}, "unique": launched.unique}
 
 
-def count_eager(stage: str, tokens: int) -> dict[str, int]:
-    """Bytes that PyTorch's operators move for each order of the eager formula, bfloat16."""
+def count_eager(name: str, tokens: int) -> dict[str, int]:
+    """Return the bytes that PyTorch's operators move for each order of the eager formula, bfloat16."""
     import torch
 
-    from tools.kernel_analysis.operators import climb_eagerly
+    from tools.kernel_analysis.operators import run_orders_eagerly
     from tools.kernel_analysis.tensor_traffic import TensorTraffic
 
     ends: dict[str, int] = {}
     with TensorTraffic() as traffic:
-        climb_eagerly(stage, tokens, torch.bfloat16, lambda o: ends.update({o: traffic.total}))
-    before = dict(zip(ORDERS, (0, ends["d0"], ends["d1"]), strict=True))
+        run_orders_eagerly(name, tokens, torch.bfloat16, lambda o: ends.update({o: traffic.total}))
+    before = dict(zip(ORDERS, (0, *ends.values()), strict=False))
     return {order: ends[order] - before[order] for order in ORDERS}
 
 
 def bound(kernels: Sequence[dict[str, Any]], peak: Peak, scale: int = 1) -> float:
-    """Seconds that the launches take at least: each max(FLOPs / peak, unique bytes / bandwidth)."""
+    """Return the seconds that launches take at least: each max(FLOPs / peak, unique bytes / bandwidth)."""
     return scale * sum(
         max(k["dot_flops"] / peak.flops, k["unique"] / peak.bandwidth) for k in kernels
     )
 
 
 def verdicts(results: Sequence[dict[str, Any]]) -> list[str]:
-    """One line for each judged threshold that attention misses, or that nothing was counted for."""
+    """Return one line for each threshold that attention misses, or that nothing was counted for."""
     wrong = []
-    rows = [row for row in results if row["stage"] == "attention"]
-    if not any(row["tokens"] == JUDGED_TOKENS for row in rows):
-        wrong.append(f"attention at {JUDGED_TOKENS} tokens was not counted: nothing to judge")
+    rows = [row for row in results if row["operator"] == "attention"]
+    if not any(row["tokens"] == CHECKED_TOKENS for row in rows):
+        wrong.append(f"attention at {CHECKED_TOKENS} tokens was not counted: nothing to check")
     for row in rows:
         where = f"attention N={row['tokens']} {row['chips'][0]}"
-        d2 = row["orders"]["d2"]
-        ratios = {name: d2[name] / d2["compulsory"] for name in ("unique", "requested")}
-        judged = row["tokens"] == JUDGED_TOKENS
-        if judged and ratios["unique"] > UNIQUE_LIMIT:
-            wrong.append(f"{where}: d2 unique {ratios['unique']:.2f}x > {UNIQUE_LIMIT}x compulsory")
-        if judged and ratios["requested"] > REQUESTED_LIMIT:
+        last = row["orders"]["double_backward"]
+        ratios = {name: last[name] / last["compulsory"] for name in ("unique", "requested")}
+        checked = row["tokens"] == CHECKED_TOKENS
+        if checked and ratios["unique"] > UNIQUE_LIMIT:
             wrong.append(
-                f"{where}: d2 requested {ratios['requested']:.2f}x > {REQUESTED_LIMIT}x compulsory"
+                f"{where}: double backward's unique {ratios['unique']:.2f}x > {UNIQUE_LIMIT}x compulsory"
+            )
+        if checked and ratios["requested"] > REQUESTED_LIMIT:
+            wrong.append(
+                f"{where}: double backward's requested {ratios['requested']:.2f}x > {REQUESTED_LIMIT}x"
+                " compulsory"
             )
         ours = sum(row["orders"][order]["unique"] for order in ORDERS)
         factor = sum(row["eager"].values()) / ours
-        if factor < EAGER_FACTOR and row["tokens"] >= JUDGED_TOKENS:
-            wrong.append(f"{where}: eager moves {factor:.2f}x ours < {EAGER_FACTOR}x, d0+d1+d2")
+        if factor < EAGER_FACTOR and row["tokens"] >= CHECKED_TOKENS:
+            wrong.append(f"{where}: eager moves {factor:.2f}x ours < {EAGER_FACTOR}x, all orders")
     return wrong
 
 
-def configured(stage: str, tokens: int, architecture: str) -> tuple[Any, ...]:
-    """What ``architecture`` launches, and with which tiles: chips that agree are counted once."""
+def configured(name: str, tokens: int, architecture: str) -> tuple[Any, ...]:
+    """Return what ``architecture`` launches, and with which tiles: chips that agree are counted once."""
     import torch
 
     from diversevit_kernels.triton.runtime import device, launch
-    from tools.kernel_analysis.operators import STAGES, climb
+    from tools.kernel_analysis.operators import OPERATORS, run_orders
 
-    values = STAGES[stage].values(tokens, torch.bfloat16, "meta")
+    values = OPERATORS[name].values(tokens, torch.bfloat16, "meta")
     with device.pretend(architecture), launch.recording(run=False) as launches:
-        climb(stage, values, lambda _, run: run())
+        run_orders(name, values, lambda _, run: run())
     return tuple((one.name, one.grid, one.configuration.tiles) for one in launches)
 
 
 def measure(
-    stages: Sequence[str], tokens: Sequence[int], chips: Sequence[str]
+    operators: Sequence[str], tokens: Sequence[int], chips: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A result per stage, token count (at most the stage's ``most_tokens``) and distinct launch configurations."""
-    from tools.kernel_analysis.operators import STAGES
+    """Return a result per operator, token count (at most ``most_tokens``) and distinct launch configurations."""
+    from tools.kernel_analysis.operators import OPERATORS
 
     results = []
-    for stage in stages:
-        scale = BATCH * (HEADS if stage == "attention" else 1)
-        most = STAGES[stage].most_tokens
+    for name in operators:
+        scale = BATCH * (HEADS if name == "attention" else 1)
+        most = OPERATORS[name].most_tokens
         for n in dict.fromkeys(n if most is None else min(n, most) for n in tokens):
             alike: dict[tuple[Any, ...], list[str]] = {}
             for chip in chips:
-                alike.setdefault(configured(stage, n, PEAKS[chip].architecture), []).append(chip)
+                alike.setdefault(configured(name, n, PEAKS[chip].architecture), []).append(chip)
             for same in alike.values():
-                orders = count(stage, n, PEAKS[same[0]].architecture)
+                orders = count(name, n, PEAKS[same[0]].architecture)
                 predicted = {
                     chip: {
                         order: round(1e6 * bound(one.kernels, PEAKS[chip], scale), 2)
@@ -204,9 +211,9 @@ def measure(
                 }
                 results.append(
                     {
-                        **{"stage": stage, "tokens": n, "chips": same},
+                        **{"operator": name, "tokens": n, "chips": same},
                         "orders": {order: asdict(one) for order, one in orders.items()},
-                        **{"eager": count_eager(stage, n), "predicted_us": predicted},
+                        **{"eager": count_eager(name, n), "predicted_us": predicted},
                     }
                 )
     return results
@@ -217,10 +224,10 @@ HEADINGS += ("FLOP/B", "eager/uniq")
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The text table: an order per line, its kernels below it, eager and predictions beside it."""
+    """Return the text table: an order per line, its kernels below it, eager and predictions beside it."""
     lines = []
     for row in results:
-        lines += ["", f"{row['stage']} N={row['tokens']}, tiles of {', '.join(row['chips'])}"]
+        lines += ["", f"{row['operator']} N={row['tokens']}, tiles of {', '.join(row['chips'])}"]
         headings = [*HEADINGS, *(f"{chip.split()[0]} us" for chip in row["chips"])]
         lines.append(_line("", headings))
         for order in ORDERS:
@@ -244,7 +251,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 moved = f"{one['torch_operators'] / 1024:.1f}"
                 lines.append(_line("  operators of PyTorch", ["", "", moved, moved]))
         ours = sum(row["orders"][order]["unique"] for order in ORDERS)
-        lines.append(f"d0+d1+d2: eager moves {sum(row['eager'].values()) / ours:.1f}x ours")
+        lines.append(f"all orders: eager moves {sum(row['eager'].values()) / ours:.1f}x ours")
     return "\n".join(lines)
 
 
@@ -262,9 +269,9 @@ def _amounts(x: dict[str, Any]) -> list[str]:
     ]
 
 
-def issue_slots(stages: Sequence[str], tokens: Sequence[int], chips: Sequence[str]) -> Any:
-    """``issue_slots`` in a process of its own, for it compiles what this one interprets."""
-    command = [sys.executable, "-m", "tools.kernel_analysis.issue_slots", "--stages", *stages]
+def issue_slots(operators: Sequence[str], tokens: Sequence[int], chips: Sequence[str]) -> Any:
+    """Run ``issue_slots`` in a process of its own, for it compiles what this one interprets."""
+    command = [sys.executable, "-m", "tools.kernel_analysis.issue_slots", "--operators", *operators]
     command += ["--tokens", *map(str, tokens)]
     command += ["--architectures", *dict.fromkeys(PEAKS[chip].architecture for chip in chips)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -276,7 +283,7 @@ def issue_slots(stages: Sequence[str], tokens: Sequence[int], chips: Sequence[st
 
 
 def issue_table(slots: Any) -> str:
-    """Cycles that one pass of each innermost loop takes at least, and which pipe says so."""
+    """Return a table of the cycles that a pass of each innermost loop takes at least, and the pipe that bounds it."""
     lines = ["", "cycles per pass of each innermost loop, one program alone on a multiprocessor"]
     lines.append(f"{'':66}{'tensor':>9}{'fma':>9}{'mufu':>9}{'lsu':>9}{'issue':>9}  bound by")
     for row in slots["rows"]:
@@ -294,7 +301,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[197, 577])
-    parser.add_argument("--stages", nargs="+", help="default: all")
+    parser.add_argument("--operators", nargs="+", help="default: all")
     parser.add_argument("--chips", nargs="+", choices=list(PEAKS), default=list(PEAKS))
     parser.add_argument("--no-issue-slots", action="store_true", help="compile nothing")
     parser.add_argument("--no-write", action="store_true")
@@ -303,14 +310,13 @@ def main() -> int:
         command = [sys.executable, "-m", "tools.kernel_analysis.roofline", *sys.argv[1:]]
         os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
 
-    from benchmarks.timing import write
-    from tools.kernel_analysis.operators import STAGES, missing
+    from tools.kernel_analysis.operators import OPERATORS, missing
 
-    asked = options.stages or list(STAGES)
-    if unknown := sorted(set(asked) - set(STAGES)):
-        parser.error(f"--stages: {unknown[0]} is none of {', '.join(STAGES)}")
-    wrong = [reason for stage in asked if (reason := missing(stage))]
-    present = [stage for stage in asked if missing(stage) is None]
+    asked = options.operators or list(OPERATORS)
+    if unknown := sorted(set(asked) - set(OPERATORS)):
+        parser.error(f"--operators: {unknown[0]} is none of {', '.join(OPERATORS)}")
+    wrong = [reason for name in asked if (reason := missing(name))]
+    present = [name for name in asked if missing(name) is None]
     results = measure(present, options.tokens, options.chips)
     print(table(results))
     print(
@@ -330,7 +336,10 @@ def main() -> int:
     if "attention" in asked:
         wrong += verdicts(results)
     if not options.no_write:
-        print(write("roofline", result))
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / "roofline.json"
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(path)
     for line in wrong:
         print(f"FAILED {line}")
     return 1 if wrong else 0

@@ -1,4 +1,4 @@
-"""What PyTorch's own operators must move: every tensor in and out of every operator, once."""
+"""Count what PyTorch's own operators must move: every tensor into and out of every operator, once."""
 
 from collections import Counter
 from typing import Any
@@ -12,7 +12,7 @@ WRITE_ONLY = {"zero_", "fill_", "copy_", "normal_", "uniform_"}
 
 
 def bytes_of(x: Tensor) -> int:
-    """Distinct bytes of a tensor: expanded axes count once."""
+    """Return the distinct bytes of a tensor: expanded axes count once."""
     elements = 1
     for n, stride in zip(x.shape, x.stride(), strict=True):
         elements *= n if stride or n == 0 else 1
@@ -22,8 +22,8 @@ def bytes_of(x: Tensor) -> int:
 class TensorTraffic(TorchDispatchMode):
     """Adds up the bytes of the distinct tensors into and out of each ATen operator.
 
-    A lower bound on what unfused execution moves: an operator is granted one pass over each tensor,
-    views and allocations are free. Launches of Triton kernels are not seen.
+    This is a lower bound on what unfused execution moves: an operator passes once over each tensor, views and
+    allocations are free. Launches of Triton kernels are not seen.
 
     Attributes:
         total: bytes so far.
