@@ -24,6 +24,7 @@ from ..attachment.indices import whole_number
 from ..attachment.parallel import unwrap
 from ..errors import UnsupportedError, UsageError
 from ..ops.attention import attention_operator
+from ..ops.attention_qkvpacked import attention_qkvpacked_operator
 from ..version import __version__
 from ..weight_files import StrPath, listing, path_error, read_tensors, write_tensors
 from .pruning import Heads, check_kept, prune_heads
@@ -193,8 +194,14 @@ def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
+def _attention_qkvpacked_flops(qkv: Any, *_: Any, **__: Any) -> int:
+    B, N, _, H, d = qkv
+    return _attention_flops(*[(B, H, N, d)] * 3)
+
+
 _ATTENTION_FLOPS = {  # operators that torch's counter does not know
     overload_of(attention_operator).overloadpacket: _attention_flops,
+    overload_of(attention_qkvpacked_operator).overloadpacket: _attention_qkvpacked_flops,
     cpu_flash_attention: _attention_flops,
 }
 _VERSION, _LAYERS = "diversevit_fast", "pruned_layers"
