@@ -7,20 +7,24 @@ import torch
 from torch import nn
 
 import diversevit_fast as dvf
-from diversevit_fast.attachment import class_token
+from diversevit_fast.attachment import class_token, packed_projection, second_order
 from diversevit_fast.attachment.class_token import register_class_token_model
 from diversevit_fast.models import Block, DiverseViT
-from diversevit_fast.penalty import head_diversity as diversity_module
 from tests.helpers.vits import assert_same, diverse_vit, gradients, images_for, step, timm_vit
 
 
 def query_rows(monkeypatch, model, inputs=None):
     """Rows of each attention call of a regularised forward, at and above the chosen layer."""
     seen = []
-    original = diversity_module.attention
-    spy = lambda q, *a, **k: seen.append(q.shape[-2]) or original(q, *a, **k)  # noqa: E731
+    rows = {"attention": -2, "attention_qkvpacked": 1}
+
+    def spied(name, original):
+        return lambda x, *a, **k: seen.append(x.shape[rows[name]]) or original(x, *a, **k)
+
     with monkeypatch.context() as patch:
-        patch.setattr(diversity_module, "attention", spy)
+        for module in (second_order, packed_projection):
+            for name in rows.keys() & vars(module).keys():
+                patch.setattr(module, name, spied(name, getattr(module, name)))
         step(model, dvf.HeadDiversity(model), images_for(model) if inputs is None else inputs)
     return seen
 
