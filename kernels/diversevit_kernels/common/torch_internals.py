@@ -1,6 +1,6 @@
 """The private parts of PyTorch that the kernels use; nothing else in this package names one.
 
-Tried on PyTorch 2.10.0 and 2.14.1 by ``tests/test_torch_internals.py``.
+Tried on PyTorch 2.10.0 and 2.14.1 by ``tests/test_torch_internals.py`` and ``tests/kernels/cpu/test_inductor.py``.
 """
 
 from typing import Any
