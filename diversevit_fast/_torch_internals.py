@@ -1,8 +1,9 @@
 """The private parts of PyTorch that this library uses; nothing else in it names one.
 
 Each says what it tells and why no public call does. Each was tried on PyTorch 2.10.0 and 2.14.1 by
-``tests/test_torch_internals.py``, those of FSDP2 by ``tests/attachment/test_systems.py``. The first ones run at every call of an operator and are PyTorch's own
-functions, for a Python function around them would cost as much as they do.
+``tests/test_torch_internals.py``, those of FSDP2 by ``tests/attachment/test_systems.py``. The first ones
+run at every call of an operator and are PyTorch's own functions, for a Python function around them would
+cost as much as they do.
 """
 
 import sys
