@@ -199,7 +199,7 @@ def test_nothing_is_loaded_from_where_others_write(tmp_path) -> None:
 def test_warmup_names_what_it_compiled() -> None:
     assert set(dvf.warmup(torch.float32)[torch.float32]) == {
         *("attention", "gelu", "layer_norm", "routed_head_penalty"),
-        *(f"attention_{rung}" for rung in ("forward", "backward", "double_backward")),
+        *(f"attention_{order}" for order in ("forward", "backward", "double_backward")),
     }
 
 

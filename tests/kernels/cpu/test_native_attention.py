@@ -30,9 +30,9 @@ def calls(monkeypatch):
     assert cpp_library.library("attention") is not None
     listed, call = [], attention_native.call
 
-    def counted(rung, *args, **kwargs):
-        listed.append(rung)
-        return call(rung, *args, **kwargs)
+    def counted(direction, *args, **kwargs):
+        listed.append(direction)
+        return call(direction, *args, **kwargs)
 
     monkeypatch.setattr(attention_native, "call", counted)
     return listed
