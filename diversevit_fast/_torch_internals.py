@@ -142,17 +142,25 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether a forward or backward hook is registered on the module; public are only the registrations."""
-    return any(getattr(module, kind) for kind in _HOOKS)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def has_global_hooks() -> bool:
     """Whether one is registered on all modules, as profilers and counters do; public as ``has_hooks``."""
-    return any(getattr(nn.modules.module, f"_global{kind}") for kind in _HOOKS)
+    every = nn.modules.module
+    return bool(
+        every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    )
 
 
 def is_looked_at(x: Tensor) -> bool:
