@@ -36,6 +36,9 @@ from .packed_projection import PackedAttention, may_pack, packed_attention
 from .torch_mha import multi_head_attention
 from .unfused_attention import Unfused, is_watched
 
+_ATTENTION_OVERLOAD = overload_of(attention_operator)
+"""What a compiler sees in place of ``dvf.attention``."""
+
 
 def _refuse_compiled(model: nn.Module, first: AttentionLayer) -> None:
     """Refuse a model with a compiled module that contains a chosen layer or follows one."""
@@ -206,9 +209,7 @@ class Attachment:
             return self._attend(layer, packed, packed.parts, kwargs).transpose(1, 2)
         if func in (F.scaled_dot_product_attention, attention):
             return self._attend(layer, func, *_split_attention_call(args, kwargs))
-        if func is overload_of(
-            attention_operator
-        ):  # a compiler sees the operator, not its function
+        if func is _ATTENTION_OVERLOAD:
             options: dict[str, Any] = {}
             options["attn_mask"], options["is_causal"], options["scale"] = args[3:]
             return (self._attend(layer, attention, args[:3], options),)

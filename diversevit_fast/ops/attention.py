@@ -286,9 +286,8 @@ def _backward_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...
     *kind, mask_was_differentiated = ctx.options
     *dd, ddmask = cotangents
     ddmask = ddmask if mask_was_differentiated else None
-    mask_grad = ctx.needs_input_grad[
-        3
-    ]  # dq may be differentiated in a mask whose gradient is not asked for
+    # dq may be differentiated in a mask whose gradient is not asked for
+    mask_grad = ctx.needs_input_grad[3]
     gq, gk, gv, gdo, gmask = _double_backward(*ctx.saved_tensors, *dd, ddmask, *kind, mask_grad)
     return gq, gk, gv, gmask if mask_grad else None, None, None, gdo, None, None, None
 
