@@ -5,9 +5,9 @@ Dtypes   float16, bfloat16, float32, float64; arithmetic in float32 (float64 for
 Traffic  forward reads x, backward x and dy, double backward x, dy and ddx, each once; each result is written once.
 tanh     of (23) only enters through e = exp(-2 |theta|) <= 1, which cannot overflow: (1 + T) / 2 is 1 / (1 + e) or
          e / (1 + e) by the sign of x, and 1 - T^2 = 4 e / (1 + e)^2 does not cancel.
+Numbers  are written inside the functions: Triton compares globals that a kernel reads at every launch.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import triton
@@ -22,16 +22,6 @@ from ..runtime.sizes import cdiv
 from ..runtime.strided import merged_axes, offsets
 from ..runtime.tensors import allocate, check_operand, reach
 from . import configs
-
-FLAT_BEYOND = tl.constexpr(40.0)
-"""|x| from which y' is 0 or 1 and y'' is 0 in every dtype; clamping there keeps powers of x finite."""
-SQRT_HALF = tl.constexpr(math.sqrt(0.5))
-PEAK = tl.constexpr(1 / math.sqrt(2 * math.pi))
-"""phi(0)."""
-TANH_SCALE = tl.constexpr(math.sqrt(2 / math.pi))
-"""kappa of (23)."""
-TANH_CUBIC = tl.constexpr(0.044715)
-"""c of (23)."""
 
 
 class Elements(NamedTuple):
@@ -48,7 +38,11 @@ def _load(x, at, sizes, inside, ACC: tl.constexpr):
 
 @triton.jit
 def _near(x):
-    """Clamp x to FLAT_BEYOND around 0; unlike a minimum, NaN stays NaN."""
+    """Clamp x to FLAT_BEYOND around 0; unlike a minimum, NaN stays NaN.
+
+    From there on y' is 0 or 1 and y'' is 0 in every dtype, and powers of x are still finite.
+    """
+    FLAT_BEYOND: tl.constexpr = 40.0
     x = tl.where(x > FLAT_BEYOND, FLAT_BEYOND, x)
     return tl.where(x < -FLAT_BEYOND, -FLAT_BEYOND, x)
 
@@ -56,13 +50,15 @@ def _near(x):
 @triton.jit
 def _decay(x):
     """exp(-2 |theta|) of (23)."""
-    theta = TANH_SCALE * (1.0 + TANH_CUBIC * x * x) * tl.abs(x)
+    KAPPA: tl.constexpr = 0.7978845608028654  # sqrt(2 / pi)
+    theta = KAPPA * (1.0 + 0.044715 * x * x) * tl.abs(x)
     return tl.exp(-2.0 * theta)
 
 
 @triton.jit
 def _value(x, TANH: tl.constexpr):
     """GELU of x: (20) or (23)."""
+    SQRT_HALF: tl.constexpr = 0.7071067811865476
     if TANH:
         e = _decay(_near(x))
         return x * (tl.where(x < 0, e, 1.0) / (1.0 + e))
@@ -73,17 +69,20 @@ def _value(x, TANH: tl.constexpr):
 @triton.jit
 def _derivatives(x, TANH: tl.constexpr):
     """The derivatives y' and y'' at x: (21), (22) or (24), (25)."""
+    SQRT_HALF: tl.constexpr = 0.7071067811865476
+    PEAK: tl.constexpr = 0.3989422804014327  # phi(0)
+    KAPPA: tl.constexpr = 0.7978845608028654  # sqrt(2 / pi)
     x = _near(x)
     if TANH:
         e = _decay(x)
         inverse = 1.0 / (1.0 + e)
         half = 2.0 * e * inverse * inverse  # (1 - T^2) / 2
         size = tl.abs(x)
-        cubic = TANH_CUBIC * x * x
-        slope = TANH_SCALE * (1.0 + 3.0 * cubic)
+        cubic = 0.044715 * x * x
+        slope = KAPPA * (1.0 + 3.0 * cubic)
         t = (1.0 - e) * inverse  # |T|
         first = tl.where(x < 0, e, 1.0) * inverse + half * x * slope
-        second = 2.0 * half * (TANH_SCALE * (1.0 + 6.0 * cubic) - size * t * slope * slope)
+        second = 2.0 * half * (KAPPA * (1.0 + 6.0 * cubic) - size * t * slope * slope)
     else:
         density = PEAK * tl.exp(-0.5 * x * x)
         first = 0.5 + 0.5 * tl.math.erf(x * SQRT_HALF) + x * density

@@ -7,13 +7,13 @@ head width 80 is three tiles of 32 and not a padded 128.
 import triton
 import triton.language as tl
 
-from .device import INTERPRETED as _INTERPRETED
+from .device import INTERPRETED
 
-INTERPRETED = tl.constexpr(_INTERPRETED)
+# INTERPRETED is a default, not a global that kernels read: Triton compares those at every launch.
 
 
 @triton.jit
-def as_number(x, ACC: tl.constexpr):
+def as_number(x, ACC: tl.constexpr, INTERPRETED: tl.constexpr = INTERPRETED):
     """A float64 scalar argument in the accumulator's dtype (interpreted, it is a Python number)."""
     if INTERPRETED:
         return tl.full([], x, ACC)
@@ -22,7 +22,7 @@ def as_number(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr = INTERPRETED):
     """acc + a b.
 
     The interpreter's product of bfloat16 tiles is wrong, and one of float32 depends on the tile's shape. So it
