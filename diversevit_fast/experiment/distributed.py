@@ -79,10 +79,6 @@ class OneProcess:
         """Return the sum of ``value`` over the ranks."""
         return values
 
-    def finite(self, loss: Tensor) -> bool:
-        """Return True if ``loss`` is finite on every rank."""
-        return bool(torch.isfinite(loss))
-
     def gathered(self, value: T) -> list[T]:
         """Return every rank's ``value``, on every rank."""
         return [value]
@@ -148,10 +144,6 @@ class Ranks(OneProcess):
         values = values.clone()
         dist.all_reduce(values, group=self.control)
         return values
-
-    def finite(self, loss: Tensor) -> bool:
-        broken = torch.tensor(not torch.isfinite(loss), dtype=torch.int64)
-        return self.total(broken).item() == 0
 
     def gathered(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.count

@@ -8,9 +8,9 @@ among its own samples.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .checkpoint import State, Task, adam
 from .config import Settings
 from .distributed import OneProcess
 from .evaluate import evaluate_splits, likeness
+from .late import read_late, to_device
 from .metrics import EVALUATED, Row
 
 _DECAYS = (0.7, 0.8)  # fractions of the epochs after which the learning rate falls tenfold
@@ -60,6 +61,7 @@ def train(
     state = State.fresh(settings, task, splits["train"], ranks.device)
     save = _open_checkpoint(settings, task, state, checkpoint, ranks, watcher.noted)
     diversity = head_diversity(settings, state.model)
+    regulariser = Regulariser.of(settings, state.trained)
     sample = next(iter(batches(splits["val_id"], _LIKENESS_IMAGES)))[0].to(ranks.device)
     if not state.cosines:
         _, before = ranks.on_first(lambda: likeness(state.model, diversity, sample))
@@ -70,7 +72,7 @@ def train(
         epoch = state.epoch + 1
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(settings.base_lr(task.method), epoch, settings.epochs)
-        rows = [_train_epoch(settings, task, state, splits["train"], watcher, ranks)]
+        rows = [_train_epoch(settings, task, state, regulariser, splits["train"], watcher, ranks)]
         begun = time.perf_counter()
         shares = ranks.gathered(evaluate_splits(state.model, splits, ranks.rank, ranks.count))
         evaluated = [row for split in EVALUATED for share in shares for row in share.get(split, ())]
@@ -113,30 +115,42 @@ def _open_checkpoint(
     return lambda: sharded.save(state, settings, task, folder, ranks)
 
 
-def head_diversity(settings: Settings, model: Any, **amortised: Any) -> HeadDiversity:
-    """Return the penalty that ``settings`` ask for; of every step and sample unless ``amortised``."""
+def head_diversity(settings: Settings, model: Any, **options: Any) -> HeadDiversity:
+    """Return the penalty that ``settings`` ask for; of every step and sample unless ``options`` say less."""
     return HeadDiversity(
         model,
         layers=settings.layers if isinstance(settings.layers, str) else list(settings.layers),
         wrt=settings.wrt,
         granularity=settings.granularity,
-        **amortised,
+        **options,
     )
 
 
-def training_diversity(
-    settings: Settings, model: Any, order: torch.Generator, step: int, rank: int = 0
-) -> HeadDiversity:
-    """Return the regulariser for an epoch whose batches ``order`` shuffles, after ``step`` steps.
+class Regulariser(NamedTuple):
+    """The penalty of a whole training, and the generator that draws its samples.
 
-    Which samples it draws follows from ``order``'s seed and ``rank``: a resumed training draws the
-    same, and no rank draws what another does.
+    It does not look at logits: the training looks at its losses.
     """
-    draws = torch.Generator().manual_seed(order.initial_seed() + rank * _RANK_SEEDS)
-    every, fraction = settings.every, float(settings.fraction)
-    diversity = head_diversity(settings, model, every=every, fraction=fraction, generator=draws)
-    diversity.step = step
-    return diversity
+
+    diversity: HeadDiversity
+    draws: torch.Generator
+
+    @classmethod
+    def of(cls, settings: Settings, model: Any) -> "Regulariser":
+        draws = torch.Generator()
+        amortised = {"every": settings.every, "fraction": float(settings.fraction)}
+        options = {"generator": draws, "check_finite": False}
+        return cls(head_diversity(settings, model, **amortised, **options), draws)
+
+    def start_epoch(self, order: torch.Generator, step: int, rank: int) -> HeadDiversity:
+        """Return the penalty for an epoch whose batches ``order`` shuffles, after ``step`` steps.
+
+        Which samples it draws follows from ``order``'s seed and ``rank``: a resumed training draws the
+        same, and no rank draws what another does.
+        """
+        self.draws.manual_seed(order.initial_seed() + rank * _RANK_SEEDS)
+        self.diversity.step = step
+        return self.diversity
 
 
 def learning_rate(base: float, epoch: int, epochs: int) -> float:
@@ -150,61 +164,87 @@ def shuffler(seed: int, epoch: int) -> torch.Generator:
 
 
 def training_loss(
-    model: Any,
-    diversity: HeadDiversity,
-    images: Tensor,
-    labels: Tensor,
-    weight: float,
-    finite: Callable[[Tensor], Any] = torch.isfinite,
+    model: Any, diversity: HeadDiversity, images: Tensor, labels: Tensor, weight: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return logits, cross-entropy and the unweighted penalty, all with graphs.
-
-    No penalty (None) without ``weight``, and none of a loss that is not ``finite``.
-    """
+    """Return logits, cross-entropy and the unweighted penalty (None without ``weight``), all with graphs."""
     if not weight:
         logits = model(images)
         return logits, F.cross_entropy(logits, labels), None
     with diversity:
         logits = model(images)
-    loss = F.cross_entropy(logits, labels)
-    return logits, loss, diversity.penalty(logits) if finite(loss) else None
+    return logits, F.cross_entropy(logits, labels), diversity.penalty(logits)
+
+
+def training_step(
+    state: State,
+    diversity: HeadDiversity,
+    weight: float,
+    ranks: OneProcess,
+    images: Tensor,
+    labels: Tensor,
+    share: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Update the weights by one batch; waits for nothing that the device computes.
+
+    Args:
+        images, labels: on the device.
+        share: how many of the samples count, and of how many of the whole batch.
+
+    Returns:
+        Without graphs, on the device: cross-entropy, unweighted penalty (0 without ``weight``), and
+        which samples were hit ``[B]``.
+    """
+    logits, loss, penalty = training_loss(state.trained, diversity, images, labels, weight)
+    state.optimizer.zero_grad(set_to_none=True)
+    ranks.backward(loss if penalty is None else loss + weight * penalty, *share)
+    state.optimizer.step()
+    loss = loss.detach()
+    penalty = torch.zeros_like(loss) if penalty is None else penalty.detach()
+    return loss, penalty, logits.detach().argmax(1) == labels
 
 
 def _train_epoch(
     settings: Settings,
     task: Task,
     state: State,
+    regulariser: Regulariser,
     dataset: Any,
     watcher: Watcher,
     ranks: OneProcess,
 ) -> Row:
-    """Train one epoch; return the row of its running means."""
+    """Train one epoch; return the row of its running means.
+
+    Raises:
+        UsageError: the loss of a step is not finite. On a GPU one more step has been taken by then.
+    """
     weight = settings.penalty_weight if task.method == "diversevit" else 0.0
     order = shuffler(task.seed, state.epoch + 1)
     done = state.epoch * math.ceil(len(dataset.labels) / settings.batch_size)
-    diversity = training_diversity(settings, state.trained, order, done, ranks.rank)
+    diversity = regulariser.start_epoch(order, done, ranks.rank)
     hits, members = torch.zeros(2, len(dataset.group_names), dtype=torch.float64)
     sums = {"loss": 0.0, "penalty": 0.0}
     steps = 0
     begun = time.perf_counter()
-    for batch in batches(dataset, settings.batch_size, generator=order):
-        (images, labels, groups), kept = ranks.share(*batch)
-        images, target = images.to(ranks.device), labels.to(ranks.device)
-        logits, loss, penalty = training_loss(
-            state.trained, diversity, images, target, weight, ranks.finite
-        )
-        means = ranks.mean([loss.item(), 0.0 if penalty is None else penalty.item()], kept)
+
+    def taken() -> Iterator[tuple[Sequence[Tensor], tuple[Tensor, int, int]]]:
+        for batch in batches(dataset, settings.batch_size, generator=order):
+            (images, labels, groups), kept = ranks.share(*batch)
+            images, labels = to_device(images, ranks.device), to_device(labels, ranks.device)
+            share = kept, len(batch[0])
+            yield (
+                training_step(state, diversity, weight, ranks, images, labels, share),
+                (groups, *share),
+            )
+
+    for (loss, penalty, hit), (groups, kept, count) in read_late(taken()):
+        means = ranks.mean([loss.item(), penalty.item()], kept)
         losses = dict(zip(sums, means, strict=True))
         if not all(map(math.isfinite, means)):
             raise ranks.agreed(_diverged(task, state.epoch, f"in step {steps + 1}"))
-        state.optimizer.zero_grad(set_to_none=True)
-        loss = loss if penalty is None else loss + weight * penalty
-        ranks.backward(loss, kept, len(batch[0]))
-        state.optimizer.step()
         steps += 1
         for name, value in losses.items():
-            sums[name] += value * len(batch[0])
-        hit = (logits.argmax(1).cpu() == labels).double()
+            sums[name] += value * count
+        hit = hit.double()
         hits.index_add_(0, groups[:kept], hit[:kept])
         members.index_add_(0, groups[:kept], torch.ones_like(hit[:kept]))
         watcher.stepped(task, losses["loss"], losses["penalty"] if weight else None)

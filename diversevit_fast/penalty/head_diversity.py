@@ -18,6 +18,7 @@ from ..errors import UnsupportedError, usage_error
 from ..ops.checks import check_choice
 from .batch_checks import check_batches, check_reached
 from .captured import Captured, Recording
+from .finite_logits import FiniteLogits
 from .grad_scale import InnerScale
 from .head_gradients import HeadGradients, head_gradients
 from .layer_penalty import mean_penalty
@@ -79,6 +80,8 @@ class HeadDiversity(Attachment):
         grad_scale: factor on the prediction whose gradient is taken; the penalty does not depend on it.
             None: 1, and where gradients are float16 one that neither overflows nor vanishes (costs a
             synchronisation each step).
+        check_finite: whether logits with NaN or infinity are refused: by ``penalty`` on a CPU; on a GPU, which
+            nothing waits for, by a later step or by ``check``. False for whoever looks at the loss himself.
 
     Attributes:
         cosines: of the last ``penalty`` that was not a zero of ``every``, the detached cosine Gram
@@ -111,6 +114,7 @@ class HeadDiversity(Attachment):
         fraction: float = 1.0,
         generator: torch.Generator | None = None,
         grad_scale: float | None = None,
+        check_finite: bool = True,
     ):
         check_choice("wrt", wrt, ("input", "output"))
         check_choice("granularity", granularity, ("token", "sample"))
@@ -136,6 +140,7 @@ class HeadDiversity(Attachment):
         self.cosines: list[Tensor] = []
         self.samples: Tensor | None = None
         self._scale = InnerScale(grad_scale)
+        self.check_finite = bool(check_finite)
 
     def __enter__(self) -> "HeadDiversity":
         super().__enter__()
@@ -154,13 +159,16 @@ class HeadDiversity(Attachment):
 
         Raises:
             UsageError: logits not computed under this context, of other samples, without a graph, or
-                not finite.
+                not finite; on a GPU, that those of an earlier step were not finite.
             UnsupportedError: a module between a chosen layer and the logits is compiled or runs in
                 reentrant checkpointing; float16 gradients overflow.
         """
         if not self._active:
             check_logits(logits)
             return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        check_logits(logits)
+        if self.check_finite:
+            self._finite.note(logits)
         score = prediction_score(logits, self.target)
         runs, samples = self._recording.take_runs(), None
         if not len(score):
@@ -176,6 +184,17 @@ class HeadDiversity(Attachment):
         )
         self.samples = samples
         return value * self.every
+
+    def check(self) -> None:
+        """Wait for the steps so far, and refuse them if logits of one were not finite: for the end of an epoch.
+
+        On a GPU a step's logits are looked at when it has run, and reported by the next ``with`` block or
+        ``penalty`` at the earliest; of the last step, and of replays of a CUDA graph, only this tells.
+
+        Raises:
+            UsageError: logits of a step since the last report were not finite.
+        """
+        self._finite.wait()
 
     def _checked(self, runs: list[Captured], score: Tensor) -> tuple[list[Captured], Tensor | None]:
         """Check all that can be checked before the gradient, which is expensive.
@@ -205,6 +224,7 @@ class HeadDiversity(Attachment):
         if torch.compiler.is_compiling():
             self._refuse_amortised()
             return True
+        self._finite.look()
         if not torch.is_grad_enabled():
             return True
         self.step += 1
@@ -276,6 +296,7 @@ class HeadDiversity(Attachment):
         super()._reset()
         self._recording = Recording()
         self._class_token = ClassTokenShortcut()
+        self._finite = FiniteLogits()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_scale": copy(self._scale), "_split": copy(self._split)}

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..errors import usage_error
@@ -26,13 +25,9 @@ def prediction_score(logits: Tensor, target: Target) -> Tensor:
             largest softmax probability. A callable gets the logits and returns ``[B]``.
 
     Raises:
-        UsageError: logits of another shape, without a graph, or not finite (not checked inside
-            ``torch.compile`` or a CUDA graph); a bad target.
+        UsageError: logits of another shape, or without a graph; a bad target.
     """
     check_logits(logits)
-    if _may_be_read(logits) and not torch.isfinite(logits).all():
-        hint = "lower the learning rate or the penalty's weight, or scale the loss"
-        raise usage_error("logits", "finite values", "NaN or infinity", hint)
     if not callable(target):
         return (logits if target == "logit" else logits.softmax(-1)).max(-1).values
     score = target(logits)
@@ -42,12 +37,6 @@ def prediction_score(logits: Tensor, target: Target) -> Tensor:
             "target", f"a callable returning [{len(logits)}]", got, "one score a sample"
         )
     return score
-
-
-def _may_be_read(x: Tensor) -> bool:
-    """True if Python may branch on values of ``x``: not while Dynamo or a CUDA graph records."""
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not torch.compiler.is_compiling() and not capturing
 
 
 def check_logits(logits: Tensor) -> None:
