@@ -64,10 +64,10 @@ def attention_mask_gradient_kernel(
         do = load_v(args.do, b, h, rows, args.Nq, const)
         k = load_qk(args.k, b, key_head, cols, args.Nk, const)
         v = load_v(args.v, b, key_head, cols, args.Nk, const)
-        top, share = load_softmax(args, b, h, rows)
+        top, share = load_softmax(args, b, h, rows, scale, const)
         top, share = top[:, None], share[:, None]
         delta = load_statistic(stats.delta, args, b, h, rows)[:, None]
-        p = probabilities(q, k, top, share, args, b, h, i, j, scale, const)
+        p = probabilities(q, k, top, share, args, b, h, i, j, scale, const, True)
         ds = p * (value_product(do, v, const) - delta)
         if stats.t is None:
             total += ds
