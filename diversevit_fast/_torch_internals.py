@@ -35,6 +35,12 @@ profiler_enabled = torch.autograd._profiler_enabled
 tracing_state = torch._C._get_tracing_state
 """What ``torch.jit.trace`` writes into, or None; ``torch.jit.is_tracing`` asks through two more functions."""
 
+dispatch_key_set = torch._C._dispatch_keys
+"""A tensor's dispatch keys; ``raw_repr()`` has a bit for each: subclasses, vmapped, negated ... tensors have their own.
+
+Public are only properties (``is_neg``, ``is_conj``), not all, and none of functorch's wrappers.
+"""
+
 below_autograd = torch._C._AutoDispatchBelowAutograd
 """A context: operators skip autograd altogether, as PyTorch lets them inside a custom operator's function.
 Under ``no_grad`` they still pass through it."""
@@ -75,14 +81,6 @@ def remove_function_mode(mode: Any) -> None:
     above = [_pop_mode() for _ in entered[place:]]
     for other in reversed(above[:-1]):
         _push_mode(other)
-
-
-def dispatch_keys(x: Tensor) -> int:
-    """The tensor's dispatch keys, a bit each: subclasses, vmapped, negated ... tensors have their own.
-
-    Public are only properties (``is_neg``, ``is_conj``), not all, and none of functorch's wrappers.
-    """
-    return torch._C._dispatch_keys(x).raw_repr()
 
 
 def in_forward_mode() -> bool:

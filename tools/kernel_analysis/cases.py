@@ -171,7 +171,7 @@ def _penalty_case(name: str, H: int, granularity: str, x: tuple, ddx: tuple) -> 
     """Yield the three orders of either penalty; by token also with a gradient of the cosines."""
     c, n = _statistics(H, granularity)
     dp = _empty(dtype=torch.float32)
-    dc = c if granularity == "token" else None
+    dc = c.new_empty(()).expand(c.shape) if granularity == "token" else None  # as a sum's
     after = (granularity, "all", 1e-12)
     yield "forward", name, partial(_call, *x, *after)
     yield "backward", name, partial(_call, *x, c, n, dp, None, *after)

@@ -10,7 +10,7 @@ from diversevit_kernels.triton.attention import configs as attention  # noqa: E4
 from diversevit_kernels.triton.gelu import configs as gelu  # noqa: E402
 from diversevit_kernels.triton.head_penalty import configs as head_penalty  # noqa: E402
 from diversevit_kernels.triton.layer_norm import configs as layer_norm  # noqa: E402
-from diversevit_kernels.triton.runtime import autotune, launch, sizes, sums  # noqa: E402
+from diversevit_kernels.triton.runtime import autotune, copies, launch, sizes, sums  # noqa: E402
 from diversevit_kernels.triton.runtime.plan import (  # noqa: E402
     AMPERE,
     ANY_SIZE,
@@ -30,7 +30,7 @@ BFLOAT16 = torch.empty(0, dtype=torch.bfloat16, device="meta")
 FLOAT32 = torch.empty(0, dtype=torch.float32, device="meta")
 TABLES = {
     table.name: table
-    for module in (attention, gelu, layer_norm, head_penalty, sums)
+    for module in (attention, gelu, layer_norm, head_penalty, sums, copies)
     for table in vars(module).values()
     if isinstance(table, LaunchTable)
 }
@@ -73,9 +73,9 @@ def test_rows_name_families_that_exist(name):
 
 
 def test_every_table_is_named_after_what_it_launches():
-    assert len(TABLES) == 28
+    assert len(TABLES) == 30
     assert {name.partition("_")[0] for name in TABLES} == {
-        *("attention", "gelu", "head", "layer", "partial", "routed")
+        *("attention", "dense", "gelu", "head", "layer", "partial", "routed", "total")
     }
 
 

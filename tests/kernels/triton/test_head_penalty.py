@@ -20,6 +20,7 @@ from tools.interpreter.sanitizer import sanitizer
 kernels = pytest.importorskip("diversevit_kernels.triton.head_penalty.plain")
 products = pytest.importorskip("diversevit_kernels.triton.head_penalty.gram")
 cosine = pytest.importorskip("diversevit_kernels.triton.head_penalty.cosine")
+sums = pytest.importorskip("diversevit_kernels.triton.runtime.sums")
 launching = pytest.importorskip("diversevit_kernels.triton.runtime.launch")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -375,6 +376,9 @@ KERNELS = {
     "token": ["statistics", "backward", "double_backward"],
     "sample": ["products", "statistics", "backward", "curvature", "double_backward"],
 }
+KERNELS = {
+    kind: [f"head_penalty_{n}" for n in some] + ["total_sum"] for kind, some in KERNELS.items()
+}
 
 
 @pytest.mark.parametrize(("granularity", "name"), [(g, n) for g in KERNELS for n in KERNELS[g]])
@@ -382,9 +386,21 @@ def test_the_oracle_sees_a_program_dropped(granularity, name, operator, monkeypa
     """Of each kernel the last one: what it should have written is NaN."""
 
     def short(plan, kernel, grid, *args, **constants):
-        fewer = (lambda c: grid(c) - 1) if plan.table.name == f"head_penalty_{name}" else grid
+        fewer = (lambda c: grid(c) - 1) if plan.table.name == name else grid
         launching.run_kernel(plan, kernel, fewer, *args, **constants)
 
-    monkeypatch.setattr(products, "run_kernel", short)
+    for module in (products, sums):
+        monkeypatch.setattr(module, "run_kernel", short)
     with pytest.raises(AssertionError, match="non-finite"):
         check_results(operator, Case(B=2, H=3, N=5, E=9), torch.float32, (granularity, "all"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 100])
+def test_a_total_below_at_and_above_a_tile(n, dtype, device, guarded):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    total = sums.total_of(guarded.place(x.to(device, dtype)))
+    assert total.shape == ()
+    torch.testing.assert_close(
+        total.cpu().double(), x.to(dtype).double().sum(), rtol=0, atol=n * 1e-7
+    )

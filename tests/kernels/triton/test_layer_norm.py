@@ -362,11 +362,11 @@ def test_no_layout_is_copied(kind, device):
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (3, 0), (0,)], ids=str)
 def test_nothing_to_normalize(shape, device):
-    """Right shapes, zeros as parameter gradients, no launch."""
+    """Right shapes, zeros as parameter gradients, no launch but what writes constants."""
     t = operands(Case(shape=shape), torch.float32, device=device)
     with launching.recording(run=True) as launches:
         y, _, dx, dw, db, gx, gw, gdy = results_of(kernels, Case(), t)
-    assert not launches
+    assert {one.name for one in launches if one.grid[0]} <= {"dense_copy"}
     assert y.shape == dx.shape == gx.shape == gdy.shape == shape
     for gradient in (dw, db, gw):
         assert torch.equal(gradient, torch.zeros(shape[-1:], device=device))

@@ -8,7 +8,7 @@ tanh     of (23) only enters through e = exp(-2 |theta|) <= 1, which cannot over
 Numbers  are written inside the functions: Triton compares globals that a kernel reads at every launch.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -19,21 +19,9 @@ from ..runtime.device import accumulator
 from ..runtime.launch import run_kernel
 from ..runtime.plan import LaunchTable, target_of
 from ..runtime.sizes import cdiv
-from ..runtime.strided import merged_axes, offsets
+from ..runtime.strided import Elements, load_elements, merged_axes
 from ..runtime.tensors import allocate, check_operand, reach
 from . import configs
-
-
-class Elements(NamedTuple):
-    """A tensor and the strides of its merged axes, innermost first; in a kernel its ``ptr`` is a pointer."""
-
-    ptr: Any
-    strides: tuple[int, ...]
-
-
-@triton.jit
-def _load(x, at, sizes, inside, ACC: tl.constexpr):
-    return tl.load(x.ptr + offsets(at, sizes, x.strides), mask=inside, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -103,7 +91,7 @@ def gelu_forward_kernel(
 ):
     """GELU, (20) or (23). One program owns BLOCK elements."""
     at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    y = _value(_load(x, at, sizes, at < n, ACC), TANH)
+    y = _value(load_elements(x, at, sizes, at < n).to(ACC), TANH)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < n)
 
 
@@ -121,8 +109,8 @@ def gelu_backward_kernel(
 ):
     """Backward, (26): dx = dy y'. One program owns BLOCK elements."""
     at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    first, _ = _derivatives(_load(x, at, sizes, at < n, ACC), TANH)
-    dx = _load(dy, at, sizes, at < n, ACC) * first
+    first, _ = _derivatives(load_elements(x, at, sizes, at < n).to(ACC), TANH)
+    dx = load_elements(dy, at, sizes, at < n).to(ACC) * first
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=at < n)
 
 
@@ -142,9 +130,9 @@ def gelu_double_backward_kernel(
 ):
     """Double backward, (26): gx = ddx dy y'', gdy = ddx y'. One program owns BLOCK elements."""
     at = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    first, second = _derivatives(_load(x, at, sizes, at < n, ACC), TANH)
-    cotangent = _load(ddx, at, sizes, at < n, ACC)
-    gx = cotangent * _load(dy, at, sizes, at < n, ACC) * second
+    first, second = _derivatives(load_elements(x, at, sizes, at < n).to(ACC), TANH)
+    cotangent = load_elements(ddx, at, sizes, at < n).to(ACC)
+    gx = cotangent * load_elements(dy, at, sizes, at < n).to(ACC) * second
     tl.store(gx_ptr + at, gx.to(gx_ptr.dtype.element_ty), mask=at < n)
     tl.store(gdy_ptr + at, (cotangent * first).to(gdy_ptr.dtype.element_ty), mask=at < n)
 

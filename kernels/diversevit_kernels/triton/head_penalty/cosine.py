@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.grouping import Statistics
+from ..runtime.copies import dense
 
 MAX_HEADS = 64
 
@@ -35,8 +36,7 @@ def given(
     cosines: Tensor, norms: Tensor, dpenalty: Tensor | None, dcosines: Tensor | None
 ) -> Statistics:
     """Statistics and cotangents, made dense: they are H x H, the gradients are never copied."""
-    dense = (None if x is None else x.contiguous() for x in (cosines, norms, dpenalty, dcosines))
-    return Statistics(*dense)
+    return Statistics(*map(dense, (cosines, norms, dpenalty, dcosines)))
 
 
 @triton.jit

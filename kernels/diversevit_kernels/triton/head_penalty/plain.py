@@ -17,6 +17,7 @@ from torch import Tensor
 from ...common.contracts import HeadPenaltyBackward, HeadPenaltyDoubleBackward
 from ...common.dtypes import accumulation_dtype
 from ...common.grouping import Grouping, Statistics
+from ..runtime.sums import total_of
 from ..runtime.tensors import allocate, empty_heads
 from . import gram
 from .cosine import given
@@ -35,7 +36,7 @@ def head_penalty_forward(
         raw = empty_parts(const, grads)
         gram.products(const, grads, None, raw)
         gram.statistics(g, const, None, raw, out, penalties)
-    return penalties.sum(), out.cosines, out.norms
+    return total_of(penalties), out.cosines, out.norms
 
 
 def head_penalty_backward(inputs: HeadPenaltyBackward) -> Tensor:
@@ -69,7 +70,7 @@ def head_penalty_double_backward(
         m_dot = gram.curvatures(g, const, raw, stats, gdpenalties, gdcosines)
     operands = grads, ddgrads, ggrads, None, stats, m_dot, gdpenalties, gdcosines
     gram.double_backward(g, const, *operands)
-    return ggrads, None if gdpenalties is None else gdpenalties.sum(), gdcosines
+    return ggrads, None if gdpenalties is None else total_of(gdpenalties), gdcosines
 
 
 def empty_statistics(g: Grouping, like: Tensor) -> tuple[Statistics, Tensor]:

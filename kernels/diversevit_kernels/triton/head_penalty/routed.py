@@ -23,6 +23,7 @@ from torch import Tensor
 from ...common.contracts import RoutedHeadPenaltyBackward, RoutedHeadPenaltyDoubleBackward
 from ...common.dtypes import accumulation_dtype
 from ...common.grouping import Grouping, Tile
+from ..runtime.sums import total_of
 from ..runtime.tensors import allocate
 from . import gram, routed_products
 from .cosine import given
@@ -115,7 +116,7 @@ def routed_head_penalty_forward(
         raw = None if g.by_token else router.products(block, lambda t: (routed(t), None))
         u = routed(t) if g.by_token else None
         gram.statistics(g, const, u, raw, out.of(g, t), g.of(penalties, t))
-    return penalties.sum(), out.cosines, out.norms
+    return total_of(penalties), out.cosines, out.norms
 
 
 def routed_head_penalty_backward(inputs: RoutedHeadPenaltyBackward) -> tuple[Tensor, Tensor]:
@@ -187,5 +188,5 @@ def routed_head_penalty_double_backward(
                 rows.append((of_tile(ddgrad_qkv, t), du))
             routed_products.route_back(router.routing, back, of_tile(gr, t))
             sums.add(rows)
-    gdpenalty = None if gdpenalties is None else gdpenalties.sum()
+    gdpenalty = None if gdpenalties is None else total_of(gdpenalties)
     return gr, sums.total(weight), gdpenalty, gdcosines

@@ -13,13 +13,15 @@ Traffic  each of x, dy, ddx that a kernel takes is read once, each result like x
 Source   one tile per row: Triton's layer-norm tutorial; (15)-(19) are derived in the README.
 """
 
-import torch
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...common.contracts import LayerNormBackward, LayerNormDoubleBackward
 from ...common.dtypes import accumulation_dtype
+from ..runtime.copies import dense, write
 from ..runtime.device import accumulator, multiprocessors
 from ..runtime.launch import run_kernel
 from ..runtime.plan import Plan, target_of
@@ -29,7 +31,6 @@ from ..runtime.tensors import allocate
 from . import configs
 from .tiles import (
     as_rows,
-    dense,
     features,
     jacobian,
     load_normalized,
@@ -181,7 +182,7 @@ def layer_norm_forward(
     y = allocate(tuple(x.shape), x.dtype, x)
     mean, rstd = (allocate(lead, dtype, x) for _ in range(2))
     if x.numel() == 0:
-        return y, mean.fill_(torch.nan), rstd.fill_(torch.nan)  # of no features, as the definition
+        return y, write(mean, math.nan), write(rstd, math.nan)  # of no features, as the definition
     sizes, (x_rows,) = as_rows(axes, x)
     block = power_of_two(width)
     run_kernel(
@@ -214,7 +215,7 @@ def layer_norm_backward(inputs: LayerNormBackward) -> tuple[Tensor, Tensor | Non
         allocate(normalized, like.dtype, x) if asked else None for asked in (weight_grad, bias_grad)
     )
     if x.numel() == 0:
-        dw, db = (None if g is None else g.zero_() for g in (dw, db))
+        dw, db = (None if g is None else write(g, 0.0) for g in (dw, db))
         return dx, dw, db
     sizes, (x_rows, dy_rows) = as_rows(axes, x, dy)
     plan = configs.BACKWARD.plan(target_of(x, width))
@@ -251,13 +252,13 @@ def layer_norm_double_backward(
     rows, width = sizes_of(x, axes)
     gdy = allocate(tuple(x.shape), x.dtype, x)
     if ddx is None and ddw is None:
-        return None, None, gdy.zero_() if ddb is None else gdy.copy_(ddb)
+        return None, None, write(gdy, 0.0 if ddb is None else ddb)
     gx = allocate(tuple(x.shape), x.dtype, x)
     gw = None
     if weight is not None and ddx is not None and weight_grad:
         gw = allocate(tuple(weight.shape), weight.dtype, x)
     if x.numel() == 0:
-        return gx, None if gw is None else gw.zero_(), gdy
+        return gx, None if gw is None else write(gw, 0.0), gdy
     sizes, reads = as_rows(axes, x, dy, ddx)
     plan = configs.DOUBLE_BACKWARD.plan(target_of(x, width))
     programs = _programs(plan, x, rows, width)

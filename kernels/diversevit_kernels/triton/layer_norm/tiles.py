@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.copies import write
 from ..runtime.strided import merged_axes, offsets
-from ..runtime.tensors import check_operand
+from ..runtime.tensors import allocate, check_operand
 
 MAX_WIDTH = 8192
 """Features of a row that one tile holds."""
@@ -118,9 +119,6 @@ def _with_one_column_stride(x: Tensor, axes: int) -> tuple[Tensor, int]:
     """``x``, or a dense copy if its normalized axes do not merge into one; the stride of that one."""
     split = x.ndim - axes
     inner, (strides,) = merged_axes(x.shape[split:], x.stride()[split:])
-    return (x.contiguous(), 1) if inner else (x, strides[0])
-
-
-def dense(x: Tensor | None) -> Tensor | None:
-    """``x``, or a dense copy: numbers per feature, or per row."""
-    return None if x is None else x.contiguous()
+    if not inner:
+        return x, strides[0]
+    return write(allocate(tuple(x.shape), x.dtype, x), x), 1

@@ -6,11 +6,19 @@ that are left after merging; a dense tensor has one axis and costs no division.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 Ints = tuple[int, ...]
+
+
+class Elements(NamedTuple):
+    """A tensor and the strides of its merged axes, innermost first; in a kernel its ``ptr`` is a pointer."""
+
+    ptr: Any
+    strides: Ints
 
 
 def merged_axes(shape: Sequence[int], *strides: Sequence[int]) -> tuple[Ints, list[Ints]]:
@@ -43,3 +51,9 @@ def offsets(index, sizes, strides):
         at += index % sizes[axis] * strides[axis]
         index = index // sizes[axis]
     return at + index * strides[len(sizes)]
+
+
+@triton.jit
+def load_elements(x, at, sizes, inside):
+    """Load the elements numbered ``at`` of an ``Elements``, zero outside."""
+    return tl.load(x.ptr + offsets(at, sizes, x.strides), mask=inside, other=0.0)

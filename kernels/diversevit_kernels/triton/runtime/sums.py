@@ -1,7 +1,7 @@
-"""Sums over rows in two steps, without atomics.
+"""Sums over what many programs made, without atomics: the same bits on every run.
 
-Each of a fixed number of programs walks its tiles of rows in order and writes its own sums; a second
-kernel adds those in order. Same bits on every run.
+Over rows, in two steps: each of a fixed number of programs walks its tiles of rows in order and writes its own sums; a
+second kernel adds those in order. Of one number per program: one program adds them all, in order.
 
 Traffic  programs x WIDTH numbers of the accumulation dtype out and in again, for each sum.
 Source   Triton's layer-norm tutorial, with Liger's persistent programs in place of its locks.
@@ -15,11 +15,18 @@ from .device import accumulator
 from .launch import run_kernel
 from .plan import ANY_SIZE, ANY_WIDTH, EVERY_CHIP, INTERPRETER, LaunchTable, row, target_of
 from .sizes import cdiv
+from .tensors import allocate
 
 PARTIAL_SUMS = LaunchTable(
     "partial_sums",
     row(INTERPRETER, ANY_SIZE, ANY_WIDTH, warps=1, stages=1, BLOCK_P=2, BLOCK_N=16),
     row(EVERY_CHIP, ANY_SIZE, ANY_WIDTH, warps=4, stages=1, BLOCK_P=32, BLOCK_N=32),
+)
+
+TOTAL_SUM = LaunchTable(
+    "total_sum",
+    row(INTERPRETER, ANY_SIZE, ANY_WIDTH, warps=1, stages=1, BLOCK=16),
+    row(EVERY_CHIP, ANY_SIZE, ANY_WIDTH, warps=16, stages=1, BLOCK=8192),
 )
 
 
@@ -86,3 +93,33 @@ def sum_over_programs(
         WIDTH=width,
         ACC=accumulator(like.dtype),
     )
+
+
+@triton.jit
+def total_sum_kernel(
+    x_ptr,  # [n], dense
+    sum_ptr,  # []
+    n,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of n numbers. One program owns them all."""
+    total = tl.zeros([BLOCK], ACC)
+    for first in range(0, n, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += tl.load(x_ptr + at, mask=at < n, other=0.0)
+    tl.store(sum_ptr, tl.sum(total, 0))
+
+
+def total_of(x: Tensor) -> Tensor:
+    """The sum of a dense tensor in an accumulation dtype, ``[]``."""
+    total = allocate((), x.dtype, x)
+    given = x, total, x.numel()
+    run_kernel(
+        TOTAL_SUM.plan(target_of(x)),
+        total_sum_kernel,
+        lambda _: 1,
+        *given,
+        ACC=accumulator(x.dtype),
+    )
+    return total
