@@ -34,6 +34,12 @@ profiler_enabled = torch.autograd._profiler_enabled
 tracing_state = torch._C._get_tracing_state
 """What ``torch.jit.trace`` writes into, or None; ``torch.jit.is_tracing`` asks through two more functions."""
 
+dispatch_key_set = torch._C._dispatch_keys
+"""A tensor's dispatch keys; ``raw_repr()`` has a bit for each: subclasses, vmapped, negated ... tensors have their own.
+
+Public are only properties (``is_neg``, ``is_conj``), not all, and none of functorch's wrappers.
+"""
+
 below_autograd = torch._C._AutoDispatchBelowAutograd
 """A context: operators skip autograd altogether, as PyTorch lets them inside a custom operator's function.
 Under ``no_grad`` they still pass through it."""
@@ -50,14 +56,6 @@ cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 BatchNorm = _BatchNorm
 """The base of all batch norms, ``SyncBatchNorm`` among them. The public classes have no other in common."""
-
-
-def dispatch_keys(x: Tensor) -> int:
-    """The tensor's dispatch keys, a bit each: subclasses, vmapped, negated ... tensors have their own.
-
-    Public are only properties (``is_neg``, ``is_conj``), not all, and none of functorch's wrappers.
-    """
-    return torch._C._dispatch_keys(x).raw_repr()
 
 
 def in_forward_mode() -> bool:

@@ -264,7 +264,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.set_materialize_grads(False)
 
 
-def _forward_derivative(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
+def _forward_derivative(ctx: Any, do: Tensor | None, *_: None) -> tuple[Any, ...]:
     if do is None:
         return (None,) * 6
     mask_grad = ctx.needs_input_grad[3]
@@ -361,6 +361,10 @@ _backward = Operator(
     save=_save_backward,
 )
 _forward = Operator(
-    attention_operator, derivative=_forward_derivative, batch=_fold_samples, save=_save_forward
+    attention_operator,
+    derivative=_forward_derivative,
+    batch=_fold_samples,
+    save=_save_forward,
+    results=1,
 )
 decomposes(attention_operator, reference.attention_forward)

@@ -156,7 +156,7 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.set_materialize_grads(False)
 
 
-def _forward_derivative(ctx: Any, do: Tensor | None, _: None) -> tuple[Any, ...]:
+def _forward_derivative(ctx: Any, do: Tensor | None, *_: None) -> tuple[Any, ...]:
     if do is None:
         return None, None, None
     return _backward(*ctx.saved_tensors, do, *ctx.options), None, None
@@ -214,4 +214,5 @@ _forward = Operator(
     derivative=_forward_derivative,
     batch=batch_by_loop,
     save=_save_forward,
+    results=1,
 )

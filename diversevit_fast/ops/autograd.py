@@ -15,17 +15,18 @@ differentiates the plain formulas, to any order.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .._torch_internals import (
     any_requires_grad,
     below_autograd,
-    dispatch_keys,
+    dispatch_key_set,
     dispatch_modes,
     function_of,
     functorch_active,
@@ -37,11 +38,25 @@ from .._torch_internals import (
     tracing_state,
 )
 from ..errors import UnsupportedError
-from .backends import chosen_backend
+from .backends import chosen_backend, replayed
 
 Save = Callable[[Any, tuple[Any, ...], Any], None]
 Derivative = Callable[..., Any]
 Batch = Callable[..., tuple[Any, Any]]
+
+
+class Native(NamedTuple):
+    """PyTorch's own kernels for one order of an operator.
+
+    Attributes:
+        takes: whether they take the operator's arguments.
+        run: the operator's function by them.
+        derivative: the operator's by PyTorch's kernels, for a backward pass that is not differentiated again.
+    """
+
+    takes: Callable[..., bool]
+    run: Callable[..., Any]
+    derivative: Derivative | None = None
 
 
 class Operator:
@@ -53,6 +68,8 @@ class Operator:
         batch: ``vmap(call, size, in_dims, args) -> (outputs, out_dims)`` for ``torch.func.vmap``.
         save: ``setup_context(ctx, inputs, output)``; without it the tensors are saved, the rest is ``ctx.options``, and
             absent cotangents are None.
+        results: how many of the operator's tensors callers use; the others are only saved. All by default.
+        native: PyTorch's own kernels, used on a GPU while the backend is "auto".
     """
 
     def __init__(
@@ -62,32 +79,64 @@ class Operator:
         derivative: Derivative,
         batch: Batch,
         save: Save | None = None,
+        results: int | None = None,
+        native: Native | None = None,
     ):
         save = _save_inputs(operator) if save is None else save
         operator.register_autograd(derivative, setup_context=save)
         self._operator, self._function = operator, function_of(operator)
+        self._replayed = None
         self._functorch = _functorch_function(operator, self, save, derivative, batch)
-        self._eager = _eager_function(operator, self._run, save, derivative)
-
-    def _run(self, *args: Any) -> Any:
-        with below_autograd():
-            return self._function(*args)
+        name = name_of(operator)
+        self._eager = _eager_function(name, self._run, save, derivative, results)
+        self._native = native
+        if native is not None:
+            backward = _native_first(derivative, native.derivative)
+            self._native_eager = _eager_function(name, native.run, save, backward, results)
 
     def __call__(self, *args: Any) -> Any:
-        compiling = torch.compiler.is_compiling()
         if functorch_active():
-            if compiling:
+            if torch.compiler.is_compiling():
                 raise UnsupportedError(
                     "torch.func transforms inside torch.compile drop second-order terms; call "
                     "torch.func outside torch.compile, or use torch.autograd.grad inside it"
                 )
             return self._functorch.apply(*args)
         refuse_tangents(args)
-        if compiling or _watched(args):
+        if torch.compiler.is_compiling() or tracing_state() is not None:
             return self._operator(*args)
-        if torch.is_grad_enabled() and any_requires_grad(*args):
-            return self._eager.apply(*args)
-        return self._run(*args)
+        recorded = torch.is_grad_enabled() and any_requires_grad(*args)
+        native = self._native
+        if native and _on_gpu(args[0]) and chosen_backend() == "auto" and native.takes(*args):
+            # right for dispatch modes and any kind of tensor, as PyTorch's own operators are
+            return self._native_eager.apply(*args) if recorded else native.run(*args)
+        if _watched(args):
+            return self._operator(*args)
+        return self._eager.apply(*args) if recorded else self._run(*args)
+
+    def _run(self, *args: Any) -> Any:
+        """The results of the order, without a graph."""
+        if not _on_gpu(args[0]) or chosen_backend() == "reference":
+            return self._below(*args)
+        if self._replayed is None:
+            self._replayed = replayed(self._below)
+        return self._replayed(*args)
+
+    def _below(self, *args: Any) -> Any:
+        with below_autograd():
+            return self._function(*args)
+
+
+def _native_first(derivative: Derivative, native: Derivative | None) -> Derivative:
+    """``derivative``, by PyTorch's own kernels where it is not to be differentiated again."""
+    if native is None:
+        return derivative
+
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        again = torch.is_grad_enabled() or chosen_backend() != "auto"
+        return derivative(ctx, *cotangents) if again else native(ctx, *cotangents)
+
+    return backward
 
 
 def _save_inputs(operator: torch.library.CustomOpDef) -> Save:
@@ -120,18 +169,19 @@ def _functorch_function(
 
 
 def _eager_function(
-    operator: torch.library.CustomOpDef,
+    name: str,
     run: Callable[..., Any],
     save: Save,
     derivative: Derivative,
+    results: int | None,
 ) -> Any:
     def forward(ctx: Any, *args: Any) -> Any:
         output = run(*args)
         save(ctx, args, output)
-        return output
+        return output if results is None else output[:results]
 
     return type(
-        name_of(operator),
+        name,
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(derivative)},
     )
@@ -142,16 +192,33 @@ def _watched(args: Sequence[Any]) -> bool:
 
     Subclasses, vmapped, lazily negated and functional tensors all have dispatch keys of their own.
     """
-    watching = dispatch_modes() or profiler_enabled()
-    if watching or tracing_state() is not None:
+    if dispatch_modes() or profiler_enabled():
         return True
-    tensors = (x for x in args if isinstance(x, Tensor))
-    return any(dispatch_keys(x) & ~_ordinary_keys(x.device.type) for x in tensors)
+    for x in args:
+        if type(x) is Parameter:  # of all special kinds it can only be a lazily negated one
+            if x.is_neg():
+                return True
+        elif (
+            isinstance(x, Tensor)
+            and dispatch_key_set(x).raw_repr() not in _ordinary
+            and not _is_ordinary(x)
+        ):
+            return True
+    return False
 
 
-@cache
-def _ordinary_keys(device: str) -> int:
-    return dispatch_keys(torch.empty(0, device=device))
+_on_gpu = attrgetter("is_cuda")
+
+_ordinary: set[int] = set()
+"""Dispatch keys that were found to be those of ordinary tensors."""
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    keys = dispatch_key_set(x).raw_repr()
+    ordinary = not keys & ~dispatch_key_set(torch.empty(0, device=x.device)).raw_repr()
+    if ordinary:
+        _ordinary.add(keys)
+    return ordinary
 
 
 def uses_formula() -> bool:

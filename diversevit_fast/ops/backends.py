@@ -118,6 +118,11 @@ def kernels(protocol: type[Kernels], x: Tensor) -> Kernels:
     return _kernels(protocol, _chosen, x.device)
 
 
+def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which runs Triton kernels, without their host code where a call like it was made before."""
+    return import_module("diversevit_kernels.triton.runtime.recorded").Recorded(function)
+
+
 def compile_ahead(dtype: torch.dtype) -> list[str]:
     """Names of the CPU backend's formulas that are now compiled for ``dtype``."""
     return import_module("diversevit_kernels.cpu.warmup").warmup(dtype)

@@ -11,8 +11,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from diversevit_kernels.common.contracts import GeluBackward, GeluDoubleBackward, GeluKernels
 
-from . import reference
-from .autograd import Operator, by_formula, uses_formula
+from . import native, reference
+from .autograd import Native, Operator, by_formula, uses_formula
 from .backends import kernels
 from .checks import check_choice, check_tensor
 from .library import operator
@@ -89,6 +89,13 @@ def _forward_derivative(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     return _backward(*ctx.saved_tensors, dy, *ctx.options), None
 
 
+def _native_derivative(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+    if dy is None:
+        return None, None
+    (x,), (approximate,) = ctx.saved_tensors, ctx.options
+    return native.gelu_backward(x, dy, approximate), None
+
+
 def _backward_derivative(ctx: Any, ddx: Tensor | None) -> tuple[Any, ...]:
     if ddx is None:
         return None, None, None
@@ -129,7 +136,15 @@ _double_backward = Operator(
     gelu_double_backward_operator, derivative=_double_backward_derivative, batch=_batch_elementwise
 )
 _backward = Operator(
-    gelu_backward_operator, derivative=_backward_derivative, batch=_batch_elementwise
+    gelu_backward_operator,
+    derivative=_backward_derivative,
+    batch=_batch_elementwise,
+    native=Native(native.takes_gelu, native.gelu_backward),
 )
-_forward = Operator(gelu_operator, derivative=_forward_derivative, batch=_batch_elementwise)
+_forward = Operator(
+    gelu_operator,
+    derivative=_forward_derivative,
+    batch=_batch_elementwise,
+    native=Native(native.takes_gelu, native.gelu, _native_derivative),
+)
 decomposes(gelu_operator, reference.gelu_forward)

@@ -80,7 +80,7 @@ def head_penalty(
     if uses_formula() or exporting_to_onnx():
         penalty, cosines = by_formula(reference.head_penalty, grads, granularity, reduction, eps)
     else:
-        penalty, cosines, _ = _forward(grads, granularity, reduction, float(eps))
+        penalty, cosines, *_ = _forward(grads, granularity, reduction, float(eps))
     return (penalty, cosines) if return_cosines else penalty
 
 
@@ -181,7 +181,7 @@ def save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _forward_derivative(
-    ctx: Any, dpenalty: Tensor | None, dcosines: Tensor | None, _: None
+    ctx: Any, dpenalty: Tensor | None, dcosines: Tensor | None, *_: None
 ) -> tuple[Any, ...]:
     if dpenalty is None and dcosines is None:
         return (None,) * 4
@@ -233,5 +233,6 @@ _forward = Operator(
     derivative=_forward_derivative,
     batch=batch_by_loop,
     save=save_statistics,
+    results=2,
 )
 decomposes(head_penalty_operator, reference.head_penalty_forward)

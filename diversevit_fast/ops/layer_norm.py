@@ -6,7 +6,7 @@ of ``kernels/README.md``.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from diversevit_kernels.common.contracts import (
 )
 
 from ..errors import usage_error
-from . import reference
-from .autograd import Operator, batch_by_loop, by_formula, uses_formula
+from . import native, reference
+from .autograd import Native, Operator, batch_by_loop, by_formula, uses_formula
 from .backends import kernels
 from .checks import check_tensor, shape_error
 from .library import operator
@@ -71,9 +71,11 @@ def layer_norm(
         )
     check_tensor("x", x)
     shape = _normalized_shape(normalized_shape, x)
-    x, weight, bias = _cast_for_autocast(x, weight, bias)
-    _check_parameter("weight", weight, shape, x, half_as_float=True)
-    _check_parameter("bias", bias, shape, x if weight is None else weight, half_as_float=False)
+    if not x.is_cpu:
+        x, weight, bias = _cast_for_autocast(x, weight, bias)
+    if not (_is_like(weight, x, shape) and _is_like(bias, x, shape)):
+        _check_parameter("weight", weight, shape, x, half_as_float=True)
+        _check_parameter("bias", bias, shape, x if weight is None else weight, half_as_float=False)
     if exporting_to_onnx():
         return F.layer_norm(x, shape, weight, bias, eps)
     if uses_formula():
@@ -83,6 +85,8 @@ def layer_norm(
 
 def _normalized_shape(normalized_shape: int | Sequence[int], x: Tensor) -> tuple[int, ...]:
     """Return the sizes as a tuple; they must be x's last ones."""
+    if type(normalized_shape) is int and x.ndim and x.shape[-1] == normalized_shape:
+        return (normalized_shape,)
     one = isinstance(normalized_shape, int)
     shape = (normalized_shape,) if one else normalized_shape
     if not isinstance(shape, Sequence) or not all(isinstance(n, int) for n in shape) or not shape:
@@ -95,6 +99,16 @@ def _normalized_shape(normalized_shape: int | Sequence[int], x: Tensor) -> tuple
         wanted = f"the last sizes of x, which has shape {list(x.shape)}"
         raise usage_error("normalized_shape", wanted, list(shape), "pass x.shape[-1]")
     return shape
+
+
+def _is_like(p: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether ``p`` is a tensor of ``shape`` in the dtype, on the device and in the layout of ``x``; None is."""
+    return p is None or (
+        p.dtype is x.dtype
+        and p.shape == shape
+        and p.device == x.device
+        and p.layout is torch.strided
+    )
 
 
 def _check_parameter(
@@ -118,10 +132,10 @@ def _check_parameter(
         raise usage_error(name, wanted, p.dtype, "cast it")
 
 
-def _cast_for_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Convert half tensors to float32 under autocast; on a CPU PyTorch leaves layer_norm alone."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if device == "cpu" or not torch.is_autocast_enabled(device):
+def _cast_for_autocast(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
+    """Convert half tensors to float32 under autocast, as PyTorch does except on a CPU."""
+    tensors = (x, *parameters)
+    if not torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type):
         return tensors
     half = (torch.float16, torch.bfloat16)
     return tuple(t.float() if isinstance(t, Tensor) and t.dtype in half else t for t in tensors)
@@ -140,7 +154,7 @@ def layer_norm_operator(
 @operator("layer_norm_backward")
 def layer_norm_backward_operator(inputs: LayerNormBackward) -> tuple[Tensor, Tensor, Tensor]:
     """(14): ``dx``; ``dw`` and ``db`` (no elements unless asked for)."""
-    dx, *grads = kernels(LayerNormKernels, inputs.x).layer_norm_backward(inputs)
+    dx, *grads = kernels(LayerNormKernels, inputs.x).layer_norm_backward(_of_rows(inputs))
     dw, db = (inputs.x.new_empty(0) if g is None else g for g in grads)
     return dx.contiguous(), dw, db
 
@@ -154,9 +168,21 @@ def layer_norm_double_backward_operator(
     No elements where no cotangent can reach: ``gx`` without ``ddx`` and ``ddw``, ``gw`` without
     ``ddx`` or unless ``weight_grad``.
     """
-    gx, gw, gdy = kernels(LayerNormKernels, inputs.x).layer_norm_double_backward(inputs)
+    run = kernels(LayerNormKernels, inputs.x).layer_norm_double_backward
+    gx, gw, gdy = run(_of_rows(inputs))
     gx = inputs.x.new_empty(0) if gx is None else gx.contiguous()
     return gx, inputs.x.new_empty(0) if gw is None else gw, gdy.contiguous()
+
+
+Inputs = TypeVar("Inputs", LayerNormBackward, LayerNormDoubleBackward)
+
+
+def _of_rows(inputs: Inputs) -> Inputs:
+    """``inputs`` with ``mean`` and ``rstd`` [*lead]; PyTorch's forward gives them an axis of 1 per normalized one."""
+    lead = inputs.x.shape[: inputs.x.ndim - inputs.axes]
+    if inputs.mean.shape == lead:
+        return inputs
+    return inputs._replace(mean=inputs.mean.view(lead), rstd=inputs.rstd.view(lead))
 
 
 @layer_norm_operator.register_fake
@@ -197,6 +223,15 @@ def _forward_derivative(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...
     weight_grad, bias_grad = ctx.needs_input_grad[1:3]
     dx, dw, db = _backward(*ctx.saved_tensors, dy, ctx.axes, weight_grad, bias_grad)
     return dx, dw if weight_grad else None, db if bias_grad else None, None, None
+
+
+def _native_derivative(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 5
+    weight_grad, bias_grad = ctx.needs_input_grad[1:3]
+    x, weight, mean, rstd = ctx.saved_tensors
+    asked = ctx.axes, weight_grad, bias_grad
+    return *native.layer_norm_gradients(x, weight, mean, rstd, dy, *asked), None, None
 
 
 def _backward_derivative(
@@ -242,7 +277,7 @@ def _double_backward_derivative(
 def _eps_of(x: Tensor, rstd: Tensor, axes: int) -> Any:
     """Recover the eps that was added to the variance, as a constant; only the forward is given it."""
     with torch.no_grad():
-        square = rstd.reshape(*rstd.shape, *[1] * axes).square()
+        square = rstd.reshape(*x.shape[: x.ndim - axes], *[1] * axes).square()
         wide = x.to(square.dtype)
         return 1 / square - wide.var(tuple(range(-axes, 0)), correction=0, keepdim=True)
 
@@ -254,9 +289,17 @@ _double_backward = Operator(
     batch=batch_by_loop,
 )
 _backward = Operator(
-    layer_norm_backward_operator, derivative=_backward_derivative, batch=batch_by_loop
+    layer_norm_backward_operator,
+    derivative=_backward_derivative,
+    batch=batch_by_loop,
+    native=Native(native.takes_layer_norm_backward, native.layer_norm_backward),
 )
 _forward = Operator(
-    layer_norm_operator, derivative=_forward_derivative, batch=batch_by_loop, save=_save_forward
+    layer_norm_operator,
+    derivative=_forward_derivative,
+    batch=batch_by_loop,
+    save=_save_forward,
+    results=1,
+    native=Native(native.takes_layer_norm, native.layer_norm, _native_derivative),
 )
 decomposes(layer_norm_operator, reference.layer_norm_forward)

@@ -84,7 +84,7 @@ def routed_head_penalty(
     if uses_formula() or exporting_to_onnx():
         penalty, cosines = by_formula(reference.routed_head_penalty, grad_qkv, weight_qkv, *kind)
     else:
-        penalty, cosines, _ = _forward(grad_qkv, weight_qkv, *kind)
+        penalty, cosines, *_ = _forward(grad_qkv, weight_qkv, *kind)
     return (penalty, cosines) if return_cosines else penalty
 
 
@@ -151,7 +151,7 @@ def _(*inputs):
 
 
 def _forward_derivative(
-    ctx: Any, dpenalty: Tensor | None, dcosines: Tensor | None, _: None
+    ctx: Any, dpenalty: Tensor | None, dcosines: Tensor | None, *_: None
 ) -> tuple[Any, ...]:
     if dpenalty is None and dcosines is None:
         return (None,) * 5
@@ -214,5 +214,6 @@ _forward = Operator(
     derivative=_forward_derivative,
     batch=batch_by_loop,
     save=save_statistics,
+    results=2,
 )
 decomposes(routed_head_penalty_operator, reference.routed_head_penalty_forward)

@@ -531,7 +531,8 @@ def test_what_a_gpu_keeps_belongs_to_its_cotangent(packed, monkeypatch):
     monkeypatch.setattr(cpu, "attention_double_backward", spy)
     q, k, v = _leaves(operands(CASES["plain"])[:3])
     x = (torch.stack([q, k, v]).permute(1, 3, 0, 2, 4),) if packed else (q, k, v, None)
-    o, *kept = module._forward(*x, False, 0.5)
+    forward = module.attention_qkvpacked_operator if packed else module.attention_operator
+    o, *kept = forward(*x, False, 0.5)
     do, dq = torch.ones_like(o), torch.zeros_like(x[0])
     directions = (torch.ones_like(x[0]).requires_grad_(), *((None,) * (0 if packed else 3)))
     flags = (False, 0.5) if packed else (False, 0.5, False)

@@ -6,6 +6,9 @@ Tried on PyTorch 2.10.0 and 2.14.1 by ``tests/test_torch_internals.py`` and ``te
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["TorchDispatchMode"]  # as it is; every user of dispatch modes imports it from there
 
 
 def has_bfloat16_instructions() -> bool:
@@ -30,3 +33,11 @@ def runner_of(library: str) -> Any:
     ``torch._inductor.aoti_load_package``, private as well, wants the whole package and unpacks it by itself.
     """
     return torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1)  # pyright: ignore
+
+
+def stream_lookup() -> Any:
+    """The function from a CUDA device's index to the number of its current stream.
+
+    ``torch.cuda.current_stream`` makes an object first, which takes ten times as long.
+    """
+    return torch._C._cuda_getCurrentRawStream

@@ -86,6 +86,11 @@ def pretend(name: str) -> Iterator[None]:
         _pretended = before
 
 
+def pretending() -> bool:
+    """Whether a ``pretend`` block is open."""
+    return _pretended is not None
+
+
 def autotuning() -> bool:
     """Whether launches time their candidates first: ``DIVERSEVIT_AUTOTUNE=1`` or ``autotune()``."""
     return _autotune and not INTERPRETED and _pretended is None

@@ -4,11 +4,12 @@ Every launch of the package goes through ``run_kernel``. The compile report reco
 instead of running them; the roofline counts what each launch loads and stores.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 
@@ -50,6 +51,36 @@ def recording(run: bool) -> Iterator[list[Launch]]:
         _record, _running = before
 
 
+def watched() -> bool:
+    """Whether launches are recorded for a tool."""
+    return _record is not None
+
+
+class Started(NamedTuple):
+    """A launch that was started: the compiled kernel, the number of programs, the arguments before its constants."""
+
+    compiled: Any
+    programs: int
+    args: tuple[Any, ...]
+
+
+class _Collecting(threading.local):
+    started: list[Started] | None = None
+
+
+_collecting = _Collecting()
+
+
+@contextmanager
+def collected() -> Iterator[list[Started]]:
+    """Collect what this thread starts inside the block."""
+    before, _collecting.started = _collecting.started, []
+    try:
+        yield _collecting.started
+    finally:
+        _collecting.started = before
+
+
 def run_kernel(plan: Plan, kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:
     """Start ``kernel`` as planned.
 
@@ -65,7 +96,9 @@ def run_kernel(plan: Plan, kernel: Any, grid: Grid, *args: Any, **constants: Any
         everything = {**constants, **dict(chosen.tiles)}
         _record.append(Launch(plan.table.name, kernel, (programs,), args, everything, chosen))
     if programs and _running:
-        kernel[(programs,)](*args, **known(constants), **chosen.keywords)
+        compiled = kernel[(programs,)](*args, **known(constants), **chosen.keywords)
+        if _collecting.started is not None:
+            _collecting.started.append(Started(compiled, programs, args))
 
 
 _SEES_CONSTANTS = INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)

@@ -1,6 +1,8 @@
 """Tensors as arguments of kernels: which ones are taken, how they are passed, and where results are allocated."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +35,29 @@ def reach(x: Tensor, first_axis: int = 0) -> int:
     return farthest
 
 
+class _Collecting(threading.local):
+    allocations: list[Tensor] | None = None
+
+
+_collecting = _Collecting()
+
+
+@contextmanager
+def collected() -> Iterator[list[Tensor]]:
+    """Collect what this thread allocates inside the block."""
+    before, _collecting.allocations = _collecting.allocations, []
+    try:
+        yield _collecting.allocations
+    finally:
+        _collecting.allocations = before
+
+
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
     """Uninitialised dense memory on the device of ``like``; a kernel must write all of it."""
-    return allocator(shape, dtype=dtype, device=like.device)
+    made = allocator(shape, dtype=dtype, device=like.device)
+    if _collecting.allocations is not None:
+        _collecting.allocations.append(made)
+    return made
 
 
 class Operand(NamedTuple):

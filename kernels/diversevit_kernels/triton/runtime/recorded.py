@@ -1,0 +1,314 @@
+"""Recorded calls: the allocations and launches of an operator, replayed without the Python that decided on them.
+
+The first call with a signature runs the operator's function and records what it allocates and launches. What follows
+from the signature alone is frozen: sizes and strides of allocations, grids, compiled kernels, scalar arguments, and for
+each pointer the tensor that it points into with an offset. A later call allocates, and starts each kernel by one call
+of Triton's launcher in C: no checks, no views, no argument binding.
+
+A signature is all that the host code of this package depends on: shapes, strides, dtypes and the alignment of tensors
+(Triton compiles for it), every other argument, the device, PyTorch's precision of float32 products, and autotuning.
+The stream is the current one of each call.
+
+A call is not recorded, and runs as it is, where its function does anything besides allocating and launching, and where
+somebody looks at launches or allocations: hooks of Triton's, tools, tests. Nor is it on versions of Triton whose
+launcher this module was not tried with, and on chips of other makers than NVIDIA.
+
+Why, and how it was measured: docs/design/host_time.md.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...common.torch_internals import TorchDispatchMode, stream_lookup
+from . import device, launch, tensors
+from .launch import Started
+
+_TRIED = hasattr(triton.knobs.runtime, "launch_enter_hook") and triton.__version__.startswith(
+    "3.8."
+)
+"""Whether Triton's launcher takes a flat list of arguments, with pointers as numbers."""
+MOST_SIGNATURES = 4096
+"""Signatures kept of one operator; beyond that all are forgotten, and recorded again when they come."""
+
+_ALLOCATES = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
+_VIEWS = {
+    *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze"),
+    *(
+        "split_with_sizes",
+        "t",
+        "transpose",
+        "unbind",
+        "unflatten",
+        "unsqueeze",
+        "view",
+        "_unsafe_view",
+    ),
+}
+
+
+class _Place(NamedTuple):
+    """A pointer: the number of a tensor, inputs first and then allocations, and bytes from its first element."""
+
+    tensor: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One launch: the compiled kernel, the number of programs, and its arguments with places for pointers."""
+
+    compiled: Any
+    programs: int
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A tensor that a function returns: the number of an allocation, or None for one without elements."""
+
+    tensor: int | None
+    like: Tensor
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a call allocated, launched and returned.
+
+    Attributes:
+        inputs: the number of its arguments that are tensors; these come first among the numbered tensors.
+        allocations: shape, strides and dtype of each.
+        single: whether it returned one tensor and not a tuple.
+    """
+
+    inputs: int
+    allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
+    launches: list[_Launch]
+    results: list[_Result]
+    single: bool
+
+
+class _OtherOperators(TorchDispatchMode):
+    """Collects the names of PyTorch's operators that neither allocate nor view."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.name().rpartition("::")[2].partition(".")[0]
+        if name not in _ALLOCATES and name not in _VIEWS:
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+class _NotRecordableError(Exception):
+    """The call cannot be replayed from a recording."""
+
+
+def record(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Recording | None, Any]:
+    """Run ``function`` and return what it did, None where that is more than allocating and launching; its result."""
+    others = _OtherOperators()
+    with tensors.collected() as allocations, launch.collected() as started, others:
+        result = function(*args)
+    if others.names:
+        return None, result
+    inputs = [x for x in args if isinstance(x, Tensor)]
+    try:
+        return _recording(inputs, allocations, started, result), result
+    except _NotRecordableError:
+        return None, result
+
+
+def _recording(
+    inputs: list[Tensor], allocations: list[Tensor], started: list[Started], result: Any
+) -> Recording:
+    known = _Numbered([*inputs, *allocations])
+    launches = [_launch_of(one, known) for one in started]
+    single = isinstance(result, Tensor)
+    results, layouts = [], list(map(_layout, allocations))
+    for x in (result,) if single else result:
+        place = None if x.numel() == 0 else known.place(x)
+        if place is not None:
+            number = place.tensor - len(inputs)
+            if number < 0 or place.offset or x.numel() != allocations[number].numel():
+                raise _NotRecordableError
+            if any(other.tensor == place.tensor for other in results):
+                raise _NotRecordableError
+            layouts[number] = _layout(x)
+        results.append(_Result(None if place is None else place.tensor, x))
+    return Recording(len(inputs), layouts, launches, results, single)
+
+
+def _layout(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    return tuple(x.shape), x.stride(), x.dtype
+
+
+class _Numbered:
+    """Tensors by number, and where another tensor points into them.
+
+    Inputs may share their memory, and a later call's may not: a view belongs to one of them only if no other has the
+    same storage.
+    """
+
+    def __init__(self, known: Sequence[Tensor]):
+        self._known = known
+        self._number = {id(x): i for i, x in reversed(list(enumerate(known)))}
+        self._of_storage: dict[int, list[int]] = {}
+        for i, x in enumerate(known):
+            self._of_storage.setdefault(x.untyped_storage().data_ptr(), []).append(i)
+
+    def place(self, x: Tensor) -> _Place:
+        number = self._number.get(id(x))
+        if number is not None:
+            return _Place(number, 0)
+        among = self._of_storage.get(x.untyped_storage().data_ptr(), [])
+        if len(among) != 1:
+            raise _NotRecordableError
+        return _Place(among[0], x.data_ptr() - self._known[among[0]].data_ptr())
+
+
+def _launch_of(started: Started, known: _Numbered) -> _Launch:
+    compiled, programs, args = started
+    metadata = compiled.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.num_ctas != 1:
+        raise _NotRecordableError
+    kinds = tuple(compiled.src.signature.values())
+    given = (*args, *[None] * (len(kinds) - len(args)))  # constants come last
+    return _Launch(compiled, programs, tuple(_arguments(kinds, given, known)))
+
+
+def _arguments(kinds: Sequence[Any], given: Sequence[Any], known: _Numbered) -> Iterator[Any]:
+    """The arguments that the compiled kernel takes, without tuples and constants."""
+    for kind, value in zip(kinds, given, strict=True):
+        if isinstance(kind, tuple):
+            yield from _arguments(kind, value, known)
+        elif isinstance(value, Tensor):
+            yield known.place(value)
+        elif kind != "constexpr":
+            yield value
+
+
+def _replay_of(
+    recording: Recording, arguments: Sequence[Any], on: torch.device
+) -> Callable[..., Any]:
+    """Write the function that replays ``recording``: straight code, a line an allocation and a line a launch."""
+    from triton.backends.nvidia import driver
+
+    names: dict[str, Any] = {
+        "empty": torch.empty_strided,
+        "device": on,
+        "stream_of": stream_lookup(),
+    }
+    taken = [f"x{i}" for i in range(len(arguments))]
+    inputs = [name for name, x in zip(taken, arguments, strict=True) if isinstance(x, Tensor)]
+    numbered = [*inputs, *(f"made{i}" for i in range(len(recording.allocations)))]
+    lines = []
+    for i, (shape, strides, dtype) in enumerate(recording.allocations):
+        names[f"layout{i}"], names[f"dtype{i}"] = (shape, strides), dtype
+        lines.append(f"made{i} = empty(*layout{i}, dtype=dtype{i}, device=device)")
+    pointed = {
+        p.tensor for one in recording.launches for p in one.arguments if isinstance(p, _Place)
+    }
+    lines += [f"at{i} = {numbered[i]}.data_ptr()" for i in sorted(pointed)]
+    lines.append(f"stream = stream_of({on.index})")
+    for i, one in enumerate(recording.launches):
+        launcher = one.compiled._run
+        kernel_argument = driver.PyKernelArg(nested_tuple=None, type=driver.ARG_KERNEL)
+        names[f"launch{i}"], names[f"kernel{i}"] = launcher.launch, one.compiled
+        names[f"function{i}"], names[f"metadata{i}"] = (
+            one.compiled.function,
+            one.compiled.packed_metadata,
+        )
+        names[f"kinds{i}"] = [kernel_argument] * len(one.arguments)
+        names[f"signature{i}"] = launcher.kernel_signature
+        cooperative, early = launcher.launch_cooperative_grid, launcher.launch_pdl
+        given = []
+        for j, value in enumerate(one.arguments):
+            if isinstance(value, _Place):
+                given.append(
+                    f"at{value.tensor} + {value.offset}" if value.offset else f"at{value.tensor}"
+                )
+            else:
+                names[f"value{i}_{j}"] = value
+                given.append(f"value{i}_{j}")
+        lines.append(
+            f"launch{i}({one.programs}, 1, 1, stream, function{i}, {cooperative}, {early}, metadata{i}, "
+            f"None, None, None, None, None, kinds{i}, signature{i}, ({', '.join(given)},))"
+        )
+    returned = []
+    for i, result in enumerate(recording.results):
+        if result.tensor is None:
+            names[f"nothing{i}"] = _layout(result.like)
+            lines.append(f"empty{i} = empty(*nothing{i}[:2], dtype=nothing{i}[2], device=device)")
+            returned.append(f"empty{i}")
+        else:
+            returned.append(numbered[result.tensor])
+    lines.append(f"return {returned[0] if recording.single else '(' + ', '.join(returned) + ',)'}")
+    body = "\n    ".join(lines)
+    exec(f"def replay({', '.join(taken)}):\n    {body}\n", names)
+    return names["replay"]
+
+
+class Recorded:
+    """A function of the operators' kind, replayed where a call with the same signature is recorded.
+
+    Args:
+        function: takes tensors on one device and numbers, writes into none of them, and runs kernels of this package.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+        self._replays: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        key = signature(args)
+        replay = self._replays.get(key)
+        if replay is None or _watched():
+            return self._first(key, args)
+        return replay(*args)
+
+    def _first(self, key: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+        if key in self._replays or not _TRIED or _watched():
+            return self._function(*args)
+        recording, result = record(self._function, args)
+        with self._lock:
+            if len(self._replays) >= MOST_SIGNATURES:
+                self._replays.clear()
+            on = next(x.device for x in args if isinstance(x, Tensor))
+            made = None if recording is None else _replay_of(recording, args, on)
+            self._replays[key] = made
+        return result
+
+
+def signature(args: Sequence[Any]) -> tuple[Any, ...]:
+    """All that the launches of a call depend on."""
+    key: list[Any] = [torch.get_float32_matmul_precision(), device.autotuning()]
+    for x in args:
+        if isinstance(x, Tensor):
+            key += (x.shape, x.stride(), x.dtype, x.data_ptr() & 15, x.get_device())
+        else:
+            key.append(x)
+    return tuple(key)
+
+
+_hooks = triton.knobs.runtime
+
+
+def _watched() -> bool:
+    """Whether somebody looks at launches or allocations, or changes them."""
+    return bool(
+        launch.watched()
+        or tensors.allocator is not torch.empty
+        or device.pretending()
+        or getattr(_hooks.launch_enter_hook, "calls", _hooks.launch_enter_hook)
+        or getattr(_hooks.launch_exit_hook, "calls", _hooks.launch_exit_hook)
+    )
