@@ -177,10 +177,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 def has_hooks_inside(module: nn.Module, left_out: Sequence[nn.Module] = ()) -> bool:
     """Whether a module inside ``module`` has one, ``left_out`` aside; in half the time that ``modules`` takes."""
-    inner, seen = [module], {module, None}
+    inner, seen = [module], {module}
     for parent in inner:
         for child in parent._modules.values():
-            if child not in seen:
+            if child is not None and child not in seen:
                 seen.add(child)
                 inner.append(child)
                 if has_hooks(child) and child not in left_out:
