@@ -12,7 +12,7 @@ from ..attachment.class_token import ClassTokenShortcut
 from ..attachment.graph_checks import depends_on, refuse_checkpointing
 from ..attachment.indices import Integers
 from ..attachment.parallel import check_ddp_forward, is_ddp, keep_unsharded, unwrap
-from ..attachment.second_order import call_second_order
+from ..attachment.second_order import OPERATORS, call_second_order
 from ..attachment.support import refuse
 from ..errors import UnsupportedError, usage_error
 from ..ops.checks import check_choice
@@ -100,6 +100,8 @@ class HeadDiversity(Attachment):
 
     Source: arXiv 2308.16274, section 3; all heads from one backward pass instead of one each.
     """
+
+    replaced = frozenset(OPERATORS)
 
     def __init__(
         self,

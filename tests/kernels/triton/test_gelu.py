@@ -143,6 +143,34 @@ def test_no_cancellation_in_the_tail_of_tanh(dtype, device):
     torch.testing.assert_close(gx.double(), 4 * e / (1 + e) ** 2 * second, rtol=tight, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_no_cancellation_in_the_tail_of_the_normal(dtype, device):
+    """Where x Phi(x) as 1 + erf is wrong by its own size: relative errors grow with the exponent's rounding only."""
+    x = torch.linspace(-12, -1, 221, dtype=torch.float64, device=device).to(dtype)
+    one, wide = torch.ones_like(x), x.double()
+    density = (-(wide**2) / 2).exp() / (2 * torch.pi) ** 0.5
+    phi = torch.special.erfc(-wide / 2**0.5) / 2
+    exact = [wide * phi, phi + wide * density, density * (2 - wide**2), phi + wide * density]
+    for ours, truth in zip(results_of(kernels, x, one, one, "none"), exact, strict=True):
+        info = torch.finfo(dtype)
+        share = 5e-7 + 1.2e-7 * wide**2 + (info.eps if info.bits == 16 else 0)
+        # near a zero of y' or y'' its two terms are what is rounded
+        terms = density * (wide**2).clamp(min=2) if truth is not exact[0] else truth.abs()
+        assert (
+            (ours.double() - truth).abs() <= share * terms + info.smallest_normal * info.eps
+        ).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # -inf times 0
+def test_infinities_are_as_far_out(form, device):
+    x = torch.tensor([torch.inf, -torch.inf], device=device)
+    one = torch.ones_like(x)
+    y, *slopes = results_of(kernels, x, one, one, form)
+    assert y[0] == torch.inf
+    assert y[1].isnan()  # as eager's
+    assert [z.tolist() for z in slopes] == [[1, 0], [0, 0], [1, 0]]
+
+
 def test_not_a_number_stays_one(form, device):
     x = torch.tensor([torch.nan, 1.0], device=device)
     one = torch.ones_like(x)

@@ -5,6 +5,7 @@ Dtypes   float16, bfloat16, float32, float64; arithmetic in float32 (float64 for
 Traffic  forward reads x, backward x and dy, double backward x, dy and ddx, each once; each result is written once.
 tanh     of (23) only enters through e = exp(-2 |theta|) <= 1, which cannot overflow: (1 + T) / 2 is 1 / (1 + e) or
          e / (1 + e) by the sign of x, and 1 - T^2 = 4 e / (1 + e)^2 does not cancel.
+Phi      of (20) likewise: of -|x|, where it does not cancel, and through exp(-x^2 / 2), which phi needs anyway.
 Numbers  are written inside the functions: Triton compares globals that a kernel reads at every launch.
 """
 
@@ -25,57 +26,87 @@ from . import configs
 
 
 @triton.jit
-def _near(x):
-    """Clamp x to FLAT_BEYOND around 0; unlike a minimum, NaN stays NaN.
-
-    From there on y' is 0 or 1 and y'' is 0 in every dtype, and powers of x are still finite.
-    """
-    FLAT_BEYOND: tl.constexpr = 40.0
-    x = tl.where(x > FLAT_BEYOND, FLAT_BEYOND, x)
-    return tl.where(x < -FLAT_BEYOND, -FLAT_BEYOND, x)
+def _size(x):
+    """|x|, at most 40: there y' is 0 or 1 and y'' is 0 in every dtype, and powers are finite. NaN stays NaN."""
+    return tl.minimum(tl.abs(x), 40.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _decay(x):
-    """exp(-2 |theta|) of (23)."""
+def _exp(x, FACTOR: tl.constexpr):
+    """exp(FACTOR x), in float32 a power of two, which is what a chip has."""
+    if x.dtype == tl.float64:
+        return tl.exp(FACTOR * x)
+    else:
+        return tl.exp2((FACTOR * 1.4426950408889634) * x)
+
+
+@triton.jit
+def _of_sign(x, value):
+    """What is ``value`` at -|x|, and 1 - ``value`` at |x|: Phi, (1 + T) / 2 and y' are. NaN stays NaN."""
+    return tl.where(x < 0, value, 1.0 - value)
+
+
+@triton.jit
+def _normal(a):
+    """Phi(-a) and exp(-a^2 / 2), for a >= 0, with one exponential for both.
+
+    In float32 the first is a polynomial times the second: see kernels/README.md.
+    """
+    e = _exp(a * a, -0.5)
+    if a.dtype == tl.float64:
+        return 0.5 - 0.5 * tl.math.erf(a * 0.7071067811865476), e
+    else:
+        t = 1.0 / (1.0 + 0.305 * a)
+        ratio = 0.03663856041 * t - 0.1527448643
+        ratio = ratio * t + 0.1853128912
+        ratio = ratio * t - 0.03761887865
+        ratio = ratio * t + 0.1208394806
+        ratio = ratio * t + 0.1034739599
+        ratio = ratio * t + 0.1224586403
+        ratio = ratio * t + 0.1216402449
+        return ratio * t * e, e
+
+
+@triton.jit
+def _decay(a):
+    """exp(-2 |theta|) of (23) at x = a or -a."""
     KAPPA: tl.constexpr = 0.7978845608028654  # sqrt(2 / pi)
-    theta = KAPPA * (1.0 + 0.044715 * x * x) * tl.abs(x)
-    return tl.exp(-2.0 * theta)
+    return _exp((1.0 + 0.044715 * a * a) * a, -2.0 * KAPPA)
 
 
 @triton.jit
 def _value(x, TANH: tl.constexpr):
     """GELU of x: (20) or (23)."""
-    SQRT_HALF: tl.constexpr = 0.7071067811865476
     if TANH:
-        e = _decay(_near(x))
-        return x * (tl.where(x < 0, e, 1.0) / (1.0 + e))
+        e = _decay(_size(x))
+        return x * _of_sign(x, e / (1.0 + e))
     else:
-        return x * (0.5 + 0.5 * tl.math.erf(x * SQRT_HALF))
+        tail, _ = _normal(_size(x))
+        return x * _of_sign(x, tail)
 
 
 @triton.jit
 def _derivatives(x, TANH: tl.constexpr):
     """The derivatives y' and y'' at x: (21), (22) or (24), (25)."""
-    SQRT_HALF: tl.constexpr = 0.7071067811865476
-    PEAK: tl.constexpr = 0.3989422804014327  # phi(0)
     KAPPA: tl.constexpr = 0.7978845608028654  # sqrt(2 / pi)
-    x = _near(x)
+    PEAK: tl.constexpr = 0.3989422804014327  # phi(0)
+    a = _size(x)
     if TANH:
-        e = _decay(x)
+        e = _decay(a)
         inverse = 1.0 / (1.0 + e)
-        half = 2.0 * e * inverse * inverse  # (1 - T^2) / 2
-        size = tl.abs(x)
-        cubic = 0.044715 * x * x
+        tail = e * inverse  # (1 - |T|) / 2
+        half = 2.0 * tail * inverse  # (1 - T^2) / 2
+        cubic = 0.044715 * a * a
         slope = KAPPA * (1.0 + 3.0 * cubic)
         t = (1.0 - e) * inverse  # |T|
-        first = tl.where(x < 0, e, 1.0) * inverse + half * x * slope
-        second = 2.0 * half * (KAPPA * (1.0 + 6.0 * cubic) - size * t * slope * slope)
+        first = tail - half * a * slope
+        second = 2.0 * half * (KAPPA * (1.0 + 6.0 * cubic) - a * t * slope * slope)
     else:
-        density = PEAK * tl.exp(-0.5 * x * x)
-        first = 0.5 + 0.5 * tl.math.erf(x * SQRT_HALF) + x * density
-        second = density * (2.0 - x * x)
-    return first, second
+        tail, e = _normal(a)
+        density = PEAK * e
+        first = tail - a * density
+        second = density * (2.0 - a * a)
+    return _of_sign(x, first), second
 
 
 @triton.jit
