@@ -70,9 +70,10 @@ def attentions(mask_kind, B=2, H=2, Nq=20, Nk=19, d=4):
     first = q, k, v, mask, q, softmax, q
     dds = q, k, v, mask if grad else None
     yield attention.attention_forward, q, k, v, mask, False, 0.5
-    yield attention.attention_backward, contracts.AttentionBackward(*first, False, 0.5, grad)
+    after = False, 0.5, grad
+    yield attention.attention_backward, contracts.AttentionBackward(*first, *after)
     for dq in (q, None):
-        second = contracts.AttentionDoubleBackward(*first, dq, *dds, False, 0.5, grad)
+        second = contracts.AttentionDoubleBackward(*first, dq, *dds, *after)
         yield attention.attention_double_backward, second
 
 
@@ -141,6 +142,7 @@ def test_another_call_is_seen(monkeypatch):
 def test_a_copy_is_dense_and_equal(kind, dtype, device, guarded):
     x = guarded.place(LAYOUTS[kind](torch.randn(3, 5, 13).to(device, dtype)))
     copy = copies.dense(x)
+    assert copy is not None
     assert copy.is_contiguous()
     assert torch.equal(copy, x)
     assert (copy is x) == x.is_contiguous()
