@@ -17,10 +17,10 @@ HeadGradients = list[Tensor | None]
 
 
 def head_gradients(
-    score: Tensor, runs: Sequence[Captured], scale: float = 1.0
+    score: Tensor, runs: Sequence[Captured], scale: float | Tensor = 1.0
 ) -> list[HeadGradients]:
     """Differentiate ``sum(scale * score)`` with respect to every captured tensor."""
-    total = score.sum() if scale == 1 else score.sum() * scale
+    total = score.sum() if isinstance(scale, float) and scale == 1 else score.sum() * scale
     tensors = [x for run in runs for x in run.tensors]
     create_graph = torch.is_grad_enabled()
     grads = iter(
