@@ -31,7 +31,7 @@ from ..ops import attention, attention_qkvpacked
 from ..ops.attention import attention_operator
 from .attention_modules import AttentionLayer, plain_class_of
 from .packed_projection import PackedAttention, may_pack, packed_attention
-from .torch_calls import Forward, Handler, TorchCalls, owners
+from .torch_calls import Forward, Handler, TorchCalls
 from .torch_mha import multi_head_attention
 from .unfused_attention import Unfused, is_watched
 
@@ -175,7 +175,7 @@ class Attachment:
         while self._swapped:
             module, before, after = self._swapped.pop()
             if type(module) is after:
-                module.__class__ = before
+                _set_class(module, before)
 
     def _see_calls(self) -> None:
         if torch.compiler.is_compiling():  # the classes are not swapped: layers are found by calls
@@ -290,7 +290,7 @@ class Attachment:
             key = (module, before)
             if key not in self._classes:
                 self._classes[key] = self._wrapped_class(before, wrapper, module in attentions)
-            module.__class__ = self._classes[key]
+            _set_class(module, self._classes[key])
             self._swapped.append((module, before, self._classes[key]))
 
     def _wrapped_class(self, base: type, wrapper: Wrapper, attends: bool) -> type:
@@ -398,11 +398,6 @@ def _refuse_broken_graph() -> None:
         )
 
 
-def open_attachments() -> list[Attachment]:
-    """The attachments whose ``with`` block is open on this thread, the outermost first."""
-    return owners()
-
-
 def _replaced(attachment: Attachment, func: Forward, args: tuple, kwargs: dict) -> Any:
     return attachment.on_torch_function(func, args, kwargs)
 
@@ -440,6 +435,11 @@ def _split_attention_call(
 
 _ATTENTION_ARGUMENTS = tuple(signature(attention).parameters)
 _ATTENTION_ALIASES = {"query": "q", "key": "k", "value": "v"}
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    """``module.__class__ = cls``, past what modules do when an attribute is set."""
+    object.__setattr__(module, "__class__", cls)
 
 
 def _bare_instance(cls: Any) -> Any:

@@ -4,7 +4,7 @@ The nodes of torch.compile and of reentrant checkpointing refuse a second deriva
 They are found before a gradient is taken, and reported in one line with a hint.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,30 +21,39 @@ _HINTS = {
 }
 
 
-def depends_on(score: Tensor, captured: Sequence[Sequence[Tensor]]) -> list[bool]:
+def depends_on(
+    score: Tensor, captured: Sequence[Sequence[Tensor]], earlier: Iterable[Any] = ()
+) -> list[bool]:
     """Tell for each group of captured tensors whether ``score`` depends on one of them.
+
+    Args:
+        earlier: nodes of the graph that were there before any of the tensors was made, so that none leads to one.
 
     Raises:
         UnsupportedError: an opaque node made a captured tensor or lies between it and ``score``; or, where
             ``score`` depends on none of them, there is one anywhere below it.
     """
     groups = [{_node_of(x) for x in group} for group in captured]
-    root = _node_of(score)
-    nodes = _below(root)
-    if any(kind.__name__ in _HINTS for kind in set(map(type, nodes))):
-        _refuse_opaque(root, set().union(*groups))
-    return [not nodes.isdisjoint(group) for group in groups]
+    root, targets = _node_of(score), set().union(*groups)
+    nodes = _below(root, set(earlier) if targets.isdisjoint(earlier) else set())
+    found = [not nodes.isdisjoint(group) for group in groups]
+    if not any(found) or any(kind.__name__ in _HINTS for kind in set(map(type, nodes))):
+        _refuse_opaque(root, targets)
+    return found
 
 
-def _below(root: Any) -> set[Any]:
-    """Every node from ``root`` down, and None. A step of a model walks all of its graph here, so this is lean."""
-    seen, queue = {root, None}, [root]
+def _below(root: Any, left_out: set[Any]) -> set[Any]:
+    """The nodes from ``root`` down, without those ``left_out`` and what only they lead to.
+
+    Every step of a model walks its graph here, so this is lean.
+    """
+    seen, queue = {root, None, *left_out}, [root]
     for node in queue:
         for child, _ in node.next_functions:
             if child not in seen:
                 seen.add(child)
                 queue.append(child)
-    return seen
+    return seen - left_out
 
 
 def _refuse_opaque(root: Any, targets: set[Any]) -> None:

@@ -92,6 +92,6 @@ def _opened() -> list[TorchCalls]:
     return _thread.opened
 
 
-def owners() -> list[Any]:
+def open_attachments() -> list[Any]:
     """The attachments whose block is open on this thread, the outermost first."""
     return [calls.owner for calls in _opened()]

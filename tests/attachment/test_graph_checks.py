@@ -130,7 +130,54 @@ class TestDependsOn:
         with pytest.raises(UnsupportedError, match="what makes the logits"):
             depends_on(hard(x.sin()).cos().sum(), [[x.exp()]])
 
+    @pytest.mark.parametrize("opaque", OPAQUE.values(), ids=OPAQUE)
+    def test_what_was_there_earlier_is_left_out(self, opaque):
+        torch._dynamo.reset()
+        x, hard = torch.ones(2, requires_grad=True), opaque(nn.Linear(2, 2))
+        stream = hard(x).cos()
+        captured = stream.sin()
+        earlier = {stream.grad_fn}
+        assert depends_on((stream + captured).sum(), [[captured]], earlier) == [True]
+        assert depends_on((stream + captured).sum(), [[captured], [stream]], earlier) == [True] * 2
+        with pytest.raises(UnsupportedError, match="what makes the logits"):
+            depends_on((stream + hard(stream + captured)).sum(), [[captured]], earlier)
+        with pytest.raises(UnsupportedError, match="what makes the logits"):
+            depends_on(stream.sum(), [[captured]], earlier)  # of none of them
+        assert depends_on(x.sin().sum(), [[captured]], earlier) == [False]
+
     def test_a_captured_leaf(self):
         leaf, other = (torch.ones(2, requires_grad=True) for _ in range(2))
         assert depends_on((2 * leaf).sum(), [[leaf], [other]]) == [True, False]
         assert depends_on((2 * leaf.cos()).sum(), [[other], [leaf, other]]) == [False, True]
+
+
+def test_a_recurrent_model():
+    """A second run of the first layer's block is not taken for what was there before the first one."""
+    torch._dynamo.reset()
+    model = vit()
+    images, block = images_for(model), model.blocks[2]
+    hard = compiled(nn.Linear(model.embed_dim, model.embed_dim).double())
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = block
+            self.between = [nn.Identity()]
+
+        def forward(self, x):
+            return self.inner(self.between[0](self.inner(x)))
+
+    model.blocks[2] = outer = Outer()
+    diversity = dvf.HeadDiversity(model)
+    assert step(model, diversity, images)[1] > 0
+    outer.between[0] = hard
+    with pytest.raises(UnsupportedError, match="what makes the logits"):
+        step(model, diversity, images)
+
+
+def test_nothing_of_a_step_is_kept_alive():
+    model = vit()
+    diversity = dvf.HeadDiversity(model)
+    step(model, diversity, images_for(model))
+    assert diversity._recording.earlier == set()
+    assert diversity._recording.runs == []

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 import diversevit_fast as dvf
 from diversevit_fast._torch_internals import function_modes
-from diversevit_fast.attachment.attachment import open_attachments
+from diversevit_fast.attachment.torch_calls import open_attachments
 from diversevit_fast.errors import UnsupportedError
 from tests.helpers.vits import assert_same, diverse_vit, gradients, images_for, step, timm_vit
 
