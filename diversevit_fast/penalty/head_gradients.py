@@ -28,10 +28,8 @@ def head_gradients(
     tensors = [x for run in runs for x in run.tensors]
     create_graph = torch.is_grad_enabled()
     here = nullcontext() if torch.compiler.is_compiling() else set_multithreading_enabled(False)
-    if isinstance(scale, Tensor):  # on the device, where a CUDA graph may not read it
-        weights = torch.ones_like(score) * scale
-    else:
-        weights = torch.full_like(score, scale)
+    on_device = isinstance(scale, Tensor)  # where a CUDA graph may not read it
+    weights = torch.ones_like(score) * scale if on_device else torch.full_like(score, scale)
     with here:
         grads = torch.autograd.grad(
             score,
