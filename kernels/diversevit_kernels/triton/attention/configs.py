@@ -15,6 +15,7 @@ from ..runtime.plan import (
     ANY_WIDTH,
     BLACKWELL,
     DOUBLE,
+    EVERY_CHIP,
     HALF,
     HOPPER,
     INTERPRETER,
@@ -73,6 +74,11 @@ MASK_GRADIENT = LaunchTable(
     row(NVIDIA, DOUBLE, (0, 256), warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     row(AMPERE + RTX_BLACKWELL + OLDER, HALF + SINGLE, (128, 256), warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     row(AMD + OTHER, ANY_SIZE, (0, 256), warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
+)
+MASK_SUMS = LaunchTable(
+    "attention_mask_sums",
+    row(INTERPRETER, ANY_SIZE, ANY_WIDTH, warps=1, stages=1, BLOCK_M=16, BLOCK_N=16),
+    row(EVERY_CHIP, ANY_SIZE, ANY_WIDTH, warps=4, stages=1, BLOCK_M=32, BLOCK_N=32),
 )
 BACKWARD_FEW_QUERIES = LaunchTable(
     "attention_backward_few_queries",

@@ -174,7 +174,7 @@ def attention_double_backward(
         given = AttentionBackward(q, k, v, mask, o, softmax, do, is_causal, scale, False)
         dq = attention_backward(given)[0]
     more = {"o": o, "do": do, "dq": dq, "ddq": ddq, "ddk": ddk, "ddv": ddv, "ddmask": ddmask}
-    args, const = arguments(q, k, v, mask, is_causal, softmax, **more)
+    args, const = arguments(q, k, v, mask, is_causal, scale, softmax, **more)
     gq, gk, gv = into or map(empty_heads, (q, k, v))
     gdo = empty_heads(do)
     out = Gradients(*map(operand, (gq, gk, gv, gdo)))  # pyright: ignore[reportArgumentType]
