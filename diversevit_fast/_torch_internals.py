@@ -7,6 +7,7 @@ cost as much as they do.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = ["ProxyTorchDispatchMode", "tree_flatten", "tree_unflatten"]  # here as they are
@@ -56,6 +57,30 @@ cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 BatchNorm = _BatchNorm
 """The base of all batch norms, ``SyncBatchNorm`` among them. The public classes have no other in common."""
+
+
+def default_device_mode() -> Any:
+    """The ``TorchFunctionMode`` of ``torch.set_default_device``, or None. PyTorch keeps it below all others.
+
+    It refuses to be left from any other place. That of ``with torch.device(...)`` is like others.
+    """
+    return getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+
+
+def insert_function_mode(mode: Any, place: int) -> None:
+    """Enter a ``TorchFunctionMode`` below all but ``place`` of those entered; publicly it is entered above all."""
+    above = [_pop_mode() for _ in function_modes()[place:]]
+    for other in (mode, *reversed(above)):
+        _push_mode(other)
+
+
+def remove_function_mode(mode: Any) -> None:
+    """Leave a ``TorchFunctionMode`` wherever it is; publicly the innermost is left, whichever that is."""
+    entered = function_modes()
+    place = next((i for i, other in enumerate(entered) if other is mode), len(entered))
+    above = [_pop_mode() for _ in entered[place:]]
+    for other in reversed(above[:-1]):
+        _push_mode(other)
 
 
 def in_forward_mode() -> bool:
@@ -150,6 +175,19 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def has_hooks_inside(module: nn.Module, left_out: Sequence[nn.Module] = ()) -> bool:
+    """Whether a module inside ``module`` has one, ``left_out`` aside; in half the time that ``modules`` takes."""
+    inner, seen = [module], {module}
+    for parent in inner:
+        for child in parent._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                inner.append(child)
+                if has_hooks(child) and child not in left_out:
+                    return True
+    return False
+
+
 def has_global_hooks() -> bool:
     """Whether one is registered on all modules, as profilers and counters do; public as ``has_hooks``."""
     every = nn.modules.module
@@ -185,7 +223,9 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     ``fully_shard`` marks modules of which it gathers nothing with the same public class.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    sharded = (m for m in model.modules() if fsdp and isinstance(m, fsdp.FSDPModule))
+    if fsdp is None or not fsdp.FSDPModule.__subclasses__():  # fully_shard makes one for each class
+        return []
+    sharded = (m for m in model.modules() if isinstance(m, fsdp.FSDPModule))
     return [module for module in sharded if _fsdp_group(module) is not None]
 
 

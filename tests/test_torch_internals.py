@@ -49,6 +49,19 @@ def test_who_looks_on():
     with mode:
         assert internals.function_modes() == [mode]
     assert internals.function_modes() == []
+    others = [torch.overrides.TorchFunctionMode() for _ in range(2)]
+    with others[0], others[1]:
+        internals.insert_function_mode(mode, 1)
+        assert internals.function_modes() == [others[0], mode, others[1]]
+        for _ in range(2):
+            internals.remove_function_mode(mode)
+            assert internals.function_modes() == others
+    with torch.overrides.BaseTorchFunctionMode() as mode, torch.device("cpu"):
+        assert internals.default_device_mode() is None
+        assert internals.function_modes()[0] is mode
+        torch.set_default_device("cpu")
+        assert internals.function_modes()[0] is internals.default_device_mode()
+        torch.set_default_device(None)
     trace = partial(torch.jit.trace, example_inputs=x, check_trace=False)
     assert seen_inside(lambda f: lambda _: trace(f), internals.tracing_state) is not None
 
@@ -162,6 +175,12 @@ def test_modules():
     assert not internals.has_hooks(module)
     module.register_forward_pre_hook(lambda *_: None)
     assert internals.has_hooks(module)
+    outer = nn.Sequential(nn.ReLU(), nn.Sequential(module))
+    outer.register_module("none", None)
+    outer[1].register_module("cycle", outer)
+    assert internals.has_hooks_inside(outer)
+    assert not internals.has_hooks_inside(outer, [module])
+    assert not internals.has_hooks_inside(module)
     assert not internals.has_global_hooks()
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     assert internals.has_global_hooks()

@@ -1,8 +1,8 @@
 """Attachment: observes and changes the attention of any model while its ``with`` block is open.
 
 Inside the block the class of every chosen attention module is a subclass of its own, whose forward notes
-which layer is running and then runs the original forward. A ``TorchFunctionMode`` sees the calls that this
-forward makes. Parameters, ``state_dict`` and other modules are not touched, and leaving the block
+which layer is running and then runs the original forward. A ``TorchFunctionMode`` (``torch_calls``) sees the calls
+that this forward makes. Parameters, ``state_dict`` and other modules are not touched, and leaving the block
 restores the classes. Nothing is stored on a module, so the model's copies and pickles are ordinary ones.
 An attachment may be copied or pickled outside its block; the copy observes the model that was copied with it.
 
@@ -19,12 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from .._torch_internals import (
     compiler_traces_gradients,
     frame_callback,
-    function_modes,
     is_compiled,
     overload_of,
 )
@@ -33,6 +31,7 @@ from ..ops import attention, attention_qkvpacked
 from ..ops.attention import attention_operator
 from .attention_modules import AttentionLayer, plain_class_of
 from .packed_projection import PackedAttention, may_pack, packed_attention
+from .torch_calls import Forward, Handler, TorchCalls
 from .torch_mha import multi_head_attention
 from .unfused_attention import Unfused, is_watched
 
@@ -53,28 +52,7 @@ def _refuse_compiled(model: nn.Module, first: AttentionLayer) -> None:
             )
 
 
-Forward = Callable[..., Any]
 Wrapper = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
-
-
-class _Mode(TorchFunctionMode):
-    """Passes every torch call to an attachment.
-
-    The attachment is not a mode itself: a compiler would not trace its ``__enter__``.
-    """
-
-    def __init__(self, owner: "Attachment"):
-        super().__init__()
-        self.owner = owner
-
-    def __torch_function__(
-        self,
-        func: Forward,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return self.owner._on_call(func, args, kwargs or {})
 
 
 class Attachment:
@@ -82,7 +60,13 @@ class Attachment:
 
     Subclasses override the hooks ``on_enter``, ``on_layer_start``, ``on_projection``, ``on_attention`` and
     ``on_torch_function``. Forwards on other threads are left alone.
+
+    Attributes:
+        replaced: torch functions that ``on_torch_function`` is called for, in the first chosen layer that runs and
+            ever after. Without any, no call outside chosen layers is seen.
     """
+
+    replaced: frozenset[Any] = frozenset()
 
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
         _refuse_compiled(model, layers[0])
@@ -98,13 +82,17 @@ class Attachment:
         self._running: AttentionLayer | None = None
         self._attention_called = False
         self._made: Tensor | None = None  # by the running layer's one projection, until it attends
-        self._mode = _Mode(self)
+        handlers = {**dict.fromkeys(self.replaced, _replaced), **_ATTENTION_CALLS}
+        self._mode = TorchCalls(self, handlers)
+        self._from_entry = False  # whether calls are seen before a layer runs
         self._thread: int | None = None  # the one inside the block
         self._active = True  # what on_enter returned
 
     def _wrap_all(self) -> None:
         """Make the wrappers. A copy does it at its first entry, when its model is complete."""
         self._wrappers = {layer.module: self._run_layer(layer) for layer in self.layers}
+        # its fast path passes by its attention module, but for who sees torch calls
+        self._from_entry = any(isinstance(m, _FAST_PATHS) for m in self.model.modules())
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes that copies and pickles take over.
@@ -156,7 +144,7 @@ class Attachment:
     def on_torch_function(
         self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Called in place of every other torch function, in chosen layers and elsewhere."""
+        """Called in place of a function of ``replaced``, and of attention outside chosen layers."""
         return func(*args, **kwargs)
 
     def wrap(self, module: nn.Module, wrapper: Wrapper) -> None:
@@ -173,54 +161,71 @@ class Attachment:
         if self._active:
             _refuse_broken_graph()
             self._swap_classes()
-            self._mode.__enter__()
+            self._see_calls()
         self._thread = _this_thread()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._thread = None
-        if self._active:
+        if self._active and torch.compiler.is_compiling():
             self._mode.__exit__(*exception)
+        elif self._active:
+            self._mode.close()
         self._running = self._made = None
         while self._swapped:
             module, before, after = self._swapped.pop()
             if type(module) is after:
-                module.__class__ = before
+                _set_class(module, before)
 
-    def _on_call(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        compiling = torch.compiler.is_compiling()
-        if func is F.linear and compiling:
-            self._follow_weight(_linear_call(args, kwargs)[1])
+    def _see_calls(self) -> None:
+        if torch.compiler.is_compiling():  # the classes are not swapped: layers are found by calls
+            self._mode.__enter__()
+            return
+        self._mode.open()
+        if self._from_entry:
+            self._mode.start()
+
+    def _on_linear(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, weight = _linear_call(args, kwargs) if kwargs else args[:2]
+        if torch.compiler.is_compiling():
+            self._follow_weight(weight)
         layer = self._running
-        if func is F.multi_head_attention_forward:
-            if layer is None and compiling:
-                layer = self._layer_called_with(args)
-            return self._on_multi_head_attention(layer, args, kwargs)
+        made = None if layer is None else layer.projection_of(weight)
+        if layer is None or made is None:
+            return func(*args, **kwargs)
+        return self._project(layer, made.roles, x, weight, func(*args, **kwargs))
+
+    def _on_attention(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer = self._running
         if layer is None:
             return self.on_torch_function(func, args, kwargs)
-        if func is F.linear:
-            x, weight = _linear_call(args, kwargs)
-            made = layer.projection_of(weight)
-            if made is None:
-                return func(*args, **kwargs)
-            return self._project(layer, made.roles, x, weight, func(*args, **kwargs))
-        if func is attention_qkvpacked:
-            packed = PackedAttention(*args)
-            return self._attend(layer, packed, packed.parts, kwargs).transpose(1, 2)
-        if func in (F.scaled_dot_product_attention, attention):
-            return self._attend(layer, func, *_split_attention_call(args, kwargs))
-        if func is _ATTENTION_OVERLOAD:
-            options: dict[str, Any] = {}
-            options["attn_mask"], options["is_causal"], options["scale"] = args[3:]
-            return (self._attend(layer, attention, args[:3], options),)
-        return self.on_torch_function(func, args, kwargs)
+        return self._attend(layer, func, *_split_attention_call(args, kwargs))
+
+    def _on_packed(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer = self._running
+        if layer is None:
+            return func(*args, **kwargs)
+        packed = PackedAttention(*args)
+        return self._attend(layer, packed, packed.parts, kwargs).transpose(1, 2)
+
+    def _on_overload(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Handle a call of what a compiler sees in place of ``dvf.attention``."""
+        layer = self._running
+        if layer is None:
+            return func(*args, **kwargs)
+        options: dict[str, Any] = {}
+        options["attn_mask"], options["is_causal"], options["scale"] = args[3:]
+        return (self._attend(layer, attention, args[:3], options),)
 
     def _on_multi_head_attention(
-        self, layer: AttentionLayer | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Handle a call of PyTorch's function for a whole multi-head attention."""
+        layer = self._running
+        if layer is None and torch.compiler.is_compiling():
+            layer = self._layer_called_with(args)
         if layer is None or not layer.is_torch:
-            return self.on_torch_function(F.multi_head_attention_forward, args, kwargs)
+            return self.on_torch_function(func, args, kwargs)
 
         def project(roles: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return self._project(layer, roles, x, weight, F.linear(x, weight, bias))
@@ -285,7 +290,7 @@ class Attachment:
             key = (module, before)
             if key not in self._classes:
                 self._classes[key] = self._wrapped_class(before, wrapper, module in attentions)
-            module.__class__ = self._classes[key]
+            _set_class(module, self._classes[key])
             self._swapped.append((module, before, self._classes[key]))
 
     def _wrapped_class(self, base: type, wrapper: Wrapper, attends: bool) -> type:
@@ -351,12 +356,15 @@ class Attachment:
     def _run_layer(self, layer: AttentionLayer) -> Wrapper:
         def run(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
             before = self._running, self._attention_called
+            started = self._mode.start()
             self._begin(layer)
             try:
                 result = forward(*args, **kwargs)
                 self._finish(layer)
             finally:
                 self._running, self._attention_called = before
+                if started and not self.replaced:
+                    self._mode.stop()
             return result
 
         return run
@@ -390,9 +398,19 @@ def _refuse_broken_graph() -> None:
         )
 
 
-def open_attachments() -> list[Attachment]:
-    """The attachments whose ``with`` block is open, the outermost first."""
-    return [mode.owner for mode in function_modes() if isinstance(mode, _Mode)]
+def _replaced(attachment: Attachment, func: Forward, args: tuple, kwargs: dict) -> Any:
+    return attachment.on_torch_function(func, args, kwargs)
+
+
+_ATTENTION_CALLS: dict[Any, Handler] = {
+    F.linear: Attachment._on_linear,
+    F.multi_head_attention_forward: Attachment._on_multi_head_attention,
+    F.scaled_dot_product_attention: Attachment._on_attention,
+    attention: Attachment._on_attention,
+    attention_qkvpacked: Attachment._on_packed,
+    _ATTENTION_OVERLOAD: Attachment._on_overload,
+}
+_FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -417,6 +435,11 @@ def _split_attention_call(
 
 _ATTENTION_ARGUMENTS = tuple(signature(attention).parameters)
 _ATTENTION_ALIASES = {"query": "q", "key": "k", "value": "v"}
+
+
+def _set_class(module: nn.Module, cls: type) -> None:
+    """``module.__class__ = cls``, past what modules do when an attribute is set."""
+    object.__setattr__(module, "__class__", cls)
 
 
 def _bare_instance(cls: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._torch_internals import has_hooks_inside
 from .attachment import Attachment, Forward
 from .attention_modules import AttentionLayer, is_hooked, plain_class
 from .unfused_attention import is_watched
@@ -72,11 +73,11 @@ def class_token_block(model: nn.Module, attention: nn.Module) -> nn.Module | Non
     if known is None or not known.pools(model):
         return None
     whole: Any = model
-    block = list(whole.blocks.children())[-1]
+    *_, block = whole.blocks.children()
     if plain_class(block) is not known.block_class or getattr(block, "attn", None) is not attention:
         return None
-    readers = (whole.blocks, *block.modules(), whole.norm)
-    return None if is_hooked(readers) or is_watched(attention) else block
+    looked_at = is_hooked((whole.blocks, block, whole.norm)) or has_hooks_inside(block)
+    return None if looked_at or is_watched(attention) else block
 
 
 class ClassTokenShortcut:

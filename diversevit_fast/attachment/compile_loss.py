@@ -19,7 +19,7 @@ import torch
 from .. import ops
 from .._torch_internals import compiler_errors, tracing_gradients
 from ..errors import UnsupportedError, UsageError, usage_error
-from .attachment import open_attachments
+from .torch_calls import open_attachments
 
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 

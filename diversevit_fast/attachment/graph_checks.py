@@ -4,7 +4,7 @@ The nodes of torch.compile and of reentrant checkpointing refuse a second deriva
 They are found before a gradient is taken, and reported in one line with a hint.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,21 +21,46 @@ _HINTS = {
 }
 
 
-def depends_on(score: Tensor, captured: Sequence[Sequence[Tensor]]) -> list[bool]:
+def depends_on(
+    score: Tensor, captured: Sequence[Sequence[Tensor]], earlier: Iterable[Any] = ()
+) -> list[bool]:
     """Tell for each group of captured tensors whether ``score`` depends on one of them.
+
+    Args:
+        earlier: nodes of the graph that were there before any of the tensors was made, so that none leads to one.
 
     Raises:
         UnsupportedError: an opaque node made a captured tensor or lies between it and ``score``; or, where
             ``score`` depends on none of them, there is one anywhere below it.
     """
-    groups = [{get_gradient_edge(x).node for x in group} for group in captured]
-    targets = set().union(*groups)
-    found: set[Any] = set()
+    groups = [{_node_of(x) for x in group} for group in captured]
+    root, targets = _node_of(score), set().union(*groups)
+    nodes = _below(root, set(earlier) if targets.isdisjoint(earlier) else set())
+    found = [not nodes.isdisjoint(group) for group in groups]
+    if not any(found) or any(kind.__name__ in _HINTS for kind in set(map(type, nodes))):
+        _refuse_opaque(root, targets)
+    return found
+
+
+def _below(root: Any, left_out: set[Any]) -> set[Any]:
+    """The nodes from ``root`` down, without those ``left_out`` and what only they lead to.
+
+    Every step of a model walks its graph here, so this is lean.
+    """
+    seen, queue = {root, None, *left_out}, [root]
+    for node in queue:
+        for child, _ in node.next_functions:
+            if child not in seen:
+                seen.add(child)
+                queue.append(child)
+    return seen - left_out
+
+
+def _refuse_opaque(root: Any, targets: set[Any]) -> None:
+    """Raise if an opaque node is where ``depends_on`` refuses it."""
     above: set[Any] = set()  # nodes from which a captured tensor is reached
     opaque: list[tuple[Any, str]] = []
-    for node, children in _leaves_first(get_gradient_edge(score).node):
-        if node in targets:
-            found.add(node)
+    for node, children in _leaves_first(root):
         if node in targets or any(child in above for child in children):
             above.add(node)
         name = type(node).__name__
@@ -44,7 +69,12 @@ def depends_on(score: Tensor, captured: Sequence[Sequence[Tensor]]) -> list[bool
     for node, name in opaque:
         if not above or node in above:
             raise UnsupportedError(f"model: what makes the logits {_HINTS[name]}")
-    return [not found.isdisjoint(nodes) for nodes in groups]
+
+
+def _node_of(x: Tensor) -> Any:
+    """The node of the graph that the tensor's gradient arrives at."""
+    node = x.grad_fn
+    return get_gradient_edge(x).node if node is None else node
 
 
 def refuse_checkpointing() -> None:
@@ -62,15 +92,14 @@ def refuse_checkpointing() -> None:
 
 def _leaves_first(root: Any) -> Iterator[tuple[Any, list[Any]]]:
     """Yield every node from ``root`` down with its children, each after its children."""
-    seen, stack = {root}, [(root, False)]
+    seen: set[Any] = set()
+    stack = [(root, False)]
     while stack:
         node, done = stack.pop()
         children = [child for child, _ in node.next_functions if child is not None]
         if done:
             yield node, children
-            continue
-        stack.append((node, True))
-        for child in children:
-            if child not in seen:
-                seen.add(child)
-                stack.append((child, False))
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((child, False) for child in children)

@@ -11,10 +11,9 @@ that it was not used; it can have it outside the context.
 import torch
 from torch import Tensor, nn
 
-from .._torch_internals import has_global_hooks, is_looked_at
+from .._torch_internals import has_global_hooks, has_hooks_inside, is_looked_at
 from ..ops import attention, attention_qkvpacked
 from ..ops.attention_qkvpacked import autograd_alone, split_qkv
-from .attention_modules import is_hooked
 
 
 class PackedAttention:
@@ -70,8 +69,7 @@ def may_pack(module: nn.Module, linear: list[nn.Module]) -> bool:
     """Whether no hook can look at q, k or v in ``module``, which makes them by ``linear``; False under a compiler."""
     if torch.compiler.is_compiling():
         return False
-    inner = (child for child in module.modules() if child is not module and child not in linear)
-    return not has_global_hooks() and not is_hooked(inner)
+    return not has_global_hooks() and not has_hooks_inside(module, linear)
 
 
 _VIEWS = {

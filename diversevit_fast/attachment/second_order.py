@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ..ops import attention, gelu, layer_norm
 from .torch_mha import multi_head_attention
 
-_OPERATORS: dict[Any, Callable[..., Any]] = {
+OPERATORS: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: attention,
     F.layer_norm: layer_norm,
     F.gelu: gelu,
@@ -22,7 +22,7 @@ def call_second_order(
     """``func(*args, **kwargs)``, by the operator that replaces ``func`` if there is one."""
     if func is F.multi_head_attention_forward:
         return multi_head_attention(args, kwargs)
-    operator = _OPERATORS.get(func)
+    operator = OPERATORS.get(func)
     if operator is None:
         return func(*args, **kwargs)
     return operator(*args, **{_ALIASES.get(name, name): x for name, x in kwargs.items()})

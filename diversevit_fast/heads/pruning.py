@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment.attachment import Attachment, Forward, open_attachments
+from ..attachment.attachment import Attachment, Forward
 from ..attachment.attention_modules import (
     HEAD_COUNTS,
     AttentionLayer,
@@ -22,6 +22,7 @@ from ..attachment.attention_modules import (
 from ..attachment.indices import Integers, as_list, describe, is_boolean, whole_number
 from ..attachment.parallel import is_ddp, unwrap
 from ..attachment.support import refuse
+from ..attachment.torch_calls import open_attachments
 from ..errors import UnsupportedError, usage_error
 from .module_swap import Change, replaced_parameters, swap, warn_of_optimizers
 

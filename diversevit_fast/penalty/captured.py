@@ -1,6 +1,8 @@
 """The tensors captured inside a ``with`` block, which the penalty differentiates by."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -41,16 +43,24 @@ class Recording:
     Attributes:
         runs: those that are complete.
         batches: the batch size of each forward of the whole model.
+        earlier: nodes of the graph that were there before the first tensor was captured.
     """
 
     runs: list[Captured] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
+    earlier: set[Any] = field(default_factory=set)
     _projections: list[tuple[ProjectionOutput, Tensor]] = field(default_factory=list)
 
     @property
     def begun(self) -> bool:
         """True once a tensor is captured: what runs after it may depend on it."""
         return bool(self.runs or self._projections)
+
+    def note_inputs(self, tensors: Iterable[Any]) -> None:
+        """Note what makes tensors that the first layer's surroundings are called with."""
+        if not self.begun:
+            made = (x.grad_fn for x in tensors if isinstance(x, Tensor))
+            self.earlier.update(node for node in made if node is not None)
 
     def start_layer(self) -> None:
         """Forget the projections of a layer that did not get as far as its attention."""
@@ -69,6 +79,6 @@ class Recording:
         self._projections = []
 
     def take_runs(self) -> list[Captured]:
-        """Return the runs and forget them."""
-        runs, self.runs = self.runs, []
+        """Return the runs and forget them, and with them the graph."""
+        runs, self.runs, self.earlier = self.runs, [], set()
         return runs

@@ -12,7 +12,7 @@ from ..attachment.class_token import ClassTokenShortcut
 from ..attachment.graph_checks import depends_on, refuse_checkpointing
 from ..attachment.indices import Integers
 from ..attachment.parallel import check_ddp_forward, is_ddp, keep_unsharded, unwrap
-from ..attachment.second_order import call_second_order
+from ..attachment.second_order import OPERATORS, call_second_order
 from ..attachment.support import refuse
 from ..errors import UnsupportedError, usage_error
 from ..ops.checks import check_choice
@@ -101,6 +101,8 @@ class HeadDiversity(Attachment):
     Source: arXiv 2308.16274, section 3; all heads from one backward pass instead of one each.
     """
 
+    replaced = frozenset(OPERATORS)
+
     def __init__(
         self,
         model: nn.Module,
@@ -170,20 +172,21 @@ class HeadDiversity(Attachment):
         if self.check_finite:
             self._finite.note(logits)
         score = prediction_score(logits, self.target)
-        runs, samples = self._recording.take_runs(), None
+        earlier, samples = self._recording.earlier, None
+        runs = self._recording.take_runs()
         if not len(score):
             self.cosines, self.samples = [], None
             return score.sum().float() * 0
         if torch.compiler.is_compiling():
             check_reached(self.layers, {run.layer for run in runs})
         else:
-            runs, samples = self._checked(runs, score)
+            runs, samples = self._checked(runs, score, earlier)
         grads, scale = self._differentiate(score, runs)
         value, self.cosines = mean_penalty(
             grads, runs, self.layers, self.granularity, self.reduction, scale
         )
         self.samples = samples
-        return value * self.every
+        return value if self.every == 1 else value * self.every
 
     def check(self) -> None:
         """Wait for the steps so far, and refuse them if logits of one were not finite: for the end of an epoch.
@@ -196,13 +199,15 @@ class HeadDiversity(Attachment):
         """
         self._finite.wait()
 
-    def _checked(self, runs: list[Captured], score: Tensor) -> tuple[list[Captured], Tensor | None]:
+    def _checked(
+        self, runs: list[Captured], score: Tensor, earlier: set[Any]
+    ) -> tuple[list[Captured], Tensor | None]:
         """Check all that can be checked before the gradient, which is expensive.
 
         Returns:
             The runs that ``score`` depends on, and the indices of the drawn samples (None: all).
         """
-        reached = depends_on(score, [run.tensors for run in runs])
+        reached = depends_on(score, [run.tensors for run in runs], earlier)
         samples = self._split.samples(len(score)) if runs else None
         runs = [run for run, is_reached in zip(runs, reached, strict=True) if is_reached]
         check_reached(self.layers, {run.layer for run in runs})
@@ -306,10 +311,15 @@ class HeadDiversity(Attachment):
         """Also wrap the model (its batch size, its class-token shortcut) and the blocks to be split."""
         super()._wrap_all()
         self._class_token.wrap(self, self.layers[-1])
+        self.wrap(blocks_from(self.model, self.layers[0])[0], self._note_inputs)
         self.wrap(self.model, self._note_batch)
         if self._split.fraction < 1:
             for block in blocks_from(self.model, self.layers[0]):
                 self.wrap(block, self._split.wrapper_of(block))
+
+    def _note_inputs(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+        self._recording.note_inputs((*args, *kwargs.values()))
+        return forward(*args, **kwargs)
 
     def _note_batch(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
         self._recording.batches.append(batch_size(args, kwargs))

@@ -6,9 +6,11 @@ head's slice of the projection's output, so one backward pass gives every head.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import set_multithreading_enabled
 
 from .captured import Captured
 
@@ -19,13 +21,21 @@ HeadGradients = list[Tensor | None]
 def head_gradients(
     score: Tensor, runs: Sequence[Captured], scale: float = 1.0
 ) -> list[HeadGradients]:
-    """Differentiate ``sum(scale * score)`` with respect to every captured tensor."""
-    total = score.sum() if scale == 1 else score.sum() * scale
+    """Differentiate ``sum(scale * score)`` with respect to every captured tensor.
+
+    On this thread: a GPU's own, which PyTorch would use, starts later, and waits for Python as this one does.
+    """
     tensors = [x for run in runs for x in run.tensors]
     create_graph = torch.is_grad_enabled()
-    grads = iter(
-        torch.autograd.grad(
-            total, tensors, create_graph=create_graph, retain_graph=True, allow_unused=True
+    here = nullcontext() if torch.compiler.is_compiling() else set_multithreading_enabled(False)
+    with here:
+        grads = torch.autograd.grad(
+            score,
+            tensors,
+            torch.full_like(score, scale),
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
         )
-    )
-    return [[next(grads) for _ in run.tensors] for run in runs]
+    of_run = iter(grads)
+    return [[next(of_run) for _ in run.tensors] for run in runs]

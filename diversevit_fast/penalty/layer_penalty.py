@@ -31,18 +31,24 @@ def mean_penalty(
     Raises:
         UsageError: a layer has no gradient.
     """
-    values: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
-    samples: dict[int, int] = dict.fromkeys(values, 0)
+    found: dict[int, list[tuple[Tensor, int]]] = {layer.index: [] for layer in layers}
     cosines: dict[int, Tensor] = {}
     for grad, run in zip(grads, runs, strict=True):
         if any(g is not None for g in grad):
             value, cosine = layer_penalty(grad, run, granularity, reduction, scale)
-            values[run.layer].append(value * run.samples)
-            samples[run.layer] += run.samples
+            found[run.layer].append((value, run.samples))
             cosines[run.layer] = cosine.detach()
     check_reached(layers, cosines)
-    of_layers = [torch.stack(values[i]).sum() / samples[i] for i in values]
-    return torch.stack(of_layers).mean(), [cosines[i] for i in values]
+    of_layers = [_mean(values) for values in found.values()]
+    mean = of_layers[0] if len(of_layers) == 1 else torch.stack(of_layers).mean()
+    return mean, [cosines[i] for i in found]
+
+
+def _mean(values: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """The mean of values weighted by numbers of samples; of one value itself, without a launch."""
+    if len(values) == 1:
+        return values[0][0]
+    return torch.stack([value * n for value, n in values]).sum() / sum(n for _, n in values)
 
 
 def layer_penalty(

@@ -72,8 +72,8 @@ class TestEvery:
         for _ in range(2):
             with Calls() as calls, diversity:
                 inside = [type(m) for m in model.modules()]
-                modes = len(_get_current_function_mode_stack())
                 logits = model(images)
+                modes = len(_get_current_function_mode_stack())
             seen.append((inside == classes, modes, calls.stock, calls.ours))
             diversity.penalty(logits)
         # wrt="input" captures the projection below the first attention, so all three are ours

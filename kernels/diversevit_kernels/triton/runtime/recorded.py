@@ -36,20 +36,20 @@ _TRIED = hasattr(triton.knobs.runtime, "launch_enter_hook") and triton.__version
 MOST_SIGNATURES = 4096
 """Signatures kept of one operator; beyond that all are forgotten, and recorded again when they come."""
 
-_ALLOCATES = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
-_VIEWS = {
-    *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze"),
+_HARMLESS = {
     *(
-        "split_with_sizes",
-        "t",
-        "transpose",
-        "unbind",
-        "unflatten",
-        "unsqueeze",
-        "view",
-        "_unsafe_view",
-    ),
+        "empty",
+        "empty_strided",
+        "empty_like",
+        "new_empty",
+        "new_empty_strided",
+    ),  # of results without elements
+    "promote_types",
 }
+"""Operators of PyTorch's that compute nothing on a device."""
+
+_Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""Shape, strides and dtype of a tensor."""
 
 
 class _Place(NamedTuple):
@@ -73,7 +73,7 @@ class _Result:
     """A tensor that a function returns: the number of an allocation, or None for one without elements."""
 
     tensor: int | None
-    like: Tensor
+    layout: "_Layout"
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,19 @@ class Recording:
 
     Attributes:
         inputs: the number of its arguments that are tensors; these come first among the numbered tensors.
-        allocations: shape, strides and dtype of each.
+        allocations: the layout of each.
         single: whether it returned one tensor and not a tuple.
     """
 
     inputs: int
-    allocations: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
+    allocations: list[_Layout]
     launches: list[_Launch]
     results: list[_Result]
     single: bool
 
 
-class _OtherOperators(TorchDispatchMode):
-    """Collects the names of PyTorch's operators that neither allocate nor view."""
+class _Computing(TorchDispatchMode):
+    """Collects the names of PyTorch's operators that run, besides those that only view or allocate."""
 
     def __init__(self):
         super().__init__()
@@ -103,10 +103,23 @@ class _OtherOperators(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        result = func(*args, **(kwargs or {}))
         name = func.name().rpartition("::")[2].partition(".")[0]
-        if name not in _ALLOCATES and name not in _VIEWS:
+        writes = name.endswith("_") or "out" in (kwargs or {})
+        if name not in _HARMLESS and (writes or not _is_view(result, args)):
             self.names.add(name)
-        return func(*args, **(kwargs or {}))
+        return result
+
+
+def _is_view(result: Any, args: tuple[Any, ...]) -> bool:
+    """Whether every tensor in ``result`` lies in the memory of one in ``args``."""
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    memories = {_memory_of(x) for x in args if isinstance(x, Tensor)}
+    return all(isinstance(x, Tensor) and _memory_of(x) in memories for x in results)
+
+
+def _memory_of(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 class _NotRecordableError(Exception):
@@ -115,10 +128,10 @@ class _NotRecordableError(Exception):
 
 def record(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Recording | None, Any]:
     """Run ``function`` and return what it did, None where that is more than allocating and launching; its result."""
-    others = _OtherOperators()
-    with tensors.collected() as allocations, launch.collected() as started, others:
+    computing = _Computing()
+    with tensors.collected() as allocations, launch.collected() as started, computing:
         result = function(*args)
-    if others.names:
+    if computing.names:
         return None, result
     inputs = [x for x in args if isinstance(x, Tensor)]
     try:
@@ -143,11 +156,11 @@ def _recording(
             if any(other.tensor == place.tensor for other in results):
                 raise _NotRecordableError
             layouts[number] = _layout(x)
-        results.append(_Result(None if place is None else place.tensor, x))
+        results.append(_Result(None if place is None else place.tensor, _layout(x)))
     return Recording(len(inputs), layouts, launches, results, single)
 
 
-def _layout(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+def _layout(x: Tensor) -> _Layout:
     return tuple(x.shape), x.stride(), x.dtype
 
 
@@ -163,13 +176,13 @@ class _Numbered:
         self._number = {id(x): i for i, x in reversed(list(enumerate(known)))}
         self._of_storage: dict[int, list[int]] = {}
         for i, x in enumerate(known):
-            self._of_storage.setdefault(x.untyped_storage().data_ptr(), []).append(i)
+            self._of_storage.setdefault(_memory_of(x), []).append(i)
 
     def place(self, x: Tensor) -> _Place:
         number = self._number.get(id(x))
         if number is not None:
             return _Place(number, 0)
-        among = self._of_storage.get(x.untyped_storage().data_ptr(), [])
+        among = self._of_storage.get(_memory_of(x), [])
         if len(among) != 1:
             raise _NotRecordableError
         return _Place(among[0], x.data_ptr() - self._known[among[0]].data_ptr())
@@ -246,7 +259,7 @@ def _replay_of(
     returned = []
     for i, result in enumerate(recording.results):
         if result.tensor is None:
-            names[f"nothing{i}"] = _layout(result.like)
+            names[f"nothing{i}"] = result.layout
             lines.append(f"empty{i} = empty(*nothing{i}[:2], dtype=nothing{i}[2], device=device)")
             returned.append(f"empty{i}")
         else:

@@ -1,0 +1,220 @@
+"""Recorded calls on the do-nothing GPU: what is replayed is what the host code would do."""
+
+from tests.helpers.fake_gpu import json_from_fake_gpu
+
+OPERATORS = """
+import gc, json, torch
+from benchmarks.fake_gpu.counters import counting
+import diversevit_fast as dvf
+from diversevit_fast.ops.autograd import Operator
+from diversevit_kernels.triton.runtime import recorded
+
+def numbers(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="cuda", requires_grad=True)
+
+def to_second_order(f, *inputs):
+    def job():
+        y = f(*inputs)
+        y = y if isinstance(y, torch.Tensor) else y[0]
+        first = torch.autograd.grad(y, inputs, torch.ones_like(y), create_graph=True)
+        torch.autograd.grad(first, inputs, list(map(torch.ones_like, first)), allow_unused=True)
+    return job
+
+def jobs(B=2, N=5, H=3, d=16, dtype=torch.float32):
+    D = H * d
+    qkv = numbers(B, N, 3, H, d, dtype=dtype)
+    q, k, v = (x.detach().requires_grad_() for x in qkv.detach().permute(2, 0, 3, 1, 4))
+    w = numbers(3, H, d, D, dtype=dtype)
+    x, g, b = numbers(B, N, D, dtype=dtype), numbers(D, dtype=dtype), numbers(D, dtype=dtype)
+    heads = numbers(B, H, N, D, dtype=dtype)
+    kinds = [{"granularity": "token"}, {"granularity": "sample", "return_cosines": True}]
+    with_use = {
+        "attention": to_second_order(dvf.attention, q, k, v),
+        "causal": to_second_order(lambda *x: dvf.attention(*x, is_causal=True), q, k, v),
+        "packed": to_second_order(dvf.attention_qkvpacked, qkv),
+        "layer_norm": to_second_order(lambda *y: dvf.layer_norm(y[0], D, *y[1:]), x, g, b),
+        "gelu": to_second_order(dvf.gelu, x),
+    }
+    for i, kind in enumerate(kinds):
+        with_use[f"head_penalty {i}"] = to_second_order(lambda g, kind=kind: dvf.head_penalty(g, **kind), heads)
+        with_use[f"routed {i}"] = to_second_order(lambda *y, kind=kind: dvf.routed_head_penalty(*y, **kind), qkv, w)
+    return with_use
+
+def recordings():
+    return {o._operator._name: o._replayed for o in gc.get_objects() if isinstance(o, Operator) and o._replayed}
+"""
+
+
+def in_a_process(code: str):
+    """What ``code`` leaves in ``result``."""
+    return json_from_fake_gpu(OPERATORS + code + "\nprint(json.dumps(result))")
+
+
+def test_every_operator_is_replayed_and_by_the_same_launches():
+    """A second call finds the recording, and another recording of it, of other tensors, is equal."""
+    result = in_a_process(
+        """
+first_calls = []
+compared = dict(equal=0, different=[])
+original_first = recorded.Recorded._first
+def counted_first(self, key, args):
+    first_calls.append(key)
+    return original_first(self, key, args)
+recorded.Recorded._first = counted_first
+replay_of = recorded._replay_of
+made = {}
+def kept(recording, args, on):
+    replay = replay_of(recording, args, on)
+    made[replay] = recording
+    return replay
+recorded._replay_of = kept
+
+for dtype in (torch.float32, torch.bfloat16):
+    for job in jobs(dtype=dtype).values(): job()
+recorded_calls = len(first_calls)
+
+call = recorded.Recorded.__call__
+def again(self, *args):
+    replay = self._replays.get(recorded.signature(args))
+    if replay is not None:
+        other, _ = recorded.record(self._function, args)
+        if other == made[replay]: compared["equal"] += 1
+        else: compared["different"].append(str(self._function))
+    return call(self, *args)
+recorded.Recorded.__call__ = again
+for dtype in (torch.float32, torch.bfloat16):
+    for job in jobs(dtype=dtype).values(): job()
+result = dict(
+    recorded=recorded_calls, later=len(first_calls) - recorded_calls, **compared,
+    refused=sorted({name for name, one in recordings().items() if None in one._replays.values()}),
+)
+"""
+    )
+    assert result["refused"] == []
+    assert result["later"] == 0
+    assert result["different"] == []
+    assert result["equal"] > 40
+
+
+def test_each_part_of_the_signature_makes_a_recording_of_its_own():
+    made = in_a_process(
+        """
+from diversevit_kernels.triton.runtime import device
+from diversevit_kernels.triton.attention import attention_forward
+function = recorded.Recorded(attention_forward)
+def call(B=2, N=64, dtype=torch.float32, skip=0, heads_first=False, causal=False):
+    memory = torch.empty(3, B * N * 3 * 16 + skip, dtype=dtype, device="cuda")
+    shape = (B, 3, N, 16) if heads_first else (B, N, 3, 16)
+    parts = [x[skip:].view(shape) for x in memory]
+    function(*(x if heads_first else x.transpose(1, 2) for x in parts), None, causal, 0.25)
+result = {}
+def note(name):
+    result[name] = len(function._replays) - sum(result.values())
+call(); note("first"); call(); note("again")
+call(N=80); note("shape")
+call(heads_first=True); note("strides")
+call(dtype=torch.bfloat16); note("dtype")
+call(skip=1); note("alignment")
+call(causal=True); note("option")
+torch.set_float32_matmul_precision("high"); call(); note("precision")
+recorded.launch.tuned = lambda plan, *rest: plan.configuration
+with device.autotune(): call(); note("autotuning")
+call(); note("as before")
+"""
+    )
+    same = {"again", "as before"}
+    assert made == {name: int(name not in same) for name in made}
+
+
+def test_nobody_who_looks_on_is_passed_by():
+    """Hooks of Triton's, tools and tests see every launch and allocation, those of recorded calls too."""
+    seen = in_a_process(
+        """
+import triton
+from diversevit_kernels.triton.runtime import device, launch, tensors
+x = numbers(4, 64)
+job = to_second_order(dvf.gelu, x)
+for _ in range(3): job()
+result = {}
+with launch.recording(run=True) as launches: job()
+result["recording"] = len(launches)
+with device.pretend("sm_80"), launch.recording(run=False) as launches: job()
+result["pretend"] = len(launches)
+allocations = []
+tensors.allocator = lambda *shape, **kind: allocations.append(shape) or torch.empty(*shape, **kind)
+job()
+tensors.allocator = torch.empty
+result["allocator"] = len(allocations)
+with dvf.use_backend("reference"), counting() as found: job()
+result["no launch on another backend"] = int(found["triton"] == 0)
+with dvf.use_backend("triton"), counting() as found: job()
+result["triton"] = found["triton"] - 2
+names = []
+triton.knobs.runtime.launch_enter_hook.add(lambda metadata: names.append(metadata))
+job()
+result["hook"] = len(names)
+"""
+    )
+    assert seen == {
+        **{"recording": 1, "pretend": 1, "allocator": 2, "no launch on another backend": 1},
+        **{"triton": 1, "hook": 1},
+    }
+
+
+def test_pointers_of_a_replay_are_those_of_its_call():
+    """Inputs that share one memory in the recorded call, and lie apart in the next."""
+    result = in_a_process(
+        """
+from diversevit_kernels.triton.attention import attention_forward
+function = recorded.Recorded(attention_forward)
+together = torch.empty(3, 2, 3, 64, 16, device="cuda")
+for _ in range(2): function(*together, None, False, 0.25)
+apart = [torch.empty(2, 3, 64, 16, device="cuda") for _ in range(3)]
+(replay,) = function._replays.values()
+seen = []
+replay.__globals__["launch0"] = lambda *args: seen.append(args[-1])
+o, softmax = replay(*reversed(apart), None, False, 0.25)
+pointers = [x for x in seen[0] if isinstance(x, int) and x > 1 << 32]
+result = [pointers, [x.data_ptr() for x in (*reversed(apart), softmax, o)]]
+"""
+    )
+    got, wanted = result
+    assert sorted(got) == sorted(wanted)
+    assert got[:3] == wanted[:3]
+
+
+def test_what_does_more_than_allocate_and_launch_is_not_recorded():
+    result = in_a_process(
+        """
+from diversevit_kernels.triton.gelu import gelu_forward
+function = recorded.Recorded(lambda x: gelu_forward(x, "none").add_(1))
+x = numbers(4, 64).detach()
+result = []
+for _ in range(3):
+    with counting() as found: function(x)
+    result.append([found["triton"], found["kernels"]])
+result.append(list(function._replays.values()))
+"""
+    )
+    assert result == [[1, 1], [1, 1], [1, 1], [None]]
+
+
+def test_a_replay_is_captured_into_a_graph():
+    result = in_a_process(
+        """
+x = numbers(4, 64)
+job = to_second_order(dvf.gelu, x)
+stream = torch.cuda.Stream()
+with torch.cuda.stream(stream):
+    for _ in range(3): job()
+graph = torch.cuda.CUDAGraph()
+with counting() as eager: job()
+with counting() as captured:
+    with torch.cuda.graph(graph, stream=stream): job()
+with counting() as replayed: graph.replay()
+result = [eager["triton"], captured["triton"], captured["refused"], replayed["triton"]]
+"""
+    )
+    assert result[0] == result[1] == 1
+    assert result[2] == 0
+    assert result[3] == 0
