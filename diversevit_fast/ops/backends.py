@@ -86,9 +86,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Inside the block every operator runs on backend ``name``, in backward passes too.
 
     Args:
-        name: ``"auto"`` (Triton on GPU tensors, the blocked path on CPU tensors), ``"triton"``,
-            ``"cpu"`` or ``"reference"`` (plain PyTorch, any device, N x N memory; what is recorded
-            under it is differentiable to any order).
+        name: ``"auto"`` (Triton on GPU tensors, with PyTorch's own kernels for the first order of GELU and
+            LayerNorm; the blocked path on CPU tensors), ``"triton"``, ``"cpu"`` or ``"reference"`` (plain
+            PyTorch, any device, N x N memory; what is recorded under it is differentiable to any order).
 
     The choice belongs to the process, not to the thread: autograd has threads of its own.
 

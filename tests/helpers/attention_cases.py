@@ -26,6 +26,7 @@ class Case(NamedTuple):
     dv: int = 2
     mask: str = "none"
     layout: str = "dense"
+    scale: float = 0.4
 
 
 CASES = {
@@ -113,15 +114,16 @@ def all_orders(kernels, case, tensors):
     def like(x):
         return torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.device, x.dtype)
 
-    o, softmax = kernels.attention_forward(q, k, v, mask, causal, 0.4)
+    o, softmax = kernels.attention_forward(q, k, v, mask, causal, case.scale)
     do, ddq, ddk, ddv = like(o), like(q), like(k), like(v)
     ddmask = like(mask) if additive else None
     first = kernels.attention_backward(
-        AttentionBackward(q, k, v, mask, o, softmax, do, causal, 0.4, additive)
+        AttentionBackward(q, k, v, mask, o, softmax, do, causal, case.scale, additive)
     )
     second = kernels.attention_double_backward(
         AttentionDoubleBackward(
-            q, k, v, mask, o, softmax, do, first[0], ddq, ddk, ddv, ddmask, causal, 0.4, additive
+            *(q, k, v, mask, o, softmax, do, first[0], ddq, ddk, ddv, ddmask),
+            *(causal, case.scale, additive),
         )
     )
     return [x for x in (o, *softmax.unbind(2), *first, *second) if x is not None]
@@ -185,6 +187,7 @@ def any_case(draw):
             )
         ),
         layout=draw(st.sampled_from(sorted(LAYOUTS))),
+        scale=draw(st.sampled_from([0.4, 0.5])),
     )
 
 

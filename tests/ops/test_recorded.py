@@ -199,6 +199,30 @@ result.append(list(function._replays.values()))
     assert result == [[1, 1], [1, 1], [1, 1], [None]]
 
 
+def test_kernels_start_on_the_device_of_their_tensors():
+    result = in_a_process(
+        """
+recorded._several_devices = lambda: True
+devices, current = [], 1
+class device:
+    def __init__(self, of): self.of = of
+    def __enter__(self):
+        global current
+        devices.append(self.of.index)
+        self.before, current = current, self.of.index
+    def __exit__(self, *_):
+        global current
+        current = self.before
+torch.cuda.device, torch.cuda.current_device = device, lambda: current
+x = numbers(4, 64).detach()
+with dvf.use_backend("triton"):
+    for _ in range(3): dvf.gelu(x)
+result = [devices, current]
+"""
+    )
+    assert result == [[0, 0, 0], 1]
+
+
 def test_a_replay_is_captured_into_a_graph():
     result = in_a_process(
         """

@@ -27,6 +27,7 @@ from tests.helpers.second_order import TAILS, WAYS
 
 triton = pytest.importorskip("diversevit_kernels.triton.attention")
 
+triton_mask_gradient = pytest.importorskip("diversevit_kernels.triton.attention.mask_gradient")
 allocation = pytest.importorskip("diversevit_kernels.triton.runtime.tensors")
 
 MORE = {
@@ -44,6 +45,17 @@ MORE = {
     "empty-row-tiles": Case(B=1, Nq=40, Nk=45, d=8, dv=8, mask="empty-row"),
     "broadcast-tiles": Case(B=3, Nq=20, Nk=45, d=8, dv=8, mask="broadcast"),
     "no-dense-axis-tiles": Case(Nq=33, Nk=40, d=24, dv=40, layout="slice"),
+    "scale-of-two-tiles": Case(B=1, H=1, Hkv=1, Nq=40, Nk=53, d=8, dv=24, scale=0.5),
+    "scale-of-two-head": Case(B=2, H=3, Hkv=3, Nq=37, Nk=53, d=8, dv=8, scale=0.125),
+    "scale-of-two-all-keys": Case(B=1, H=1, Hkv=1, Nq=40, Nk=31, d=8, dv=8, scale=2.0),
+    "scale-of-two-few-queries": Case(B=2, H=2, Nq=16, Nk=53, d=16, dv=16, scale=0.25),
+    "scale-of-two-grouped": Case(B=1, H=4, Hkv=2, Nq=40, Nk=45, d=8, dv=8, scale=0.5),
+    "scale-of-two-causal": Case(B=1, Nq=50, Nk=70, d=8, dv=8, mask="causal", scale=0.5),
+    "scale-of-two-bool": Case(B=2, Nq=40, Nk=45, d=8, dv=8, mask="bool", scale=0.5),
+    "scale-of-two-empty-row": Case(B=1, Nq=40, Nk=45, d=8, dv=8, mask="empty-row", scale=0.5),
+    "scale-of-two-additive": Case(B=1, Nq=40, Nk=45, d=8, dv=8, mask="shared", scale=0.5),
+    "scale-below-zero": Case(B=1, Nq=40, Nk=45, d=8, dv=8, scale=-0.5),
+    "scale-zero": Case(B=1, Nq=20, Nk=45, d=8, dv=8, scale=0.0),
 }
 ALL = {**CASES, **MORE}
 
@@ -56,6 +68,31 @@ def case(request):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_rungs_within_budget(case, dtype, device, guarded):
     check_orders(triton, case, dtype, device=device, place=guarded.place)
+
+
+@pytest.mark.parametrize("shape", [(1, 37), (21, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_the_gradient_of_a_mask_is_summed_over_its_axes_of_size_1(shape, dtype, device, guarded):
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    parts = guarded.place(torch.randn(2, 3, 21, 37).to(device, kept))
+    out = guarded.empty((2, 3, *shape), dtype=dtype, device=device)
+    exact = parts.double().sum_to_size(out.shape)
+    one = triton_mask_gradient.sum_into(out, parts)
+    torch.testing.assert_close(one, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_a_small_mask_has_the_gradient_of_its_copies_summed(device):
+    """One row [1, Nk] of each sample, for all queries and heads."""
+    q, k, v, _, _ = operands(Case(B=2, H=2, Nq=20, Nk=45, d=8, dv=8), device=device)
+    small = torch.randn(2, 1, 1, 45, dtype=torch.float64).to(device)
+
+    def gradient(mask):
+        o, softmax = triton.attention_forward(q, k, v, mask, False, 0.4)
+        inputs = AttentionBackward(q, k, v, mask, o, softmax, o.sin(), False, 0.4, True)
+        return triton.attention_backward(inputs)[3]
+
+    copied = gradient(small.expand(2, 2, 20, 45))
+    torch.testing.assert_close(gradient(small), copied.sum((1, 2), keepdim=True))
 
 
 @pytest.mark.parametrize("N", [197, 257])

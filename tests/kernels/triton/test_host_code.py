@@ -8,7 +8,7 @@ from diversevit_kernels.common import contracts
 from tests.helpers.layouts import LAYOUTS
 
 launching = pytest.importorskip("diversevit_kernels.triton.runtime.launch")
-from diversevit_kernels.triton import gelu, head_penalty, layer_norm  # noqa: E402
+from diversevit_kernels.triton import attention, gelu, head_penalty, layer_norm  # noqa: E402
 from diversevit_kernels.triton.head_penalty import routed  # noqa: E402
 from diversevit_kernels.triton.layer_norm import kernels as layer_norm_kernels  # noqa: E402
 from diversevit_kernels.triton.runtime import copies, tensors  # noqa: E402
@@ -52,6 +52,31 @@ def empty_layer_norms(kind):
     yield from layer_norms("dense", {"rows": (0, 5, 2, 4), "features": (3, 5, 2, 0)}[kind])
 
 
+def attentions(mask_kind, B=2, H=2, Nq=20, Nk=19, d=4):
+    """All orders with a kind of mask, or with few queries; softmax statistics that are not dense."""
+    dtype = torch.float64 if mask_kind == "bool in float64" else torch.float32
+    Nq = 3 if mask_kind == "few queries" else Nq
+    q, k, v = (torch.randn(B, n, H, d, dtype=dtype).transpose(1, 2) for n in (Nq, Nk, Nk))
+    mask = {
+        "bool in float64": torch.ones(1, 1, Nq, Nk, dtype=torch.bool),
+        "bool": torch.ones(B, 1, 1, Nk, dtype=torch.bool),
+        "one number a key": torch.randn(1, H, 1, Nk),
+        "half": torch.randn(B, H, Nq, Nk).bfloat16(),
+    }.get(mask_kind)
+    if mask_kind == "half":
+        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    grad = mask is not None and mask.dtype != torch.bool
+    softmax = torch.randn(B, H, Nq, 2, dtype=torch.promote_types(q.dtype, torch.float32)).mT
+    first = q, k, v, mask, q, softmax, q
+    dds = q, k, v, mask if grad else None
+    yield attention.attention_forward, q, k, v, mask, False, 0.5
+    after = False, 0.5, grad
+    yield attention.attention_backward, contracts.AttentionBackward(*first, *after)
+    for dq in (q, None):
+        second = contracts.AttentionDoubleBackward(*first, dq, *dds, *after)
+        yield attention.attention_double_backward, second
+
+
 def penalty_operands(granularity):
     """Cosines, norms, cotangents of penalty and cosines (as a sum has it), and the rest: 5 tokens, 3 heads."""
     shape = (2, 5) if granularity == "token" else (2,)
@@ -92,6 +117,8 @@ def calls_of(operator, kind, patch):
 
 OPERATORS = [(f, kind) for f in (gelus, layer_norms) for kind in LAYOUTS]
 OPERATORS += [(empty_layer_norms, kind) for kind in ("rows", "features")]
+MASKS = ("none", "few queries", "bool", "bool in float64", "one number a key", "half")
+OPERATORS += [(attentions, kind) for kind in MASKS]
 OPERATORS += [(f, g) for f in (head_penalties, routed_penalties) for g in ("token", "sample")]
 
 
@@ -115,6 +142,7 @@ def test_another_call_is_seen(monkeypatch):
 def test_a_copy_is_dense_and_equal(kind, dtype, device, guarded):
     x = guarded.place(LAYOUTS[kind](torch.randn(3, 5, 13).to(device, dtype)))
     copy = copies.dense(x)
+    assert copy is not None
     assert copy.is_contiguous()
     assert torch.equal(copy, x)
     assert (copy is x) == x.is_contiguous()

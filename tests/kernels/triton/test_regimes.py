@@ -19,11 +19,11 @@ def backend():
         yield
 
 
-def problems(dtype, top, mask):
+def problems(dtype, top, mask, d=16):
     """One query, few, and rows in several tiles; keys in one tile and in several."""
     sizes = ((1, 33), (16, 33), (40, 40), (40, 20))
     return (
-        saturated(Nq, Nk, 16, top, mask, seed, dtype)
+        saturated(Nq, Nk, d, top, mask, seed, dtype)
         for (Nq, Nk), seed in itertools.product(sizes, range(2))
     )
 
@@ -34,6 +34,24 @@ def problems(dtype, top, mask):
 def test_saturated(dtype, top, mask):
     ratios = errors_over_eager(dvf.attention, problems(dtype, top, mask))
     assert_as_exact_as_eager(ratios, 1.3, 4)
+
+
+def test_saturated_whatever_the_scale():
+    """1 / sqrt(24) is no power of two, as 1 / sqrt(16) is."""
+    ratios = errors_over_eager(dvf.attention, problems(torch.float32, 100, False, d=24))
+    assert_as_exact_as_eager(ratios, 1.3, 4)
+
+
+@pytest.mark.parametrize("d", [16, 24], ids=["scale of two", "other scale"])
+def test_one_key_with_all_the_weight_has_exactly_all_of_it(d):
+    """Each query is one of the keys, all of one length: P is exactly 0 and 1, in the forward and in the backward."""
+    k = torch.randn(1, 1, 40, d, generator=torch.Generator().manual_seed(0))
+    k *= 60 / k.norm(dim=-1, keepdim=True)
+    v = torch.randn(1, 1, 40, d).requires_grad_()
+    o = dvf.attention(k, k, v)
+    (dv,) = torch.autograd.grad(o, v, torch.ones_like(o))
+    assert torch.equal(o, v)
+    assert torch.equal(dv, torch.ones_like(v))
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["mask", "trained mask"])

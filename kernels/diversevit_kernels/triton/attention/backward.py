@@ -64,7 +64,7 @@ def attention_backward_rows_kernel(
     i, key_head = rows[:, None], h // const.GROUP
     q = load_qk(args.q, b, h, rows, args.Nq, const)
     do = load_v(args.do, b, h, rows, args.Nq, const)
-    top, share = load_softmax(args, b, h, rows)
+    top, share = load_softmax(args, b, h, rows, scale, const)
     top, share = top[:, None], share[:, None]
     sums = zeros_qk(BLOCK_M, const)
     if ALL_KEYS_IN_TILE:
@@ -118,10 +118,10 @@ def attention_backward_columns_kernel(
             i, j = rows[None, :], cols[:, None]
             q = load_qk(args.q, b, h, rows, args.Nq, const)
             do = load_v(args.do, b, h, rows, args.Nq, const)
-            top, share = load_softmax(args, b, h, rows)
+            top, share = load_softmax(args, b, h, rows, scale, const)
             top, share = top[None, :], share[None, :]
             delta = load_statistic(stats.delta, args, b, h, rows)[None, :]
-            p = probabilities(k, q, top, share, args, b, h, i, j, scale, const)
+            p = probabilities(k, q, top, share, args, b, h, i, j, scale, const, True)
             ds = p * (value_product(v, do, const) - delta)
             dv_sums = add_dot(dv_sums, p, do.tile, const.PRECISION)
             dk_sums = add_dot(dk_sums, ds, q.tile, const.PRECISION)
@@ -148,7 +148,7 @@ def attention_backward_few_queries_kernel(
     rows = indices(0, BLOCK_M, const)
     q = load_qk(args.q, b, h, rows, args.Nq, const)
     do = load_v(args.do, b, h, rows, args.Nq, const)
-    top, share = load_softmax(args, b, h, rows)
+    top, share = load_softmax(args, b, h, rows, scale, const)
     top, share = top[:, None], share[:, None]
     if not ALL_KEYS_IN_TILE:
         delta = row_delta_of_few_queries(args, stats, do, b, h, rows, const)
@@ -184,7 +184,7 @@ def attention_backward(
     """
     q, k, v, mask, o, softmax, do, is_causal, scale, mask_grad = inputs
     (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
-    args, const = arguments(q, k, v, mask, is_causal, softmax, o=o, do=do)
+    args, const = arguments(q, k, v, mask, is_causal, scale, softmax, o=o, do=do)
     target = target_of(q, widest(q, v))
     dq, dk, dv = into or map(empty_heads, (q, k, v))
     stats = RowStatistics(empty_statistic(q))

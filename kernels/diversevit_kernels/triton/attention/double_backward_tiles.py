@@ -40,7 +40,7 @@ def rows_with_all_keys(
     i, j, key_head = rows[:, None], cols[None, :], h // const.GROUP
     q = load_qk(args.q, b, h, rows, args.Nq, const)
     k = load_qk(args.k, b, key_head, cols, args.Nk, const)
-    top, _ = load_softmax(args, b, h, rows)
+    top, _ = load_softmax(args, b, h, rows, scale, const)
     p = probabilities_of_all_keys(q, k, top[:, None], args, b, h, i, j, scale, const)
 
     do = load_v(args.do, b, h, rows, args.Nq, const)
@@ -88,7 +88,7 @@ def rows_in_one_pass(
     q = load_qk(args.q, b, h, rows, args.Nq, const)
     do = load_v(args.do, b, h, rows, args.Nq, const)
     ddq = load_qk(args.ddq, b, h, rows, args.Nq, const)
-    top, share = load_softmax(args, b, h, rows)
+    top, share = load_softmax(args, b, h, rows, scale, const)
     top, share = top[:, None], share[:, None]
     delta = row_delta(args, stats, do, b, h, rows, const)[:, None]
     gq, gdo = zeros_qk(ROWS, const), zeros_v(ROWS, const)
@@ -163,10 +163,10 @@ def columns(
             q = load_qk(args.q, b, h, rows, args.Nq, const)
             do = load_v(args.do, b, h, rows, args.Nq, const)
             ddq = load_qk(args.ddq, b, h, rows, args.Nq, const)
-            top, share = load_softmax(args, b, h, rows)
+            top, share = load_softmax(args, b, h, rows, scale, const)
             top, share = top[None, :], share[None, :]
             delta = load_statistic(stats.delta, args, b, h, rows)[None, :]
-            p = probabilities(k, q, top, share, args, b, h, i, j, scale, const)
+            p = probabilities(k, q, top, share, args, b, h, i, j, scale, const, True)
             ds = p * (value_product(v, do, const) - delta)
             if ddq is not None:
                 gk = add_dot(gk, ds, ddq.tile, const.PRECISION)

@@ -57,7 +57,7 @@ def head_with_few_queries(
     q = load_qk(args.q, b, h, rows, args.Nq, const)
     do = load_v(args.do, b, h, rows, args.Nq, const)
     ddq = load_qk(args.ddq, b, h, rows, args.Nq, const)
-    top, share = load_softmax(args, b, h, rows)
+    top, share = load_softmax(args, b, h, rows, scale, const)
     total = tl.zeros([ROWS], const.ACC)
     delta = tl.zeros([ROWS], const.ACC)
     eta = tl.zeros([ROWS], const.ACC)

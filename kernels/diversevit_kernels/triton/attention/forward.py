@@ -19,6 +19,7 @@ from .tiles import (
     FEW_QUERIES,
     arguments,
     empty_softmax,
+    exp_of_scores,
     indices,
     last_key,
     load_qk,
@@ -63,8 +64,8 @@ def attention_forward_kernel(
         s = scores(q, k, args, b, h, rows[:, None], cols[None, :], scale, const)
         new_top = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp(s - shift[:, None])
-        shrink = tl.exp(top - shift)
+        p = exp_of_scores(s - shift[:, None], scale, const)
+        shrink = exp_of_scores(top - shift, scale, const)
         total = total * shrink + tl.sum(p, 1)
         sums = add_dot(scale_split(sums, shrink[:, None]), p, v.tile, const.PRECISION)
         top = new_top
@@ -72,7 +73,7 @@ def attention_forward_kernel(
     share = share_of(total)
     store_v(o, b, h, rows, args.Nq, scale_split(sums, share[:, None]), const)
     top = tl.where(total == 0.0, float("inf"), top)
-    store_softmax(softmax_ptr, args, b, h, rows, top, share)
+    store_softmax(softmax_ptr, args, b, h, rows, top, share, scale, const)
 
 
 def attention_forward(
@@ -80,7 +81,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention forward, (1)-(2): output ``[B, H, Nq, d_v]`` and the softmax's statistics (1a) ``[B, H, 2, Nq]``."""
     B, H, Nq, _ = q.shape
-    args, const = arguments(q, k, v, mask, is_causal)
+    args, const = arguments(q, k, v, mask, is_causal, scale)
     o = allocate((B, Nq, H, v.shape[-1]), q.dtype, q).transpose(1, 2)
     softmax = empty_softmax(q)
     table = configs.FORWARD_FEW_QUERIES if Nq <= FEW_QUERIES else configs.FORWARD

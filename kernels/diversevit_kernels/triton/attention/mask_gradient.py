@@ -1,7 +1,8 @@
 """The gradient of an additive mask, dmask = dS of (5) or gmask = gS of (9), without atomics.
 
 Traffic  a program reads q, k, v, do (and their cotangents) of its rows and keys for every sample and head that
-         share its part of the mask, and writes that part once, in the accumulator's dtype.
+         share its part of the mask, and writes that part once. A mask that one row of queries or keys serves is
+         summed by a second kernel, from parts in the accumulator's dtype.
 """
 
 import triton
@@ -33,7 +34,7 @@ from .tiles import (
 @triton.jit
 def attention_mask_gradient_kernel(
     args,  # Arguments
-    out_ptr,  # [samples of the mask, heads of the mask, Nq, Nk], dense
+    out_ptr,  # [samples of the mask, heads of the mask, Nq, Nk], dense, written
     stats,  # RowStatistics; at first order t is None
     scale: tl.float64,
     mask_heads,
@@ -64,10 +65,10 @@ def attention_mask_gradient_kernel(
         do = load_v(args.do, b, h, rows, args.Nq, const)
         k = load_qk(args.k, b, key_head, cols, args.Nk, const)
         v = load_v(args.v, b, key_head, cols, args.Nk, const)
-        top, share = load_softmax(args, b, h, rows)
+        top, share = load_softmax(args, b, h, rows, scale, const)
         top, share = top[:, None], share[:, None]
         delta = load_statistic(stats.delta, args, b, h, rows)[:, None]
-        p = probabilities(q, k, top, share, args, b, h, i, j, scale, const)
+        p = probabilities(q, k, top, share, args, b, h, i, j, scale, const, True)
         ds = p * (value_product(do, v, const) - delta)
         if stats.t is None:
             total += ds
@@ -82,7 +83,34 @@ def attention_mask_gradient_kernel(
                 ddv = load_v(args.ddv, b, key_head, cols, args.Nk, const)
                 total += p * value_product(do, ddv, const)
     at = (part * args.Nq + i) * args.Nk + j
+    total = total.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at, total, mask=(i < args.Nq) & (j < args.Nk))
+
+
+@triton.jit
+def attention_mask_sums_kernel(
+    parts_ptr,  # [parts, Nq, Nk], dense
+    out_ptr,  # [parts, kept], dense, written
+    size,  # Nq Nk
+    kept,  # elements of a part that keep a place of their own: Nk (queries are summed up), Nq (keys are) or 1
+    summed,  # elements that are summed up for each of them
+    kept_step,  # elements between neighbours in a part
+    summed_step,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sums of a mask's gradient over its axes of size 1. One program owns BLOCK_M of the sums of one part, in order."""
+    tiles = tl.cdiv(kept, BLOCK_M)
+    program = tl.program_id(0).to(tl.int64)
+    part, own = program // tiles, program % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    total = tl.zeros([BLOCK_M, BLOCK_N], parts_ptr.dtype.element_ty)
+    for start in range(0, summed, BLOCK_N):
+        other = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        at = part * size + own[:, None] * kept_step + other[None, :] * summed_step
+        inside = (own < kept)[:, None] & (other < summed)[None, :]
+        total += tl.load(parts_ptr + at, mask=inside, other=0.0)
+    sums = tl.sum(total, 1).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + part * kept + own, sums, mask=own < kept)
 
 
 def mask_gradient(
@@ -95,7 +123,9 @@ def mask_gradient(
 ) -> Tensor:
     """The gradient dmask, or gmask if ``stats`` has t, shaped like ``mask`` and in its dtype."""
     samples, heads = mask.shape[:2]
-    parts = allocate((samples, heads, args.Nq, args.Nk), stats.delta.dtype, q)
+    whole = (samples, heads, args.Nq, args.Nk)
+    out = allocate(tuple(mask.shape), mask.dtype, q)
+    parts = out if whole == mask.shape else allocate(whole, stats.delta.dtype, q)
     run_kernel(
         configs.MASK_GRADIENT.plan(target_of(q, max(const.WIDTH, const.VALUE_WIDTH))),
         attention_mask_gradient_kernel,
@@ -109,4 +139,24 @@ def mask_gradient(
         q.shape[1] if heads == 1 else 1,
         const=chunked(const),
     )
-    return parts.sum_to_size(mask.shape).to(mask.dtype)
+    return out if parts is out else sum_into(out, parts)
+
+
+def sum_into(out: Tensor, parts: Tensor) -> Tensor:
+    """Write ``parts`` [., ., Nq, Nk] into ``out`` [., ., Nq|1, Nk|1], summed up over its axes of size 1; returns it."""
+    (samples, heads, queries, keys), (Nq, Nk) = out.shape, parts.shape[2:]
+    kept = queries * keys
+    by_query = queries > 1  # keys are summed up
+    run_kernel(
+        configs.MASK_SUMS.plan(target_of(out)),
+        attention_mask_sums_kernel,
+        lambda c: samples * heads * cdiv(kept, c["BLOCK_M"]),
+        parts,
+        out,
+        Nq * Nk,
+        kept,
+        Nq * Nk // max(1, kept),
+        Nk if by_query else 1,
+        1 if by_query or kept == 1 else Nk,
+    )
+    return out

@@ -12,6 +12,7 @@ Names    ``args`` Arguments, ``out`` results, ``stats`` RowStatistics, ``const``
          VALUE_WIDTH.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.dtypes import accumulation_dtype
+from ..runtime import copies
 from ..runtime.device import accumulator, precision
 from ..runtime.sizes import split_width
 from ..runtime.tensors import Operand, allocate, check_operand, operand, reach
 from ..runtime.tiles import dot, dot_nt, load_split, store_split, zeros_split
 
 MAX_WIDTH = 256
-CHUNK = tl.constexpr(16)
-"""Columns that a chunked product reads at a time."""
 UNCHUNKED_WIDTH = 64
 """Up to this head width the tiles of a double backward's loop fit the registers."""
 FEW_QUERIES = 16
@@ -86,6 +86,8 @@ class Constants(NamedTuple):
     INDEX: tl.dtype  # of row and key numbers: int64 where an offset inside a head needs it
     PRECISION: str  # of tl.dot
     IS_CAUSAL: bool
+    BOOL_MASK: bool  # the mask's elements say whether to attend
+    UNSCALED: bool  # scores are kept as products, scale times smaller (see ``scores``)
     HAS_DDS: bool  # a cotangent feeds ddS of (6)
     CHUNKED: bool  # products over the head width go piece by piece (see ``add_product``)
 
@@ -101,6 +103,7 @@ def arguments(
     v: Tensor,
     mask: Tensor | None,
     is_causal: bool,
+    scale: float,
     softmax: Tensor | None = None,
     **more: Tensor | None,
 ) -> tuple[Arguments, Constants]:
@@ -115,9 +118,10 @@ def arguments(
             raise NotImplementedError(
                 f"{name}: Triton attention takes head widths up to {MAX_WIDTH}, not {x.shape[-1]}"
             )
-    if mask is not None and mask.dtype == torch.bool and q.dtype == torch.float64:
+    bool_mask = mask is not None and mask.dtype == torch.bool
+    if mask is not None and bool_mask and q.dtype == torch.float64:
         # Triton 3.6 and 3.8 do not compile products of float64 beside a mask of bytes
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        mask = copies.write(allocate(tuple(mask.shape), q.dtype, q), mask.view(torch.uint8))
     tensors = [x for x in (q, k, v, mask, *more.values()) if x is not None]
     farthest = max(reach(x, 2) for x in tensors)
     width = widest(q, v)
@@ -132,13 +136,19 @@ def arguments(
         INDEX=tl.int32 if farthest < 2**30 else tl.int64,
         PRECISION=products,
         IS_CAUSAL=is_causal,
+        BOOL_MASK=bool_mask,
+        UNSCALED=(mask is None or bool_mask) and _is_power_of_two(scale),
         CHUNKED=products == "tf32x3" or ("dq" in more and width > UNCHUNKED_WIDTH),
         HAS_DDS=any(more.get(name) is not None for name in ("ddq", "ddk", "ddmask")),
     )
     read = {name: operand(x) for name, x in {"q": q, "k": k, "v": v, "mask": mask, **more}.items()}
     sizes = {"H": q.shape[1], "Nq": q.shape[2], "Nk": k.shape[2]}
-    softmax = None if softmax is None else softmax.contiguous()
-    return Arguments(softmax=softmax, **sizes, **read), const  # pyright: ignore[reportArgumentType]
+    return Arguments(softmax=copies.dense(softmax), **sizes, **read), const  # pyright: ignore[reportArgumentType]
+
+
+def _is_power_of_two(scale: float) -> bool:
+    """Whether multiplying by ``scale``, and by one over it, is exact."""
+    return 2.0**-64 < scale < 2.0**64 and math.frexp(scale)[0] == 0.5
 
 
 def widest(q: Tensor, v: Tensor) -> int:
@@ -238,16 +248,20 @@ def store_statistic(ptr, args, b, h, rows, value):
 
 
 @triton.jit
-def load_softmax(args, b, h, rows):
-    """Load the largest score and the share of each of ``rows``, (1a); plus infinity and 0 beyond the end."""
+def load_softmax(args, b, h, rows, scale, const: tl.constexpr):
+    """Load the largest of ``scores`` and the share of each of ``rows``, (1a); plus infinity and 0 beyond the end."""
     at = args.softmax + 2 * (b * args.H + h) * args.Nq + rows
     top = tl.load(at, mask=rows < args.Nq, other=float("inf"))
+    if const.UNSCALED:
+        top *= 1.0 / scale
     return top, tl.load(at + args.Nq, mask=rows < args.Nq, other=0.0)
 
 
 @triton.jit
-def store_softmax(ptr, args, b, h, rows, top, share):
+def store_softmax(ptr, args, b, h, rows, top, share, scale, const: tl.constexpr):
     """The inverse of ``load_softmax``."""
+    if const.UNSCALED:
+        top *= scale
     at = ptr + 2 * (b * args.H + h) * args.Nq + rows
     tl.store(at, top, mask=rows < args.Nq)
     tl.store(at + args.Nq, share, mask=rows < args.Nq)
@@ -291,6 +305,7 @@ def add_product(acc, x, y, WIDTH: tl.constexpr, const: tl.constexpr):
     Where CHUNKED, both are read again from the L1 cache, CHUNK columns at a time: for loops whose tiles do not fit the
     registers. Three TF32 products split an operand in two; a double backward's loop has seven of them.
     """
+    CHUNK: tl.constexpr = 16
     if const.CHUNKED:
         for start in range(0, WIDTH, CHUNK):
             cols = start + tl.arange(0, CHUNK)
@@ -315,39 +330,74 @@ def mask_tile(mask, b, h, i, j, inside):
 
 
 @triton.jit
-def scores(x, y, args, b, h, i, j, scale, const: tl.constexpr):
-    """Scores, (1): S = scale x yᵀ + mask, minus infinity where a query may not look or no pair (i, j) exists.
+def scores(
+    x, y, args, b, h, i, j, scale, const: tl.constexpr, KEYS_BEYOND_END: tl.constexpr = False
+):
+    """Scores, (1): S = scale x yᵀ + mask, minus infinity where a query may not look or no key ``j`` exists.
 
-    ``x, y`` are q and k, or k and q for a transposed tile.
+    Where UNSCALED, S / scale: scale is a power of two and nothing is added, so this is as exact and saves a product.
+    ``x, y`` are q and k, or k and q for a transposed tile. KEYS_BEYOND_END: keys that do not exist may have any score,
+    as what becomes of them is neither stored nor added to anything that is.
     """
     s = tl.zeros([x.index.shape[0], y.index.shape[0]], const.ACC)
-    s = add_product(s, x, y, const.WIDTH, const) * scale
-    inside = (i < args.Nq) & (j < args.Nk)
+    s = add_product(s, x, y, const.WIDTH, const)
+    if not const.UNSCALED:
+        s *= scale
+    visible = j < args.Nk
     if args.mask is not None:
-        tile = mask_tile(args.mask, b, h, i, j, inside)
-        if args.mask.ptr.dtype.element_ty == tl.uint8:
-            inside = inside & (tile != 0)
+        tile = mask_tile(args.mask, b, h, i, j, (i < args.Nq) & visible)
+        if const.BOOL_MASK:
+            visible = tile != 0
         else:
             s += tile.to(const.ACC)
     if const.IS_CAUSAL:
-        inside = inside & (j <= i)
-    return tl.where(inside, s, float("-inf"))
+        visible = visible & (j <= i)
+    if KEYS_BEYOND_END and const.UNSCALED and args.mask is None and not const.IS_CAUSAL:
+        return s
+    else:
+        # never scale x yᵀ bare: the compiler would make one instruction of it and "− top", and 0 of neither
+        return tl.where(visible, s, float("-inf"))
 
 
 @triton.jit
-def probabilities(x, y, top, share, args, b, h, i, j, scale, const: tl.constexpr):
+def exp_of_scores(s, scale, const: tl.constexpr):
+    """exp(S) of differences S of ``scores``. A power of two is one instruction, tl.exp five."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    if const.UNSCALED:
+        return tl.exp2(s * (scale * LOG2_E))
+    else:
+        return tl.exp2(s * LOG2_E)
+
+
+@triton.jit
+def probabilities(
+    x,
+    y,
+    top,
+    share,
+    args,
+    b,
+    h,
+    i,
+    j,
+    scale,
+    const: tl.constexpr,
+    KEYS_BEYOND_END: tl.constexpr = False,
+):
     """Probabilities, (1a): P = exp(S − top) share; zero where S is minus infinity or ``top`` plus infinity.
 
     ``top`` and ``share`` are broadcast. Subtract before exponentiating: if one key has all the weight and S was summed
     in the same order as in the forward, S − top is exactly 0 and P exactly 1. (Where CHUNKED, the order may differ.)
     """
-    return tl.exp(scores(x, y, args, b, h, i, j, scale, const) - top) * share
+    s = scores(x, y, args, b, h, i, j, scale, const, KEYS_BEYOND_END)
+    return exp_of_scores(s - top, scale, const) * share
 
 
 @triton.jit
 def probabilities_of_all_keys(q, k, top, args, b, h, i, j, scale, const: tl.constexpr):
     """Probabilities, (1a), of a tile that holds all keys of its rows: divided by its own row sum."""
-    p = tl.exp(scores(q, k, args, b, h, i, j, scale, const) - top)
+    s = scores(q, k, args, b, h, i, j, scale, const)
+    p = exp_of_scores(s - top, scale, const)
     return p * share_of(tl.sum(p, 1))[:, None]
 
 

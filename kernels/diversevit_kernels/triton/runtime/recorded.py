@@ -19,6 +19,7 @@ Why, and how it was measured: docs/design/host_time.md.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -283,6 +284,9 @@ class Recorded:
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
+        if _several_devices() and args[0].get_device() != torch.cuda.current_device():
+            with torch.cuda.device(args[0].device):  # a kernel is started on the current device
+                return self(*args)
         key = signature(args)
         replay = self._replays.get(key)
         if replay is None or _watched():
@@ -296,18 +300,24 @@ class Recorded:
         with self._lock:
             if len(self._replays) >= MOST_SIGNATURES:
                 self._replays.clear()
-            on = next(x.device for x in args if isinstance(x, Tensor))
-            made = None if recording is None else _replay_of(recording, args, on)
+            made = None if recording is None else _replay_of(recording, args, args[0].device)
             self._replays[key] = made
         return result
 
 
+_several_devices = cache(lambda: torch.cuda.device_count() > 1)
+
+
 def signature(args: Sequence[Any]) -> tuple[Any, ...]:
-    """All that the launches of a call depend on."""
-    key: list[Any] = [torch.get_float32_matmul_precision(), device.autotuning()]
+    """All that the launches of a call depend on; ``args`` begin with a tensor, and the others lie on its device."""
+    key: list[Any] = [
+        torch.get_float32_matmul_precision(),
+        device.autotuning(),
+        args[0].get_device(),
+    ]
     for x in args:
         if isinstance(x, Tensor):
-            key += (x.shape, x.stride(), x.dtype, x.data_ptr() & 15, x.get_device())
+            key += (x.shape, x.stride(), x.dtype, x.data_ptr() & 15)
         else:
             key.append(x)
     return tuple(key)
