@@ -6,6 +6,9 @@ of 64 rows on 4 warps, one warpgroup, took half of the time that they took on 8 
 and was the fastest.
 
 ``_FEW_QUERIES``: at most ``FEW_QUERIES`` of them. ``_ALL_KEYS``: a row tile holds all keys, up to BLOCK_N (ROW_KEYS).
+``_PLAIN``: no mask and no groups of heads, either of which costs registers; larger tiles than else, counted and not
+timed: a fifth to a quarter fewer instructions for each pair of a query and a key, and matrix instructions of twice the
+size.
 """
 
 from ..runtime.plan import (
@@ -209,6 +212,16 @@ DOUBLE_BACKWARD_COLUMNS = LaunchTable(
     row(NVIDIA, HALF + SINGLE, (128, 256), warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     row(AMD + OTHER, ANY_SIZE, (0, 256), warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
 )
+DOUBLE_BACKWARD_ROWS_PLAIN = LaunchTable(
+    "attention_double_backward_rows_plain",
+    row(INTERPRETER, ANY_SIZE, ANY_WIDTH, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
+    row(HOPPER, HALF, (0, 64), warps=4, stages=2, BLOCK_M=64, BLOCK_N=32),
+)
+DOUBLE_BACKWARD_COLUMNS_PLAIN = LaunchTable(
+    "attention_double_backward_columns_plain",
+    row(INTERPRETER, ANY_SIZE, ANY_WIDTH, warps=4, stages=1, BLOCK_M=32, BLOCK_N=16),
+    row(HOPPER, HALF, (0, 64), warps=4, stages=2, BLOCK_M=32, BLOCK_N=64),
+)
 DOUBLE_BACKWARD_HEAD_ALL_KEYS = LaunchTable(
     "attention_double_backward_head_all_keys",
     row(INTERPRETER, ANY_SIZE, ANY_WIDTH, warps=4, stages=1, ROW_TILE=16, ROW_KEYS=32, BLOCK_M=16, BLOCK_N=16),
@@ -228,7 +241,7 @@ SPILLING = {
     ("attention_double_backward_rows", "sm_90", 4): 64,
     # 1.2 ms against 2.9; as the first
     ("attention_double_backward_columns", "sm_90", 4): 64,
-    # 0.9 ms against 1.4; spills under Triton 3.8, did not under 3.6
+    # 0.9 ms against 1.4 at width 128; spills at 112
     ("attention_double_backward_columns", "sm_90", 2): 128,
 }
 """(kernel, architecture, itemsize) -> widths up to this, where a configuration that spills was measured to be

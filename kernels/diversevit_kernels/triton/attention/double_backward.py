@@ -145,13 +145,25 @@ def _plan(target: Target, q: Tensor, k: Tensor, mask: Tensor | None) -> Plan:
     grouped = key_heads != H
     if Nq <= FEW_QUERIES and not grouped:
         return configs.DOUBLE_BACKWARD_FEW_QUERIES.plan(target)
-    if mask is None and not grouped and Nk <= HEAD_KEYS and fills(q, B * H):
+    if _plain(q, k, mask) and Nk <= HEAD_KEYS and fills(q, B * H):
         all_keys = configs.DOUBLE_BACKWARD_HEAD_ALL_KEYS.holding(Nk, "ROW_KEYS", target)
         by_head = all_keys or configs.DOUBLE_BACKWARD_HEAD.find(target)
         if by_head is not None:
             return by_head
     all_keys = configs.DOUBLE_BACKWARD_ROWS_ALL_KEYS.holding(Nk, "BLOCK_N", target)
-    return all_keys or configs.DOUBLE_BACKWARD_ROWS.plan(target)
+    plain = configs.DOUBLE_BACKWARD_ROWS_PLAIN.find(target) if _plain(q, k, mask) else None
+    return all_keys or plain or configs.DOUBLE_BACKWARD_ROWS.plan(target)
+
+
+def _columns_plan(target: Target, q: Tensor, k: Tensor, mask: Tensor | None) -> Plan:
+    """The plan of the column programs after row programs."""
+    plain = configs.DOUBLE_BACKWARD_COLUMNS_PLAIN.find(target) if _plain(q, k, mask) else None
+    return plain or configs.DOUBLE_BACKWARD_COLUMNS.plan(target)
+
+
+def _plain(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """Whether there is no mask and no group of query heads to a key head."""
+    return mask is None and q.shape[1] == k.shape[1]
 
 
 def attention_double_backward(
@@ -202,7 +214,7 @@ def attention_double_backward(
             ALL_KEYS_IN_TILE=all_keys_in_tile,
         )
         run_kernel(
-            configs.DOUBLE_BACKWARD_COLUMNS.plan(target),
+            _columns_plan(target, q, k, mask),
             attention_double_backward_columns_kernel,
             lambda c: B * key_heads * cdiv(Nk, c["BLOCK_N"]),
             *common,
