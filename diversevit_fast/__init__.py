@@ -12,6 +12,7 @@ The folders, in the order in which a training step goes through them:
 * ``ops``: the operators, each with forward, backward and double backward; kernels are in ``diversevit_kernels``.
 * ``penalty``: ``head_diversity`` uses ``captured`` tensors, the ``score`` of the logits, its ``head_gradients``,
   and from these the ``layer_penalty`` (operators ``head_penalty`` and ``routed_head_penalty``).
+* ``training``: whole steps, replayed as CUDA graphs on a GPU.
 * ``heads``: selects heads after training, masks or prunes the others.
 * ``integrations``: extension points of timm, transformers and xformers. ``experiment``: the command line.
 """
@@ -35,6 +36,7 @@ from .ops import (
 from .ops.backends import empty_cpu_cache, use_backend
 from .ops.warmup import warmup
 from .penalty.head_diversity import HeadDiversity
+from .training.graph_step import graph_step
 from .version import __version__
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "data",
     "empty_cpu_cache",
     "gelu",
+    "graph_step",
     "head_penalty",
     "integrations",
     "keep_heads",

@@ -244,3 +244,25 @@ def is_fsdp_root(module: Any) -> bool:
 
 def _fsdp_group(module: Any) -> Any:
     return module._get_fsdp_state()._fsdp_param_group
+
+
+def steps_with_scaler(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer leaves out a step by itself if ``GradScaler`` found an overflow, as fused ones do."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def forget_scaled(scaler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Let a ``GradScaler`` begin the optimizer's step anew after one that was broken off; public is how to end it."""
+    scaler._per_optimizer_states.pop(id(optimizer), None)
+    for name in ("grad_scale", "found_inf"):  # given to fused optimizers for the time of their step
+        vars(optimizer).pop(name, None)
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own dictionary of buffers; as ``own_parameters``."""
+    return module._buffers
+
+
+def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The module's own dictionary of modules inside it; as ``own_parameters``."""
+    return module._modules

@@ -169,9 +169,29 @@ def test_compilers():
             assert internals.compiler_traces_gradients()
 
 
+def test_optimizers_and_scalers():
+    for fused in (False, True):
+        weight = nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.SGD([weight], lr=0.5, fused=fused)
+        assert internals.steps_with_scaler(optimizer) == fused
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for _ in range(2):  # the second time as if there had been no first
+            scaler.scale(weight.sum()).backward()
+            scaler.unscale_(optimizer)
+            internals.forget_scaled(scaler, optimizer)
+            weight.grad = None
+        scaler.scale(weight.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert weight.tolist() == [0.5, 0.5]
+
+
 def test_modules():
     module = nn.Linear(2, 2)
     assert internals.own_parameters(module)["bias"] is module.bias
+    norm = nn.Sequential(nn.BatchNorm1d(2))
+    assert internals.own_modules(norm)["0"] is norm[0]
+    assert internals.own_buffers(norm[0])["running_mean"] is norm[0].running_mean
     assert not internals.has_hooks(module)
     module.register_forward_pre_hook(lambda *_: None)
     assert internals.has_hooks(module)

@@ -25,11 +25,12 @@ ALLOWED = {
     "attachment": {"ops"},
     "integrations": {"attachment", "ops"},
     "penalty": {"attachment", "ops"},
+    "training": {"attachment", "penalty"},
     "nn": {"ops", "penalty"},
     "heads": {"attachment", "ops", "weight_files"},
     "models": {"attachment", "heads", "nn", "weight_files"},
     "data": set(),
-    "experiment": {"attachment", "data", "heads", "models", "ops", "penalty"},
+    "experiment": {"attachment", "data", "heads", "models", "ops", "penalty", "training"},
 }
 
 

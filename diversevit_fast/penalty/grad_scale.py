@@ -5,11 +5,13 @@ factor is halved while the gradients overflow and doubled after many steps witho
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError, usage_error
+from . import graph_capture
 
 LARGEST = 2.0**15
 """Float16 ends at 65504, and the factor itself is the gradient of the score."""
@@ -35,15 +37,53 @@ class InnerScale:
         self.fixed = fixed
         self.value = LARGEST if fixed is None else float(fixed)
         self._good = 0
+        self._moved: tuple[Tensor, Tensor] | None = None
+        self._replayed = False  # whether a graph may have changed what was moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of copies and pickles, whose factor is on the host."""
+        self.state()
+        return {**vars(self), "_moved": None}
+
+    def state(self) -> tuple[float, int]:
+        """The factor and the steps without overflow, as they are now; waits for them if a graph holds them."""
+        if self._moved is not None and self._replayed:
+            factor, good = self._moved
+            self.value, self._good = factor.item(), int(good.item())
+            self._replayed = False
+        return self.value, self._good
+
+    def changed(self) -> None:
+        """Note that a graph was replayed."""
+        self._replayed = True
+
+    def restore(self, state: tuple[float, int]) -> None:
+        """Go back to what ``state`` returned."""
+        self.value, self._good = state
+        self._replayed = False
+        if self._moved is not None:
+            for mine, value in zip(self._moved, state, strict=True):
+                mine.fill_(value)
+
+    def move_to(self, device: torch.device) -> None:
+        """Keep the factor on ``device`` from now on, where captured steps read and adapt it."""
+        if self.fixed is None and self._moved is None:
+            factor = torch.tensor(self.value, device=device, dtype=torch.float32)
+            self._moved = factor, torch.tensor(self._good, device=device)
 
     def apply(
-        self, tensors: list[Tensor], differentiate: Callable[[float], list[list[Tensor | None]]]
+        self,
+        tensors: list[Tensor],
+        differentiate: Callable[[float | Tensor], list[list[Tensor | None]]],
     ) -> tuple[list[list[Tensor | None]], float]:
         """Return ``differentiate(factor)`` and the factor, halved until nothing overflows.
 
+        In a CUDA graph nothing is tried again. Gradients that overflow give a penalty of NaN, and if the factor
+        is not fixed it is halved for the next replay.
+
         Raises:
             UnsupportedError: float16 gradients overflow with any factor, or with the fixed one; inside a
-                compiled loss without a fixed one.
+                compiled loss, or a capture by hand, without a fixed one.
         """
         half = any(x.dtype == torch.float16 for x in tensors)
         if not half:
@@ -55,6 +95,9 @@ class InnerScale:
                     "float16: a compiled loss cannot look for overflow; pass grad_scale=, or use bfloat16"
                 )
             return differentiate(self.value), self.value
+        if graph_capture.capturing():
+            return self._apply_captured(differentiate), self.value
+        self.state()
         while True:
             grads = differentiate(self.value)
             if _finite(grads):
@@ -69,9 +112,32 @@ class InnerScale:
         self._good += 1
         if self.fixed is None and self._good % GROWTH_INTERVAL == 0:
             self.value = min(2 * self.value, LARGEST)
+        self.restore((self.value, self._good))
         return grads, factor
 
+    def _apply_captured(
+        self, differentiate: Callable[[float | Tensor], list[list[Tensor | None]]]
+    ) -> list[list[Tensor | None]]:
+        if self.fixed is not None:
+            return differentiate(self.value)
+        if self._moved is None:
+            raise UnsupportedError(
+                "float16: a CUDA graph cannot try another factor when gradients overflow; pass grad_scale=, "
+                "or use dvf.graph_step(..., diversity=..., scaler=...), or bfloat16"
+            )
+        factor, good = self._moved
+        grads = differentiate(factor.clone())
+        finite = _finite(grads)
+        with torch.no_grad():
+            good.copy_(torch.where(finite, good + 1, 0))
+            grown = torch.where(good % GROWTH_INTERVAL == 0, 2 * factor, factor).clamp(max=LARGEST)
+            factor.copy_(torch.where(finite, grown, factor / 2))
+        return grads
 
-def _finite(grads: list[list[Tensor | None]]) -> bool:
-    checks = [torch.isfinite(g).all() for of_layer in grads for g in of_layer if g is not None]
-    return not checks or bool(torch.stack(checks).all())
+
+def _finite(grads: list[list[Tensor | None]]) -> Tensor:
+    """Whether all are finite, a boolean tensor."""
+    given = [g for of_layer in grads for g in of_layer if g is not None]
+    if not given:
+        return torch.ones((), dtype=torch.bool)
+    return torch.stack([torch.isfinite(g.detach()).all() for g in given]).all()

@@ -16,6 +16,7 @@ from ..attachment.second_order import OPERATORS, call_second_order
 from ..attachment.support import refuse
 from ..errors import UnsupportedError, usage_error
 from ..ops.checks import check_choice
+from . import graph_capture
 from .batch_checks import check_batches, check_reached
 from .captured import Captured, Recording
 from .finite_logits import FiniteLogits
@@ -218,7 +219,7 @@ class HeadDiversity(Attachment):
     def _differentiate(
         self, score: Tensor, runs: list[Captured]
     ) -> tuple[list[HeadGradients], float]:
-        """The gradients of all heads, and the factor they are scaled by."""
+        """The gradients of all heads, and the factor they are scaled by, in a CUDA graph about."""
         tensors = [x for run in runs for x in run.tensors]
         with keep_unsharded(self.model):
             return self._scale.apply(tensors, lambda factor: head_gradients(score, runs, factor))
@@ -232,6 +233,8 @@ class HeadDiversity(Attachment):
         self._finite.look()
         if not torch.is_grad_enabled():
             return True
+        if self.every > 1 and not self._in_graph_step and graph_capture.capturing():
+            raise graph_capture.refuse_every()
         self.step += 1
         return (self.step - 1) % self.every == 0
 
@@ -302,6 +305,7 @@ class HeadDiversity(Attachment):
         self._recording = Recording()
         self._class_token = ClassTokenShortcut()
         self._finite = FiniteLogits()
+        self._in_graph_step = False  # whether ``dvf.graph_step`` captures this step
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_scale": copy(self._scale), "_split": copy(self._split)}

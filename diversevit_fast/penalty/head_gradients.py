@@ -19,7 +19,7 @@ HeadGradients = list[Tensor | None]
 
 
 def head_gradients(
-    score: Tensor, runs: Sequence[Captured], scale: float = 1.0
+    score: Tensor, runs: Sequence[Captured], scale: float | Tensor = 1.0
 ) -> list[HeadGradients]:
     """Differentiate ``sum(scale * score)`` with respect to every captured tensor.
 
@@ -28,11 +28,13 @@ def head_gradients(
     tensors = [x for run in runs for x in run.tensors]
     create_graph = torch.is_grad_enabled()
     here = nullcontext() if torch.compiler.is_compiling() else set_multithreading_enabled(False)
+    on_device = isinstance(scale, Tensor)  # where a CUDA graph may not read it
+    weights = torch.ones_like(score) * scale if on_device else torch.full_like(score, scale)
     with here:
         grads = torch.autograd.grad(
             score,
             tensors,
-            torch.full_like(score, scale),
+            weights,
             create_graph=create_graph,
             retain_graph=True,
             allow_unused=True,

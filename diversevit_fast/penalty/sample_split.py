@@ -6,7 +6,8 @@ the graph of the drawn samples stays apart from the rest. Where something change
 the parts are entangled: the numbers stay right, but the rest is differentiated twice as well.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .._torch_internals import BatchNorm, write_count
 from ..errors import UnsupportedError, usage_error
+from . import graph_capture
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class SampleSplit:
         self.fraction, self.generator = fraction, generator
         self.with_rest = self.entangled = self._running = False
         self._orders: dict[int, tuple[Tensor, Tensor]] = {}
+        self._outside: list[Tensor] | None = None
         self._last: _Parts | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,6 +69,25 @@ class SampleSplit:
         """Forget the drawn samples: draw again from the next batch on."""
         self._orders.clear()
         self._last = None
+
+    @contextmanager
+    def drawn_outside(self) -> Iterator[list[Tensor]]:
+        """A context around the capture of a CUDA graph: samples drawn by a CPU generator become its inputs.
+
+        Yields:
+            The graph's inputs, in the order of the draws; ``draw`` fills them before a replay.
+        """
+        self._outside = []
+        try:
+            yield self._outside
+        finally:
+            self._outside = None
+
+    def draw(self, orders: Sequence[Tensor]) -> None:
+        """Draw the samples of the next replay, as the step itself would."""
+        for order in orders:
+            drawn = torch.randperm(len(order), generator=self.generator)
+            order.copy_(drawn, non_blocking=True)
 
     def check_reached(self, name: str, batch: int) -> None:
         """Refuse a layer that runs on the whole batch although its block should be split."""
@@ -145,11 +167,24 @@ class SampleSplit:
         """The batch's indices with the drawn ones first, and the inverse; one draw until ``forget``."""
         batch = len(x)
         if batch not in self._orders:
-            device = x.device if self.generator is None else self.generator.device
-            drawn = torch.randperm(batch, device=device, generator=self.generator)
-            order = drawn.to(x.device)
+            order = self._draw(batch, x.device)
             self._orders[batch] = order, order.argsort()
         return self._orders[batch]
+
+    def _draw(self, batch: int, device: torch.device) -> Tensor:
+        """A random order of the batch; inside a capture, where the CPU draws none, a tensor that is given one."""
+        source = device if self.generator is None else self.generator.device
+        if source.type == "cpu" and graph_capture.capturing():
+            if self._outside is None:
+                raise UnsupportedError(
+                    "fraction: samples drawn by a CPU generator would be the same in all replays of a CUDA "
+                    "graph; use dvf.graph_step(..., diversity=...), or a generator of the GPU"
+                )
+            if graph_capture.rehearsing():
+                return torch.arange(batch, device=device)
+            self._outside.append(torch.empty(batch, dtype=torch.int64, device=device))
+            return self._outside[-1]
+        return torch.randperm(batch, device=source, generator=self.generator).to(device)
 
     def _count(self, batch: int) -> int:
         return min(batch, max(1, round(self.fraction * batch)))

@@ -9,6 +9,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from tools.interpreter import traffic  # noqa: E402
+from tools.interpreter.quick import quick  # noqa: E402
 from tools.interpreter.sanitizer import sanitizer  # noqa: E402
 from tools.interpreter.traffic import counting, unique_bytes  # noqa: E402
 from tools.kernel_analysis.tensor_traffic import TensorTraffic  # noqa: E402
@@ -24,9 +25,9 @@ def restored():
     from triton.runtime import interpreter
 
     owners = (interpreter.InterpreterBuilder, interpreter.GridExecutor)
-    before = [dict(vars(owner)) for owner in owners]
+    before = [dict(vars(owner)) for owner in owners], interpreter._convert_float
     yield
-    assert [dict(vars(owner)) for owner in owners] == before
+    assert ([dict(vars(owner)) for owner in owners], interpreter._convert_float) == before
 
 
 @triton.jit
@@ -92,6 +93,20 @@ def test_temporaries_of_one_address_are_two_tensors():
         for _ in range(4):
             _first_row_kernel[(1,)](torch.randn(8), torch.empty(8), BLOCK=8)
     assert unique_bytes([launch.read for launch in launches]) == 4 * 32
+
+
+def test_bfloat16_is_rounded_to_the_nearest():
+    """As by PyTorch: ties, the largest numbers, the smallest, infinities and NaN."""
+    g = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (4096,), generator=g, dtype=torch.int32)
+    bits[:1024] = bits[:1024] & ~0xFFFF | 0x8000
+    x = torch.cat([bits.view(torch.float32), torch.tensor([0.0, -0.0, torch.inf, -torch.inf])])
+    y = torch.empty(len(x), dtype=torch.bfloat16)
+    with quick():
+        _copy_kernel[(1,)](x, y, 1, len(x), BLOCK=8192)
+    assert torch.equal(y.isnan(), x.isnan())
+    assert torch.equal(y.nan_to_num(7.0), x.bfloat16().nan_to_num(7.0))
+    assert x.isnan().any()
 
 
 def test_products_and_what_padding_wastes_of_them():

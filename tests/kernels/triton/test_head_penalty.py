@@ -97,8 +97,8 @@ def check_results(operator, case, dtype, kind, seed=0):
 def compare(ours, eager, exact, scales, case):
     """``assert_within_budget`` of each result, rounding sums of magnitude ``scales`` in float32 at least.
 
-    A half result is rounded once, after its sums; one unit, not half of one, for the interpreter
-    truncates to bfloat16.
+    A half result is rounded once, after its sums, or twice where bfloat16 gradients return through a projection: one
+    unit, not half of one.
     """
     terms = case.H * case.N * case.E + case.B * case.H**2
     for one, plain, truth, scale in zip(ours, eager, exact, scales, strict=True):

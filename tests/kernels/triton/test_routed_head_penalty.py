@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import diversevit_fast as dvf
 from diversevit_fast.ops import reference
 from diversevit_kernels.common.contracts import (
+    HeadPenaltyBackward,
     RoutedHeadPenaltyBackward,
     RoutedHeadPenaltyDoubleBackward,
 )
@@ -229,6 +230,52 @@ def test_autocast_lets_the_dtypes_differ(kind, device):
         RoutedHeadPenaltyBackward(r.double(), w.double(), *wide, *values)
     )
     torch.testing.assert_close(dw.double(), exact_dw, rtol=1e-4, atol=1e-6)
+
+
+SCRATCH = {
+    torch.bfloat16: torch.bfloat16,
+    torch.float16: torch.float32,
+    torch.float64: torch.float64,
+}
+
+
+@pytest.mark.parametrize("dtype", SCRATCH, ids=str)
+def test_what_returns_is_kept_in_bfloat16_if_all_is(dtype, device):
+    """u never is, for cosines are float32's; nor du in float16, whose range 1 / n leaves."""
+    r, w = (x.to(device) for x in operands(CASES["plain"], dtype))
+    kind = "token", "all", 1e-12
+    for (one, two), returned in (((r, w), SCRATCH[dtype]), ((r, w.double()), torch.float64)):
+        router = kernels._Router(one, two, *kind, made=2, returned=2)
+        t = next(router.blocks())[0]
+        made = torch.promote_types(two.dtype, torch.float32)
+        assert [router.scratch(i, t).dtype for i in range(4)] == [made, made, returned, returned]
+
+
+@pytest.mark.parametrize("kind", SOME_KINDS, ids="-".join)
+def test_tiny_gradients_in_float16(kind, device):
+    """du is beyond float16's largest number, dW, the sum of its products with those gradients, is not."""
+    r, w = operands(CASES["plain"])
+    r, w = (1e-7 * r).half(), (1e-2 * w).half()
+    values = (*kind, 1e-20)
+
+    def weight_gradient(operator, *inputs):
+        _, cosines, norms = operator.routed_head_penalty_forward(*inputs, *values)
+        given = *inputs, cosines, norms, torch.ones_like(norms[(0,) * norms.ndim]), None
+        first = RoutedHeadPenaltyBackward(*given, *values)
+        assert routed_gradient(*first).abs().max() > torch.finfo(torch.float16).max
+        return operator.routed_head_penalty_backward(first)[1].double().cpu()
+
+    def routed_gradient(r, w, *rest):
+        of = HeadPenaltyBackward(reference.route(r.cpu(), w.cpu()), *(_on_cpu(x) for x in rest))
+        return reference.head_penalty_backward(of)
+
+    exact = weight_gradient(reference, r.double(), w.double())
+    ours = weight_gradient(kernels, r.to(device), w.to(device))
+    assert (ours - exact).abs().max() <= 1e-3 * exact.abs().max()
+
+
+def _on_cpu(x):
+    return x.cpu() if isinstance(x, torch.Tensor) else x
 
 
 def test_relabelling_heads_permutes_the_cosines(kind, device):

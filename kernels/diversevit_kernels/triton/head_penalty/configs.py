@@ -14,6 +14,7 @@ from ..runtime.plan import (
     HALF,
     HOPPER,
     INTERPRETER,
+    NVIDIA,
     OLDER,
     OTHER,
     RTX_BLACKWELL,
@@ -95,13 +96,17 @@ ROUTE_BACK = LaunchTable(
     row(AMPERE, SINGLE, (112, UNBOUNDED), warps=8, stages=2, BLOCK_T=64, BLOCK_J=64, BLOCK_E=32),
     row(HOPPER, SINGLE, ANY_WIDTH, warps=4, stages=2, BLOCK_T=64, BLOCK_J=64, BLOCK_E=32),
     row(_REST + AMD + OTHER, SINGLE, ANY_WIDTH, warps=8, stages=2, BLOCK_T=64, BLOCK_J=64, BLOCK_E=32),
-    row(EVERY_CHIP, HALF + DOUBLE, ANY_WIDTH, warps=8, stages=2, BLOCK_T=64, BLOCK_J=64, BLOCK_E=32),
+    row(NVIDIA + OTHER, HALF, ANY_WIDTH, warps=4, stages=2, BLOCK_T=64, BLOCK_J=64, BLOCK_E=64),
+    row(AMD, HALF, ANY_WIDTH, warps=8, stages=2, BLOCK_T=64, BLOCK_J=64, BLOCK_E=32),
+    row(EVERY_CHIP, DOUBLE, ANY_WIDTH, warps=8, stages=2, BLOCK_T=64, BLOCK_J=64, BLOCK_E=32),
 )
 WEIGHT = LaunchTable(
     "routed_penalty_weight",
     row(INTERPRETER, ANY_SIZE, ANY_WIDTH, warps=4, stages=1, BLOCK_T=16, BLOCK_J=16, BLOCK_E=16),
     row(HOPPER, SINGLE, ANY_WIDTH, warps=4, stages=1, BLOCK_T=32, BLOCK_J=64, BLOCK_E=64),
     row(AMPERE + _REST + AMD + OTHER, SINGLE, ANY_WIDTH, warps=8, stages=2, BLOCK_T=32, BLOCK_J=64, BLOCK_E=64),
-    row(EVERY_CHIP, HALF + DOUBLE, ANY_WIDTH, warps=8, stages=2, BLOCK_T=32, BLOCK_J=64, BLOCK_E=64),
+    row(NVIDIA + OTHER, HALF, ANY_WIDTH, warps=4, stages=2, BLOCK_T=64, BLOCK_J=64, BLOCK_E=64),
+    row(AMD, HALF, ANY_WIDTH, warps=8, stages=2, BLOCK_T=32, BLOCK_J=64, BLOCK_E=64),
+    row(EVERY_CHIP, DOUBLE, ANY_WIDTH, warps=8, stages=2, BLOCK_T=32, BLOCK_J=64, BLOCK_E=64),
 )
 # fmt: on

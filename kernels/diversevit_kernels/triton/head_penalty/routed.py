@@ -7,11 +7,12 @@ same bits on every run. Why a scratch, and why so large: docs/design/routed_pena
 
 Shapes   grad_qkv, ddgrad_qkv [B, N, 3, H, d] and weight, ddweight [3, H, d, D] of any strides; their gradients
          have the same shapes, dense; cosines, norms as in ``cosine.py``; H up to 64.
-Dtypes   float16, bfloat16, float32, float64, which may differ; u and all that is made of it, statistics and sums
-         are in float32 (float64 if one operand is).
+Dtypes   float16, bfloat16, float32, float64, which may differ; u, ddu, statistics and sums are in float32 (float64 if
+         one operand is); so are du and gu, but for operands that are all bfloat16: then they are that.
 Traffic  every function reads r once (the double backward by sample reads twice what spans several tiles of tokens) and
          all but the forward write as much. Scratch, written and read: u in the forward, u and du in the
-         backward, u, ddu, du and gu in the double backward, H D numbers of 4 bytes per token each.
+         backward, u, ddu, du and gu in the double backward, H D numbers of 4 bytes per token each (du and gu of
+         bfloat16 operands 2).
 Work     2 H 3d D flops per token and product; 1 product forward, 3 backward, 7 double backward.
 """
 
@@ -44,19 +45,27 @@ class _Router:
         reduction: str,
         eps: float,
         *others: Tensor | None,
-        buffers: int,
+        made: int,
+        returned: int,
     ):
-        """``others`` are read too, like r or w; ``buffers``: scratches of a tile's [b, n, H, D]."""
+        """``others`` are read too, like r or w.
+
+        Args:
+            made: scratches of a tile's [b, n, H, D] for what is routed into it, u and ddu.
+            returned: scratches for what is routed back, du and gu.
+        """
         B, N, _, H, _ = r.shape
         self.grouping = Grouping(B, H, N, granularity, reduction, eps)
         self.routing = routed_products.constants_of(r, w, *others)
-        dtype, D = accumulation_dtype(r.dtype, w.dtype), w.shape[3]
-        self.tokens = min(B * N, max(1, SCRATCH_BYTES // (buffers * H * D * dtype.itemsize)))
-        self._scratch = [allocate((self.tokens, H, D), dtype, r) for _ in range(buffers)]
-        self.like = self._scratch[0]
+        dtypes = [accumulation_dtype(r.dtype, w.dtype)] * made
+        dtypes += [routed_products.dtype_of_returned(r, w)] * returned
+        D, bytes_of_token = w.shape[3], sum(H * w.shape[3] * dtype.itemsize for dtype in dtypes)
+        self.tokens = min(B * N, max(1, SCRATCH_BYTES // bytes_of_token))
+        self._scratch = [allocate((self.tokens, H, D), dtype, r) for dtype in dtypes]
+        self.like, self.like_returned = self._scratch[0], self._scratch[-1]
         self.const = gram.constants_of(self.grouping, self.like[None].transpose(1, 2))
-        if max(r.dtype.itemsize, w.dtype.itemsize) < dtype.itemsize and dtype == torch.float32:
-            # all that is mixed ends in half results, of fewer bits than one TF32 product
+        if r.dtype == w.dtype == torch.bfloat16:
+            # all that is mixed ends in results of 8 bits, fewer than those of one TF32 product; float16 has as many
             mixing = self.const.MIXING.replace("tf32x3", "tf32")
             self.const = self.const._replace(MIXING=mixing)
 
@@ -104,7 +113,7 @@ def routed_head_penalty_forward(
     grad_qkv: Tensor, weight: Tensor, granularity: str, reduction: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The penalty of routed gradients, (40)-(41): penalty, cosines, norms."""
-    router = _Router(grad_qkv, weight, granularity, reduction, eps, buffers=1)
+    router = _Router(grad_qkv, weight, granularity, reduction, eps, made=1, returned=0)
     g, const = router.grouping, router.const
     out, penalties = empty_statistics(g, router.like)
 
@@ -122,10 +131,10 @@ def routed_head_penalty_forward(
 def routed_head_penalty_backward(inputs: RoutedHeadPenaltyBackward) -> tuple[Tensor, Tensor]:
     """The gradients of the inputs, (42): ``dgrad_qkv`` and ``dweight``."""
     grad_qkv, weight, cosines, norms, dpenalty, dcosines, granularity, reduction, eps = inputs
-    router = _Router(grad_qkv, weight, granularity, reduction, eps, buffers=2)
+    router = _Router(grad_qkv, weight, granularity, reduction, eps, made=1, returned=1)
     g, here = router.grouping, given(cosines, norms, dpenalty, dcosines)
     dr = allocate(tuple(grad_qkv.shape), grad_qkv.dtype, grad_qkv)
-    sums = WeightSums(router.routing, router.like)
+    sums = WeightSums(router.routing, router.like_returned)
     for t in (t for block in router.blocks() for t in block):
         u, du = router.routed(0, t, (grad_qkv, weight)), router.scratch(1, t)
         gram.backward(g, router.const, u, heads_of(du), here.of(g, t))
@@ -156,12 +165,12 @@ def routed_head_penalty_double_backward(
         eps,
     ) = inputs
     others = ddgrad_qkv, ddweight
-    router = _Router(grad_qkv, weight, granularity, reduction, eps, *others, buffers=4)
+    router = _Router(grad_qkv, weight, granularity, reduction, eps, *others, made=2, returned=2)
     g, const = router.grouping, router.const
     given_here = given(cosines, norms, dpenalty, dcosines)
     gdpenalties, gdcosines = empty_cotangents(given_here)
     gr = allocate(tuple(grad_qkv.shape), grad_qkv.dtype, grad_qkv)
-    sums = WeightSums(router.routing, router.like)
+    sums = WeightSums(router.routing, router.like_returned)
 
     def operands(t: Tile) -> tuple[Tensor, Tensor]:
         """ddu and u of a tile."""

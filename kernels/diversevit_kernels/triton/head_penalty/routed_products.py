@@ -4,8 +4,10 @@ Letters  t a token of the tile, in row-major order of its samples and tokens; j 
          (query, key, value) by piece; e a channel of the model.
 Shapes   r and its like [b, n, 3, H, d] and W and its like [3, H, d, D], any strides; u and its like
          [b n, H, D], dense, in the accumulation dtype.
-Dtypes   products read r and W in their common dtype, or in that of u where u takes part; they accumulate in ACC:
-         float32 (float64 for float64), in which u is kept, since cosines are that exact.
+Dtypes   products read r and W in their common dtype, or in that of du where du takes part; they accumulate in ACC:
+         float32 (float64 for float64), in which u is kept, since cosines are that exact. du, which returns to r and W
+         and meets no other head, is kept in bfloat16 if these are: its rounding is one of the results' size. float16
+         would not hold it: 1 / n of (34) leaves its range.
 Pairs    every kernel sums one product or two; the second is left out where an operand of it is None.
 """
 
@@ -64,10 +66,10 @@ class RoutedConstants(NamedTuple):
     d: int
     D: int
     ACC: tl.dtype  # of u and of accumulators
-    DTYPE: tl.dtype  # that r and W are read in: their common one
+    DTYPE: tl.dtype  # that r and W are read in where u is made: their common one
     INDEX: tl.dtype  # of positions inside a token or a weight: int64 where an offset needs it
     PRECISION: str  # of products in DTYPE
-    WIDE: str  # of products in ACC
+    RETURN: str  # of products with du
 
 
 @triton.jit
@@ -154,7 +156,7 @@ def routed_penalty_route_kernel(
 
 @triton.jit
 def routed_penalty_route_back_kernel(
-    u_ptr,  # [tokens, H, D]
+    u_ptr,  # [tokens, H, D]: du, or gu
     w,  # Weight
     u_two_ptr,  # [tokens, H, D], or None
     w_two,  # Weight, or None like u_two_ptr
@@ -175,12 +177,13 @@ def routed_penalty_route_back_kernel(
     total = tl.zeros([BLOCK_T, BLOCK_J], const.ACC)
     for start in range(0, const.D, BLOCK_E):
         e = (start + tl.arange(0, BLOCK_E)).to(const.INDEX)
-        w_tile = load_weight(w, h, j, e, const).to(const.ACC)
-        total = dot(load_routed(u_ptr, h, t, e, tokens, const), tl.trans(w_tile), total, const.WIDE)
+        u_tile = load_routed(u_ptr, h, t, e, tokens, const)
+        w_tile = load_weight(w, h, j, e, const).to(u_tile.dtype)
+        total = dot(u_tile, tl.trans(w_tile), total, const.RETURN)
         if u_two_ptr is not None:
-            w_tile = load_weight(w_two, h, j, e, const).to(const.ACC)
             u_tile = load_routed(u_two_ptr, h, t, e, tokens, const)
-            total = dot(u_tile, tl.trans(w_tile), total, const.WIDE)
+            w_tile = load_weight(w_two, h, j, e, const).to(u_tile.dtype)
+            total = dot(u_tile, tl.trans(w_tile), total, const.RETURN)
     at, inside = rows_places(r, h, t, j, tokens, N, const)
     tl.store(at, total.to(r.ptr.dtype.element_ty), mask=inside)
 
@@ -188,7 +191,7 @@ def routed_penalty_route_back_kernel(
 @triton.jit
 def routed_penalty_weight_kernel(
     r,  # RoutedGradients
-    u_ptr,  # [tokens, H, D]
+    u_ptr,  # [tokens, H, D]: du, or gu
     r_two,  # RoutedGradients, or None
     u_two_ptr,  # [tokens, H, D], or None like r_two
     before_ptr,  # [parts, 3, H, d, D] of the tiles of tokens before this one, or None
@@ -220,12 +223,13 @@ def routed_penalty_weight_kernel(
         sums = tl.load(before_ptr + at, mask=inside, other=0.0)
     for start in range(part * BLOCK_T, tokens, parts * BLOCK_T):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        r_tile = load_rows(r, h, t, j, tokens, N, const).to(const.ACC)
-        sums = dot(tl.trans(r_tile), load_routed(u_ptr, h, t, e, tokens, const), sums, const.WIDE)
+        u_tile = load_routed(u_ptr, h, t, e, tokens, const)
+        r_tile = load_rows(r, h, t, j, tokens, N, const).to(u_tile.dtype)
+        sums = dot(tl.trans(r_tile), u_tile, sums, const.RETURN)
         if r_two is not None:
-            r_tile = load_rows(r_two, h, t, j, tokens, N, const).to(const.ACC)
             u_tile = load_routed(u_two_ptr, h, t, e, tokens, const)
-            sums = dot(tl.trans(r_tile), u_tile, sums, const.WIDE)
+            r_tile = load_rows(r_two, h, t, j, tokens, N, const).to(u_tile.dtype)
+            sums = dot(tl.trans(r_tile), u_tile, sums, const.RETURN)
     tl.store(sums_ptr + at, sums, mask=inside)
 
 
@@ -239,7 +243,6 @@ def constants_of(r: Tensor, w: Tensor, *others: Tensor | None) -> RoutedConstant
     for x in tensors:
         check_operand("grad_qkv" if x.ndim == 5 else "weight_qkv", x)
     common = torch.promote_types(r.dtype, w.dtype)
-    wide = "bf16x3" if common == torch.bfloat16 else "bf16x6"  # u stays float32
     farthest = max(reach(x, 2 if x.ndim == 5 else 0) for x in tensors)
     return RoutedConstants(
         H=r.shape[3],
@@ -249,8 +252,14 @@ def constants_of(r: Tensor, w: Tensor, *others: Tensor | None) -> RoutedConstant
         DTYPE=_DTYPES[common],
         INDEX=tl.int32 if farthest < 2**30 else tl.int64,
         PRECISION=precision(r.new_empty(0, dtype=common), "bf16x6"),
-        WIDE=precision(r.new_empty(0, dtype=accumulation_dtype(common)), wide),
+        RETURN=precision(r.new_empty(0, dtype=dtype_of_returned(r, w)), "bf16x6"),
     )
+
+
+def dtype_of_returned(r: Tensor, w: Tensor) -> torch.dtype:
+    """The dtype that du and gu are kept in."""
+    both = r.dtype == w.dtype == torch.bfloat16
+    return torch.bfloat16 if both else accumulation_dtype(r.dtype, w.dtype)
 
 
 def rows_of(x: Tensor) -> RoutedGradients:
@@ -322,7 +331,8 @@ class WeightSums:
         b, n = u.shape[:2]
         for pair in pairs:
             operands += [rows_of(pair[0]), pair[1]]
-        room = self._sums.pop() if len(self._sums) == 2 else allocate(self._shape, u.dtype, u)
+        dtype = accumulation_dtype(u.dtype)
+        room = self._sums.pop() if len(self._sums) == 2 else allocate(self._shape, dtype, u)
         before = self._sums[0] if self._sums else None
         run_kernel(
             self._plan,
