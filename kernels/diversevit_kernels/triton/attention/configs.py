@@ -7,8 +7,7 @@ and was the fastest.
 
 ``_FEW_QUERIES``: at most ``FEW_QUERIES`` of them. ``_ALL_KEYS``: a row tile holds all keys, up to BLOCK_N (ROW_KEYS).
 ``_PLAIN``: no mask and no groups of heads, either of which costs registers; larger tiles than else, counted and not
-timed: a fifth to a quarter fewer instructions for each pair of a query and a key, and matrix instructions of twice the
-size.
+timed: a quarter to a third fewer instructions for each pair of a query and a key, and larger matrix instructions.
 """
 
 from ..runtime.plan import (
@@ -221,6 +220,7 @@ DOUBLE_BACKWARD_COLUMNS_PLAIN = LaunchTable(
     "attention_double_backward_columns_plain",
     row(INTERPRETER, ANY_SIZE, ANY_WIDTH, warps=4, stages=1, BLOCK_M=32, BLOCK_N=16),
     row(HOPPER, HALF, (0, 64), warps=4, stages=2, BLOCK_M=32, BLOCK_N=64),
+    row(BLACKWELL, HALF, (0, 64), warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
 )
 DOUBLE_BACKWARD_HEAD_ALL_KEYS = LaunchTable(
     "attention_double_backward_head_all_keys",
