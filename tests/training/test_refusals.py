@@ -77,7 +77,9 @@ class TestNothingChanges:
         with stand_in_graphs():
             training = Training(sgd)
             step = dvf.graph_step(
-                lambda x, y: training.loss(x, y)[0] * x.sum().item(), training.optimizer
+                lambda x, y: training.loss(x, y)[0] * x.sum().item(),
+                training.optimizer,
+                diversity=training.diversity,
             )
             before = training.state()
             with pytest.raises(UnsupportedError, match=r"^loss: .* waits for the GPU") as e:
