@@ -19,7 +19,8 @@ def refusal_of_wait(error: Exception, optimizer: torch.optim.Optimizer) -> Unsup
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith((_OURS, _TORCH))]
     if own:
-        where = f"{own[-1].filename}:{own[-1].lineno} `{own[-1].line}`"
+        source = f" `{own[-1].line}`" if own[-1].line else ""
+        where = f"{own[-1].filename}:{own[-1].lineno}{source}"
         return UnsupportedError(
             f"loss: {where} waits for the GPU, which a CUDA graph cannot; return the tensor, and read it after the step"
         )
