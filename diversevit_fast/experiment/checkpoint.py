@@ -28,6 +28,7 @@ _NOT_DECISIVE = (
     "download",
     "tensorboard",
     "fsdp",
+    "graph",
 )  # no effect on one training's numbers but for rounding
 
 

@@ -62,6 +62,7 @@ def run(
     device: o.Device = None,
     tensorboard: o.TensorBoard = None,
     fsdp: o.Fsdp = None,
+    graph: o.Graph = None,
     out: o.Out = None,
     resume: o.Resume = None,
 ) -> None:
@@ -113,6 +114,7 @@ def train(
     device: o.Device = None,
     tensorboard: o.TensorBoard = None,
     fsdp: o.Fsdp = None,
+    graph: o.Graph = None,
     out: o.Out = None,
 ) -> None:
     """Train one method on one seed; the folder is that of a run."""

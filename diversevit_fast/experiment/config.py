@@ -68,6 +68,7 @@ class Settings:
         device: ``"auto"``, ``"cpu"`` or a PyTorch device name.
         tensorboard: also write TensorBoard event files.
         fsdp: of several ranks, each keeps a part of the parameters (FSDP2), not all of them (DDP).
+        graph: on a GPU, replay steps as CUDA graphs; several ranks never do.
     """
 
     preset: str = "paper"
@@ -94,6 +95,7 @@ class Settings:
     device: str = "auto"
     tensorboard: bool = False
     fsdp: bool = False
+    graph: bool = True
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -271,6 +273,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "device": (_text, "auto, cpu or a PyTorch device"),
     "tensorboard": (_flag, "true or false"),
     "fsdp": (_flag, "true or false"),
+    "graph": (_flag, "true or false"),
 }
 
 

@@ -71,6 +71,14 @@ Fsdp = Annotated[
         rich_help_panel=_MACHINE,
     ),
 ]
+Graph = Annotated[
+    bool | None,
+    typer.Option(
+        "--graph/--no-graph",
+        help="On a GPU, replay steps as CUDA graphs (default).",
+        rich_help_panel=_MACHINE,
+    ),
+]
 Out = Annotated[
     str | None,
     typer.Option(help="New folder; default runs/<data>-<date>.", rich_help_panel=_MACHINE),

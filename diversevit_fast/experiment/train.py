@@ -20,6 +20,7 @@ from ..data import batches
 from ..errors import UsageError, usage_error
 from ..files import path_exists
 from ..penalty.head_diversity import HeadDiversity
+from ..training.graph_step import graph_step
 from .checkpoint import State, Task, adam
 from .config import Settings
 from .distributed import OneProcess
@@ -62,6 +63,7 @@ def train(
     save = _open_checkpoint(settings, task, state, checkpoint, ranks, watcher.noted)
     diversity = head_diversity(settings, state.model)
     regulariser = Regulariser.of(settings, state.trained)
+    step = stepper(settings, task, state, regulariser, ranks)
     sample = next(iter(batches(splits["val_id"], _LIKENESS_IMAGES)))[0].to(ranks.device)
     if not state.cosines:
         _, before = ranks.on_first(lambda: likeness(state.model, diversity, sample))
@@ -72,7 +74,9 @@ def train(
         epoch = state.epoch + 1
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(settings.base_lr(task.method), epoch, settings.epochs)
-        rows = [_train_epoch(settings, task, state, regulariser, splits["train"], watcher, ranks)]
+        rows = [
+            _train_epoch(settings, task, state, regulariser, splits["train"], watcher, ranks, step)
+        ]
         begun = time.perf_counter()
         shares = ranks.gathered(evaluate_splits(state.model, splits, ranks.rank, ranks.count))
         evaluated = [row for split in EVALUATED for share in shares for row in share.get(split, ())]
@@ -203,6 +207,30 @@ def training_step(
     return loss, penalty, logits.detach().argmax(1) == labels
 
 
+Stepper = Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor, Tensor]]
+
+
+def stepper(
+    settings: Settings, task: Task, state: State, regulariser: Regulariser, ranks: OneProcess
+) -> Stepper:
+    """Return ``training_step`` for a whole training; in one process as ``graph_step`` unless settings say no."""
+    weight = settings.penalty_weight if task.method == "diversevit" else 0.0
+    diversity = regulariser.diversity
+    if ranks.launched or not settings.graph:
+        return lambda images, labels, share: training_step(
+            state, diversity, weight, ranks, images, labels, share
+        )
+
+    def loss(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        logits, erm, penalty = training_loss(state.trained, diversity, images, labels, weight)
+        whole = erm if penalty is None else erm + weight * penalty
+        penalty = torch.zeros_like(erm) if penalty is None else penalty
+        return whole, erm, penalty, logits.argmax(1) == labels
+
+    step = graph_step(loss, state.optimizer, diversity=diversity if weight else None)
+    return lambda images, labels, share: step(images, labels)[1:]
+
+
 def _train_epoch(
     settings: Settings,
     task: Task,
@@ -211,6 +239,7 @@ def _train_epoch(
     dataset: Any,
     watcher: Watcher,
     ranks: OneProcess,
+    step: Stepper,
 ) -> Row:
     """Train one epoch; return the row of its running means.
 
@@ -220,7 +249,7 @@ def _train_epoch(
     weight = settings.penalty_weight if task.method == "diversevit" else 0.0
     order = shuffler(task.seed, state.epoch + 1)
     done = state.epoch * math.ceil(len(dataset.labels) / settings.batch_size)
-    diversity = regulariser.start_epoch(order, done, ranks.rank)
+    regulariser.start_epoch(order, done, ranks.rank)
     hits, members = torch.zeros(2, len(dataset.group_names), dtype=torch.float64)
     sums = {"loss": 0.0, "penalty": 0.0}
     steps = 0
@@ -232,7 +261,7 @@ def _train_epoch(
             images, labels = to_device(images, ranks.device), to_device(labels, ranks.device)
             share = kept, len(batch[0])
             yield (
-                training_step(state, diversity, weight, ranks, images, labels, share),
+                step(images, labels, share),
                 (groups, *share),
             )
 
