@@ -9,7 +9,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import diversevit_fast as dvf
-from diversevit_fast.models import DiverseViT
 
 
 class Stock(TorchFunctionMode):
@@ -39,9 +38,13 @@ class TwiceDifferentiableStock(Stock):
             return F.scaled_dot_product_attention(q, k, v)
 
 
-def published_penalty(model: DiverseViT, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits and the last layer's penalty, by one backward pass per head with the other heads masked."""
-    attention: Any = model.blocks[-1].attn
+def published_penalty(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits and the last layer's penalty, by one backward pass per head with the other heads masked.
+
+    Args:
+        model: a DiverseViT or a timm VisionTransformer.
+    """
+    attention = model.blocks[-1].attn
     seen: dict[str, Tensor] = {}
     handle = attention.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
     with TwiceDifferentiableStock(), dvf.capture_heads(model, layers="last") as heads:
