@@ -63,7 +63,8 @@ def test_commands_exist():
 
 def test_options_by_themselves_exist():
     """An option that a page names without its command belongs to a command, of ours or of one named there."""
-    ours = {o for name in ("run", "train") for p in command(name).params for o in p.opts}
+    params = [p for name in ("run", "train") for p in command(name).params]
+    ours = {o for p in params for o in (*p.opts, *p.secondary_opts)}
     others = {"--readme"}
     for page in ("README.md", *(name for name in PAGES if name.startswith("docs/"))):
         alone = [o for span in spans(page) if span.startswith("--") for o in span.split()]
