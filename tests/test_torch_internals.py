@@ -56,9 +56,10 @@ def test_who_looks_on():
         for _ in range(2):
             internals.remove_function_mode(mode)
             assert internals.function_modes() == others
-    with torch.overrides.BaseTorchFunctionMode() as mode, torch.device("cpu"):
-        assert internals.default_device_mode() is None
-        assert internals.function_modes()[0] is mode
+    with torch.overrides.BaseTorchFunctionMode() as mode:
+        with torch.device("cpu"):
+            assert internals.default_device_mode() is None
+            assert internals.function_modes()[0] is mode
         torch.set_default_device("cpu")
         assert internals.function_modes()[0] is internals.default_device_mode()
         torch.set_default_device(None)
