@@ -305,6 +305,8 @@ class Attachment:
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             plain = super(swapped, module).forward  # pyright: ignore (a class made here)
             if self._thread != _this_thread():
+                if self._thread is not None and torch.compiler.is_compiling():
+                    self._mode.start()  # of an exporter: it finds layers by the calls that they make
                 return plain(*args, **kwargs)
             return wrapper(module, plain, args, kwargs)
 

@@ -16,7 +16,6 @@ launcher this module was not tried with, and on chips of other makers than NVIDI
 Why, and how it was measured: docs/design/host_time.md.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +25,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...common.forks import ForkSafe
 from ...common.torch_internals import TorchDispatchMode, stream_lookup
 from . import device, launch, tensors
 from .launch import Started
@@ -281,7 +281,7 @@ class Recorded:
     def __init__(self, function: Callable[..., Any]):
         self._function = function
         self._replays: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
-        self._lock = threading.Lock()
+        self._guard = ForkSafe()
 
     def __call__(self, *args: Any) -> Any:
         if _several_devices() and args[0].get_device() != torch.cuda.current_device():
@@ -297,7 +297,7 @@ class Recorded:
         if key in self._replays or not _TRIED or _watched():
             return self._function(*args)
         recording, result = record(self._function, args)
-        with self._lock:
+        with self._guard.lock:
             if len(self._replays) >= MOST_SIGNATURES:
                 self._replays.clear()
             made = None if recording is None else _replay_of(recording, args, args[0].device)
