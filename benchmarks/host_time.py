@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fake_gpu import launch
-from benchmarks.fake_gpu.build import UnavailableError
+from benchmarks.fake_gpu.build import UNAVAILABLE, UnavailableError
 
 COUNTED = ("triton", "kernels", "gemms", "copies", "memsets", "waits", "mallocs", "allocations")
 ROUND_SECONDS = 2e-3
@@ -180,7 +180,7 @@ def main(arguments: list[str]) -> int:
             return launch.run(["-m", "benchmarks.host_time", *arguments])
         except UnavailableError as reason:
             print(reason, file=sys.stderr)
-            return 77
+            return UNAVAILABLE
     if options.counts:
         options.counts.write_text(compact(counts()), encoding="utf-8")
         return 0

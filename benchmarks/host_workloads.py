@@ -12,16 +12,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import diversevit_fast as dvf
-from benchmarks.baselines import published_penalty
 from benchmarks.orders import BWD, DOUBLE_BWD, FWD
 from benchmarks.registry import named
+from benchmarks.steps import Loss, erm, penalised, published_loop
 from diversevit_fast.models import DiverseViT
 
 Job = Callable[[], object]
 NO_GRAD = "fwd, no grad"
 ORDERS = (NO_GRAD, FWD, BWD, DOUBLE_BWD)
-WEIGHT = 100
-"""The penalty's weight in the loss, as published."""
 
 
 class Rivals(NamedTuple):
@@ -139,7 +137,7 @@ def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
 PAPER = Model("timm ViT of the paper's sizes", timm_of_the_paper, 80, (64, 32))
 VIT_S = Model("ViT-S", timm_model("vit_small_patch16_224"), 64, (224, 224))
 
-ERM, LOOP, EAGER = "stock ERM", "published loop", "eager one-pass"
+ERM, LOOP = "stock ERM", "published loop"
 LAST, ALL = "ours, last layer", "ours, all layers"
 STEPS: dict[str, tuple[Model, tuple[str, ...]]] = {
     "paper": (PAPER, (ERM, LOOP, LAST, ALL)),
@@ -171,23 +169,14 @@ def step_job(who: str, model: nn.Module, images: Tensor, labels: Tensor) -> Job:
     return step
 
 
-def loss_of(who: str, model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_of(who: str, model: nn.Module) -> Loss:
     """Return the loss of a step, from images and labels."""
-    if who == ERM:
-        return lambda images, labels: F.cross_entropy(model(images), labels)
     if who == LOOP:
+        loop = published_loop(model)
 
-        def loop(images: Tensor, labels: Tensor) -> Tensor:
+        def by_products(images: Tensor, labels: Tensor) -> Tensor:
             with sdpa_kernel(SDPBackend.MATH):  # the one of PyTorch's that has a double backward
-                logits, penalty = published_penalty(model, images)
-                return F.cross_entropy(logits, labels) + WEIGHT * penalty
+                return loop(images, labels)
 
-        return loop
-    diversity = dvf.HeadDiversity(model, layers="all" if who == ALL else "last")
-
-    def ours(images: Tensor, labels: Tensor) -> Tensor:
-        with diversity:
-            logits = model(images)
-        return F.cross_entropy(logits, labels) + WEIGHT * diversity.penalty(logits)
-
-    return ours
+        return by_products
+    return {ERM: erm, LAST: penalised("last"), ALL: penalised("all")}[who](model)

@@ -105,7 +105,7 @@ class Runner:
             return outcomes
         device = torch.device(cases[0].spec.device)
         rounds = self.rounds or (20 if device.type == "cuda" else 5)
-        clock = _gpu_seconds if device.type == "cuda" else seconds_of
+        clock = gpu_seconds if device.type == "cuda" else seconds_of
         for name, seconds in interleaved(jobs, rounds, clock).items():
             outcomes[name].seconds = seconds
         if isinstance(workload, StepWorkload) and workload.spec.graph:
@@ -115,7 +115,8 @@ class Runner:
         return outcomes
 
 
-def _gpu_seconds(job: Callable[[], object]) -> float:
+def gpu_seconds(job: Callable[[], object]) -> float:
+    """Return the seconds between two events around ``job``, the L2 cache overwritten before."""
     torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

@@ -55,7 +55,7 @@ class StepSpec(NamedTuple):
         return "ViT-S" if self.dtype == torch.bfloat16 else "ViT-Ti"
 
 
-def _erm(model: nn.Module) -> Loss:
+def erm(model: nn.Module) -> Loss:
     return lambda images, labels: F.cross_entropy(model(images), labels)
 
 
@@ -67,7 +67,7 @@ def _stock_erm(model: nn.Module) -> Loss:
     return loss
 
 
-def _penalised(layers: str) -> LossOf:
+def penalised(layers: str) -> LossOf:
     def loss_of(model: nn.Module) -> Loss:
         diversity = dvf.HeadDiversity(model, layers=layers)
 
@@ -81,7 +81,7 @@ def _penalised(layers: str) -> LossOf:
     return loss_of
 
 
-def _published_loop(model: DiverseViT) -> Loss:
+def published_loop(model: nn.Module) -> Loss:
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         logits, penalty = published_penalty(model, images)
         return F.cross_entropy(logits, labels) + WEIGHT * penalty
@@ -90,7 +90,7 @@ def _published_loop(model: DiverseViT) -> Loss:
 
 
 def _eager_on_all_layers(model: nn.Module) -> Loss:
-    ours = _penalised("all")(model)
+    ours = penalised("all")(model)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         with TwiceDifferentiableStock():
@@ -101,14 +101,14 @@ def _eager_on_all_layers(model: nn.Module) -> Loss:
 
 STEPS: dict[str, dict[str, tuple[LossOf, LossOf]]] = {
     "paper step": {
-        "ours": (_penalised("last"), _published_loop),
-        "erm": (_erm, _stock_erm),
+        "ours": (penalised("last"), published_loop),
+        "erm": (erm, _stock_erm),
         "stock erm": (_stock_erm, _stock_erm),
-        "published loop": (_published_loop, _published_loop),
+        "published loop": (published_loop, published_loop),
     },
     "all-layers step": {
-        "ours": (_penalised("all"), _eager_on_all_layers),
-        "erm": (_erm, _erm),
+        "ours": (penalised("all"), _eager_on_all_layers),
+        "erm": (erm, erm),
         "eager": (_eager_on_all_layers, _eager_on_all_layers),
     },
 }

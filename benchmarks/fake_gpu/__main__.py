@@ -5,10 +5,8 @@ The exit status is the program's, or 77 where the driver cannot be built: a test
 
 import sys
 
-from .build import UnavailableError
+from .build import UNAVAILABLE, UnavailableError
 from .launch import run
-
-UNAVAILABLE = 77
 
 
 def main(arguments: list[str]) -> int:

@@ -19,6 +19,10 @@ CUDA = 13
 _NAMES = re.compile(r" U ((?:__cuda|cuda|cublas|cu[A-Z])\w*)")
 
 
+UNAVAILABLE = 77
+"""The exit status of programs where the fake GPU cannot be built."""
+
+
 class UnavailableError(Exception):
     """The fake GPU cannot be built here, and why, in one line."""
 

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-_APART = (
-    "cuda",
-    "xpu",
-)  # devices that compute while Python goes on, and copy from and to pinned memory
+_APART = ("cuda", "xpu")
+"""Devices that compute while Python goes on, and copy from and to pinned memory."""
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -146,15 +146,14 @@ class Regulariser(NamedTuple):
         options = {"generator": draws, "check_finite": False}
         return cls(head_diversity(settings, model, **amortised, **options), draws)
 
-    def start_epoch(self, order: torch.Generator, step: int, rank: int) -> HeadDiversity:
-        """Return the penalty for an epoch whose batches ``order`` shuffles, after ``step`` steps.
+    def start_epoch(self, order: torch.Generator, step: int, rank: int) -> None:
+        """Prepare for an epoch whose batches ``order`` shuffles, after ``step`` steps.
 
         Which samples it draws follows from ``order``'s seed and ``rank``: a resumed training draws the
         same, and no rank draws what another does.
         """
         self.draws.manual_seed(order.initial_seed() + rank * _RANK_SEEDS)
         self.diversity.step = step
-        return self.diversity
 
 
 def learning_rate(base: float, epoch: int, epochs: int) -> float:
@@ -179,6 +178,17 @@ def training_loss(
     return logits, F.cross_entropy(logits, labels), diversity.penalty(logits)
 
 
+def _objective(
+    model: Any, diversity: HeadDiversity, images: Tensor, labels: Tensor, weight: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what a step minimises, its cross-entropy and unweighted penalty, and which samples were hit ``[B]``."""
+    logits, loss, penalty = training_loss(model, diversity, images, labels, weight)
+    hits = logits.detach().argmax(1) == labels
+    if penalty is None:
+        return loss, loss, torch.zeros_like(loss), hits
+    return loss + weight * penalty, loss, penalty, hits
+
+
 def training_step(
     state: State,
     diversity: HeadDiversity,
@@ -198,13 +208,11 @@ def training_step(
         Without graphs, on the device: cross-entropy, unweighted penalty (0 without ``weight``), and
         which samples were hit ``[B]``.
     """
-    logits, loss, penalty = training_loss(state.trained, diversity, images, labels, weight)
+    whole, loss, penalty, hits = _objective(state.trained, diversity, images, labels, weight)
     state.optimizer.zero_grad(set_to_none=True)
-    ranks.backward(loss if penalty is None else loss + weight * penalty, *share)
+    ranks.backward(whole, *share)
     state.optimizer.step()
-    loss = loss.detach()
-    penalty = torch.zeros_like(loss) if penalty is None else penalty.detach()
-    return loss, penalty, logits.detach().argmax(1) == labels
+    return loss.detach(), penalty.detach(), hits
 
 
 Stepper = Callable[[Tensor, Tensor, tuple[int, int]], tuple[Tensor, Tensor, Tensor]]
@@ -222,10 +230,7 @@ def stepper(
         )
 
     def loss(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        logits, erm, penalty = training_loss(state.trained, diversity, images, labels, weight)
-        whole = erm if penalty is None else erm + weight * penalty
-        penalty = torch.zeros_like(erm) if penalty is None else penalty
-        return whole, erm, penalty, logits.argmax(1) == labels
+        return _objective(state.trained, diversity, images, labels, weight)
 
     step = graph_step(loss, state.optimizer, diversity=diversity if weight else None)
     return lambda images, labels, share: step(images, labels)[1:]

@@ -9,6 +9,10 @@ one, and the derivative of the double backward is in ``third_order``. Each order
    double backward of tensors of a few elements this saves 138 of 351 us of host time for attention, 68 of 214 us for
    layer_norm and 59 of 141 us for gelu (one core of a shared Xeon: ``python -m benchmarks.scripts.dispatch``).
 
+On a GPU the first order of some operators is PyTorch's own (``Native``): there 3. needs no look at who watches, since
+PyTorch's operators are right for all of 1. but compilers and tracers. What 3. runs on a GPU itself, it replays
+(docs/design/host_time.md).
+
 None of them has a forward-mode derivative: public functions use the plain formula inside a forward-mode level, and an
 order that meets a tangent all the same raises. On the backend "reference" no operator is recorded at all: autograd
 differentiates the plain formulas, to any order.
@@ -116,7 +120,7 @@ class Operator:
 
     def _run(self, *args: Any) -> Any:
         """The results of the order, without a graph."""
-        if not _on_gpu(args[0]) or chosen_backend() == "reference":
+        if not _on_gpu(args[0]) or chosen_backend() not in ("auto", "triton"):
             return self._below(*args)
         if self._replayed is None:
             self._replayed = replayed(self._below)

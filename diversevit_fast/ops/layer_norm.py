@@ -104,7 +104,9 @@ def _normalized_shape(normalized_shape: int | Sequence[int], x: Tensor) -> tuple
 def _is_like(p: Tensor | None, x: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether ``p`` is a tensor of ``shape`` in the dtype, on the device and in the layout of ``x``; None is."""
     return p is None or (
-        p.dtype is x.dtype
+        isinstance(p, Tensor)
+        and not p.is_nested
+        and p.dtype is x.dtype
         and p.shape == shape
         and p.device == x.device
         and p.layout is torch.strided

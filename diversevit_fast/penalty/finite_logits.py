@@ -14,15 +14,14 @@ from torch import Tensor
 
 from .._torch_internals import functorch_active
 from ..errors import UsageError, usage_error
+from .graph_capture import in_graph
 
 
 class _Largest(NamedTuple):
     """The largest magnitude of any logit, on its device and as last copied to the host."""
 
     device: Tensor
-    host: (
-        Tensor | None
-    )  # None where it was made inside a capture, which may not allocate pinned memory
+    host: Tensor | None  # None if made inside a capture, which may not allocate pinned memory
 
 
 class FiniteLogits:
@@ -51,7 +50,7 @@ class FiniteLogits:
         if logits.numel():
             largest = torch.linalg.vector_norm(logits, math.inf, dtype=dtype)
             torch.maximum(seen.device, largest, out=seen.device)
-        if seen.host is not None and (not _capturing() or seen.host.is_pinned()):
+        if seen.host is not None and (not in_graph() or seen.host.is_pinned()):
             seen.host.copy_(seen.device, non_blocking=True)
 
     def look(self) -> None:
@@ -61,7 +60,7 @@ class FiniteLogits:
             UsageError: logits of an earlier step were not finite.
         """
         known = (x.host.item() for x in self._seen.values() if x.host is not None)
-        if not all(map(math.isfinite, known)) and not _capturing():
+        if not all(map(math.isfinite, known)) and not in_graph():
             self._report()
 
     def wait(self) -> None:
@@ -90,11 +89,7 @@ def _runs_apart(x: Tensor) -> bool:
 
 def _nothing_seen(device: torch.device, dtype: torch.dtype) -> _Largest:
     zero = torch.zeros((), device=device, dtype=dtype)
-    return _Largest(zero, None if _capturing() else torch.zeros((), dtype=dtype, pin_memory=True))
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return _Largest(zero, None if in_graph() else torch.zeros((), dtype=dtype, pin_memory=True))
 
 
 def _refusal(got: str) -> UsageError:

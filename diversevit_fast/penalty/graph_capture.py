@@ -20,16 +20,19 @@ if TYPE_CHECKING:
 _rehearsals = 0
 
 
-def capturing() -> bool:
-    """Whether what is launched now goes into a CUDA graph, or rehearses that."""
-    if _rehearsals:
-        return True
+def in_graph() -> bool:
+    """Whether what is launched now goes into a CUDA graph, and does not run."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def rehearsing() -> bool:
     """Whether a step runs as if it were captured."""
     return _rehearsals > 0
+
+
+def capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph, or rehearses that."""
+    return rehearsing() or in_graph()
 
 
 @contextmanager

@@ -629,6 +629,8 @@ BAD = {
         lambda x, w: (x.half(), 4, w.float(), w.half()),
         "bias: expected dtype torch.float32, got torch.float16",
     ),
+    "weight no tensor": (lambda x, w: (x, 4, w.tolist()), "weight: expected a tensor, got list"),
+    "bias no tensor": (lambda x, w: (x, 4, w, 1.0), "bias: expected a tensor, got float"),
     "integer weight": (lambda x, w: (x, 4, w.long()), "weight: expected a floating dtype"),
     "device": (lambda x, w: (x, 4, w.to("meta")), "weight: expected device cpu like x, got meta"),
 }

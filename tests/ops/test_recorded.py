@@ -161,6 +161,23 @@ result["hook"] = len(names)
     }
 
 
+def test_a_backend_that_cannot_run_there_is_refused_for_recorded_calls_too():
+    result = in_a_process(
+        """
+from diversevit_fast.errors import UnsupportedError
+q, k, v = (torch.empty(2, 3, 64, 16, device="cuda") for _ in range(3))
+for _ in range(2): dvf.attention(q, k, v)
+try:
+    with dvf.use_backend("cpu"): dvf.attention(q, k, v)
+except UnsupportedError as refusal:
+    result = str(refusal)
+else:
+    result = "ran"
+"""
+    )
+    assert "backend 'cpu' runs on cpu tensors, not on cuda" in result
+
+
 def test_pointers_of_a_replay_are_those_of_its_call():
     """Inputs that share one memory in the recorded call, and lie apart in the next."""
     result = in_a_process(

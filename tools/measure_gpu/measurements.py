@@ -26,10 +26,7 @@ TOKENS = {
     "layer_norm": (197,),
 }
 RIVALS = ("ours", "eager", "SDPA fused")
-STEPS = {
-    "paper step": ("ours", "erm", "stock erm", "published loop"),
-    "all-layers step": ("ours", "erm", "eager"),
-}
+STEPS = ("paper step", "all-layers step")
 
 
 def names() -> list[str]:
@@ -171,22 +168,10 @@ def device_time(job: Callable[[], Any]) -> dict[str, Any]:
 
 
 def median_seconds(job: Callable[[], Any]) -> float:
-    """Return the median seconds between two events around ``job``, the L2 cache overwritten before each."""
-    import torch
+    """Return the median seconds of some runs, by events; each finds the L2 cache cold."""
+    from benchmarks.runner import gpu_seconds
 
-    from benchmarks.runner import FLUSH_BYTES
-
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    seconds = []
-    for _ in range(REPLAYS):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        job()
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(seconds)
+    return statistics.median(gpu_seconds(job) for _ in range(REPLAYS))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Every launch of the package goes through ``run_kernel``. The compile report reco
 instead of running them; the roofline counts what each launch loads and stores.
 """
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import triton
 
 from .autotune import tuned
+from .collector import Collector
 from .device import INTERPRETED, autotuning
 from .plan import Configuration, Grid, Plan
 
@@ -64,21 +64,7 @@ class Started(NamedTuple):
     args: tuple[Any, ...]
 
 
-class _Collecting(threading.local):
-    started: list[Started] | None = None
-
-
-_collecting = _Collecting()
-
-
-@contextmanager
-def collected() -> Iterator[list[Started]]:
-    """Collect what this thread starts inside the block."""
-    before, _collecting.started = _collecting.started, []
-    try:
-        yield _collecting.started
-    finally:
-        _collecting.started = before
+starts = Collector[Started]()
 
 
 def run_kernel(plan: Plan, kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:
@@ -97,8 +83,7 @@ def run_kernel(plan: Plan, kernel: Any, grid: Grid, *args: Any, **constants: Any
         _record.append(Launch(plan.table.name, kernel, (programs,), args, everything, chosen))
     if programs and _running:
         compiled = kernel[(programs,)](*args, **known(constants), **chosen.keywords)
-        if _collecting.started is not None:
-            _collecting.started.append(Started(compiled, programs, args))
+        starts.note(Started(compiled, programs, args))
 
 
 _SEES_CONSTANTS = INTERPRETED or tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)

@@ -30,24 +30,16 @@ from ...common.torch_internals import TorchDispatchMode, stream_lookup
 from . import device, launch, tensors
 from .launch import Started
 
-_TRIED = hasattr(triton.knobs.runtime, "launch_enter_hook") and triton.__version__.startswith(
-    "3.8."
-)
+_TRIED = torch.version.hip is None and triton.__version__.startswith("3.8.")
 """Whether Triton's launcher takes a flat list of arguments, with pointers as numbers."""
 MOST_SIGNATURES = 4096
 """Signatures kept of one operator; beyond that all are forgotten, and recorded again when they come."""
 
 _HARMLESS = {
-    *(
-        "empty",
-        "empty_strided",
-        "empty_like",
-        "new_empty",
-        "new_empty_strided",
-    ),  # of results without elements
+    *("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"),
     "promote_types",
 }
-"""Operators of PyTorch's that compute nothing on a device."""
+"""Operators of PyTorch's that compute nothing on a device. A result that one of them allocates has no elements."""
 
 _Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Shape, strides and dtype of a tensor."""
@@ -74,7 +66,7 @@ class _Result:
     """A tensor that a function returns: the number of an allocation, or None for one without elements."""
 
     tensor: int | None
-    layout: "_Layout"
+    layout: _Layout
 
 
 @dataclass(frozen=True)
@@ -82,12 +74,10 @@ class Recording:
     """What a call allocated, launched and returned.
 
     Attributes:
-        inputs: the number of its arguments that are tensors; these come first among the numbered tensors.
         allocations: the layout of each.
         single: whether it returned one tensor and not a tuple.
     """
 
-    inputs: int
     allocations: list[_Layout]
     launches: list[_Launch]
     results: list[_Result]
@@ -130,7 +120,11 @@ class _NotRecordableError(Exception):
 def record(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Recording | None, Any]:
     """Run ``function`` and return what it did, None where that is more than allocating and launching; its result."""
     computing = _Computing()
-    with tensors.collected() as allocations, launch.collected() as started, computing:
+    with (
+        tensors.allocations.collecting() as allocations,
+        launch.starts.collecting() as started,
+        computing,
+    ):
         result = function(*args)
     if computing.names:
         return None, result
@@ -158,7 +152,7 @@ def _recording(
                 raise _NotRecordableError
             layouts[number] = _layout(x)
         results.append(_Result(None if place is None else place.tensor, _layout(x)))
-    return Recording(len(inputs), layouts, launches, results, single)
+    return Recording(layouts, launches, results, single)
 
 
 def _layout(x: Tensor) -> _Layout:

@@ -1,12 +1,12 @@
 """Tensors as arguments of kernels: which ones are taken, how they are passed, and where results are allocated."""
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .collector import Collector
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 allocator: Callable[..., Tensor] = torch.empty
@@ -35,28 +35,13 @@ def reach(x: Tensor, first_axis: int = 0) -> int:
     return farthest
 
 
-class _Collecting(threading.local):
-    allocations: list[Tensor] | None = None
-
-
-_collecting = _Collecting()
-
-
-@contextmanager
-def collected() -> Iterator[list[Tensor]]:
-    """Collect what this thread allocates inside the block."""
-    before, _collecting.allocations = _collecting.allocations, []
-    try:
-        yield _collecting.allocations
-    finally:
-        _collecting.allocations = before
+allocations = Collector[Tensor]()
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
     """Uninitialised dense memory on the device of ``like``; a kernel must write all of it."""
     made = allocator(shape, dtype=dtype, device=like.device)
-    if _collecting.allocations is not None:
-        _collecting.allocations.append(made)
+    allocations.note(made)
     return made
 
 
