@@ -23,12 +23,14 @@ TRAIN = [
 HF = ["transformers>=4.50"]
 OPEN_CLIP = ["open_clip_torch"]
 XFORMERS = ["xformers"]
+CORRUPTIONS = ["imagecorruptions-imaug"]
+ONNX = ["onnx"]
 BENCH = ["pytest", "pytest-benchmark[histogram]"]
 RECIPES = [*HF, "lightning>=2.6", "accelerate>=1.15"]
 DEV = [
-    *(*TRAIN, *BENCH, *RECIPES, *OPEN_CLIP, *XFORMERS),
+    *(*TRAIN, *BENCH, *RECIPES, *OPEN_CLIP, *XFORMERS, *CORRUPTIONS),
     *("hypothesis", "pytest-xdist", "ruff", "pyright"),
-    *("onnx", "onnxruntime", "onnxscript"),
+    *(*ONNX, "onnxruntime", "onnxscript"),
 ]
 
 setup(
@@ -56,6 +58,8 @@ setup(
         "hf": HF,
         "xformers": XFORMERS,
         "open-clip": OPEN_CLIP,
+        "corruptions": CORRUPTIONS,
+        "onnx": ONNX,
         "recipes": RECIPES,
         "bench": BENCH,
         "dev": DEV,

@@ -22,11 +22,13 @@ class AttentionBackward(NamedTuple):
     mask: (
         Tensor | None
     )  # [B | 1, H | 1, Nq | 1, Nk | 1], bool (True: attend) or added to the scores
+    seed: Tensor | None  # int64 [1], of the weights that dropout keeps, (55); None: no dropout
     o: Tensor  # [B, H, Nq, dv]
     softmax: Tensor  # [B, H, 2, Nq], (1a)
     do: Tensor  # like o
     is_causal: bool
     scale: float
+    dropout_p: float  # 0 without a seed
     mask_grad: bool
 
 
@@ -37,6 +39,7 @@ class AttentionDoubleBackward(NamedTuple):
     k: Tensor
     v: Tensor
     mask: Tensor | None
+    seed: Tensor | None
     o: Tensor
     softmax: Tensor
     do: Tensor
@@ -47,6 +50,7 @@ class AttentionDoubleBackward(NamedTuple):
     ddmask: Tensor | None
     is_causal: bool
     scale: float
+    dropout_p: float
     mask_grad: bool
 
 
@@ -54,7 +58,15 @@ class AttentionKernels(Protocol):
     """``into``: where to write the gradients of q, k and v, views of one tensor."""
 
     def attention_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
         """o and the softmax's statistics."""
         ...
@@ -71,8 +83,11 @@ class AttentionKernels(Protocol):
         """gq, gk, gv, gdo, gmask."""
         ...
 
-    def attention_empty_qkv(self, qkv: Tensor) -> Tensor:
-        """Uninitialised and dense, of the shape of qkv [B, N, 3, H, d]: what ``into`` are views of."""
+    def attention_empty_qkv(self, qkv: Tensor, queries: int) -> Tensor:
+        """Dense, of the shape of qkv [B, N, 3, H, d]: what ``into`` are views of.
+
+        Uninitialised, but for zeros in the part of q from token ``queries`` on, which ``into`` leaves out.
+        """
         ...
 
 

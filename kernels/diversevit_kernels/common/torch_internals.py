@@ -3,9 +3,11 @@
 Tried on PyTorch 2.10.0 and 2.14.1 by ``tests/test_torch_internals.py`` and ``tests/kernels/cpu/test_inductor.py``.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["TorchDispatchMode"]  # as it is; every user of dispatch modes imports it from there
@@ -41,3 +43,15 @@ def stream_lookup() -> Any:
     ``torch.cuda.current_stream`` makes an object first, which takes ten times as long.
     """
     return torch._C._cuda_getCurrentRawStream
+
+
+def likeness(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A function that tells of so many tensors whether they are different ones and like these, in one call of C.
+
+    It compares types, dispatch keys, dtypes, devices, sizes, strides, and whether a gradient is required, as
+    ``torch.compile`` does before it runs what it compiled. It keeps none of the tensors.
+    """
+    shapes, strides = ([list(x.shape) for x in tensors], [list(x.stride()) for x in tensors])
+    return torch._C._dynamo.guards.TensorGuards(  # pyright: ignore
+        *tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides
+    ).check

@@ -12,6 +12,6 @@ KERNELS = ("attention", "gelu", "layer_norm", "routed_head_penalty")
 
 def warmup(dtype: torch.dtype) -> list[str]:
     """Compile for tensors of ``dtype``; return the names of the C++ kernels and formulas that are ready."""
-    kernels = () if dtype == torch.float16 else KERNELS  # which have no float16
+    kernels = ("attention",) if dtype == torch.float16 else KERNELS  # the others have no float16
     native = [name for name in kernels if library(name) is not None]
     return native + [one.name for one in FORMULAS if compiled(one, torch.float32) is not None]

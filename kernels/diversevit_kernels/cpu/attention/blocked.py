@@ -11,6 +11,7 @@ P        is exp(S - top) over its own row sum (1a), since the tile holds the who
          the largest score, is read.
 delta    is the row sum of P o dP, not of do o o: where softmax saturates, delta has to cancel against dP, which it
          does only if both were computed from the same P. ``o`` is not read.
+Dropout  (53)-(57): the weights that are kept are found again in every tile.
 Empty    rows, which attend to nothing, have ``top`` = +inf: exp(S - top) is then 0, and so is their output.
 """
 
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...common.dropout import kept, row_words
 from ...common.dtypes import accumulation_dtype
 from ..runtime.scratch import Scratch
 from . import formulas
@@ -131,6 +133,33 @@ def _scores(out: Tensor, q: Tensor, k: Tensor, inputs: Inputs, t: _Tile) -> Tens
     return out
 
 
+class _Dropout:
+    """(53): Z of a tile, [pairs, stacked, keys]; nothing without a seed."""
+
+    def __init__(self, inputs: Inputs):
+        self.seed, self.p, self.words = inputs.seed, inputs.dropout_p, None
+        if self.seed is not None:
+            B, H, Nq, _ = inputs.q.shape
+            rows = torch.arange(B * H * Nq, device=self.seed.device)
+            self.words = tuple(x.view(B, H, Nq, 1) for x in row_words(self.seed, rows))
+
+    def factors(self, load: _Loader, t: _Tile) -> Tensor | None:
+        if self.words is None:
+            return None
+        a, c = (x[t.b, t.h, t.rows] for x in self.words)
+        keys = torch.arange(t.keys.stop, device=a.device)
+        z = load.scores("z", t)
+        _by_head(z, t).copy_(kept((a, c), keys, self.p))
+        return z.mul_(1 / (1 - self.p))
+
+
+def _drop(z: Tensor | None, *tiles: Tensor | None) -> None:
+    """Multiply tiles by Z in place."""
+    for x in tiles:
+        if x is not None and z is not None:
+            x.mul_(z)
+
+
 def _add_to_mask(total: Tensor, ds: Tensor, t: _Tile) -> None:
     """Add a tile of score gradients to the mask's gradient, summed over the mask's broadcast axes."""
     target = _mask_tile(total, t)
@@ -141,10 +170,12 @@ def forward(inputs: Inputs, softmax: Tensor, o: Tensor) -> None:
     """(1)-(2): write the output ``o`` [B, H, Nq, dv] and its statistics (1a) ``softmax`` [B, H, 2, Nq]."""
     q, k, v, *_ = inputs
     run, load = formulas.fused(formulas.FORWARD, q, k), _Loader(q)
+    dropout = _Dropout(inputs)
     for t in _tiles(q, k, inputs.is_causal):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         s = _scores(load.scores("s", t), load.queries("q", q, t), kt, inputs, t)
         p, statistics = formulas.forward(run, s)
+        _drop(dropout.factors(load, t), p)
         ot = torch.bmm(p, vt, out=load.scratch.get("o", t.pairs, t.stacked, v.shape[-1]))
         o[t.b, t.h, t.rows] = _by_head(ot, t)
         softmax[t.b, t.h, :, t.rows] = _by_head(statistics, t).mT
@@ -154,16 +185,19 @@ def backward(
     inputs: Inputs, softmax: Tensor, do: Tensor, results: tuple[Tensor, ...], mask_grad: bool
 ) -> Tensor | None:
     """(3)-(5): write ``results``, dq, dk, dv; return ``dmask`` if ``mask_grad``."""
-    q, k, v, mask, is_causal, scale = inputs
+    q, k, v, mask, _, is_causal, scale, _ = inputs
     dq, dk, dv = results
     run, load = formulas.fused(formulas.BACKWARD, q, k), _Loader(q)
+    dropout = _Dropout(inputs)
     dmask = _zero_mask(mask, softmax) if mask_grad else None
     for t in _tiles(q, k, is_causal):
         kt, vt = load.keys("k", k, t), load.keys("v", v, t)
         qt, dot = load.queries("q", q, t), load.queries("do", do, t)
         s = _scores(load.scores("p", t), qt, kt, inputs, t)
-        dp = torch.bmm(dot, vt.mT, out=load.scores("ds", t))
+        dp, z = torch.bmm(dot, vt.mT, out=load.scores("ds", t)), dropout.factors(load, t)
+        _drop(z, dp)
         p, ds = formulas.backward(run, s, load.largest(softmax, t), dp, partial(load.scores, t=t))
+        _drop(z, p)
 
         dvt, dkt = load.accumulator("dv", v, t), load.accumulator("dk", k, t)
         load.add(dvt, p, dot, t)
@@ -188,10 +222,10 @@ def double_backward(
     mask_grad: bool,
 ) -> Tensor | None:
     """(6)-(9) for ``cotangents``, ddq, ddk, ddv, ddmask: write ``results``, gq, gk, gv, gdo; return ``gmask``."""
-    q, k, v, mask, is_causal, scale = inputs
+    q, k, v, mask, _, is_causal, scale, _ = inputs
     ddq, ddk, ddv, ddmask = cotangents
     gq, gk, gv, gdo = results
-    run, load = None, _Loader(q)
+    run, load, dropout = None, _Loader(q), _Dropout(inputs)
     if not (ddq is None and ddk is None and ddmask is None) and ddv is not None:
         run = formulas.fused(formulas.DOUBLE_BACKWARD, q, k)
     gmask = _zero_mask(mask, softmax) if mask_grad else None
@@ -206,7 +240,10 @@ def double_backward(
         dds = _score_cotangent(load, t, (qt, kt), (ddqt, ddkt, ddmask), scale)
         y = None if ddvt is None else torch.bmm(dot, ddvt.mT, out=load.scores("y", t))
         largest, buffer = load.largest(softmax, t), partial(load.scores, t=t)
+        z = dropout.factors(load, t)
+        _drop(z, dp, y)
         p, ds, ddp, gs = formulas.double_backward(run, s, largest, dp, dds, y, buffer)
+        _drop(z, p, ddp)
 
         gkt, gvt = load.accumulator("gk", k, t), load.accumulator("gv", v, t)
         load.add(gkt, gs, qt, t, alpha=scale)

@@ -1,7 +1,7 @@
 """Attention on a CPU, (1)-(9) of kernels/README.md: which path computes the forward and the two backward passes.
 
-C++         ``native``: float32, float64 and bfloat16, where there is a C++ compiler and the mask needs no gradient.
-PyTorch     ``blocked``: everything else.
+C++         ``native``, where there is a C++ compiler.
+PyTorch     ``blocked``, elsewhere.
 
 Shapes      q, o, do [B, H, Nq, .]; k, v [B, Hkv, Nk, .], H a multiple of Hkv; mask [B|1, H|1, Nq|1, Nk|1], bool
             (True: attend) or additive; the softmax's statistics (1a) [B, H, 2, Nq]: the largest score and the share.
@@ -19,16 +19,26 @@ from . import blocked, native
 from .inputs import Inputs
 
 
-def attention_empty_qkv(qkv: Tensor) -> Tensor:
-    """Allocate a contiguous tensor like ``qkv`` [B, N, 3, H, d], of which ``into`` may be views."""
-    return new_empty(qkv, *qkv.shape)
+def attention_empty_qkv(qkv: Tensor, queries: int) -> Tensor:
+    """Allocate a contiguous tensor like ``qkv`` [B, N, 3, H, d], of which ``into`` may be views; see the contract."""
+    made = new_empty(qkv, *qkv.shape)
+    if queries < qkv.shape[1]:
+        made[:, queries:, 0].zero_()
+    return made
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """(1)-(2): the output ``[B, H, Nq, dv]`` and the softmax's statistics ``[B, H, 2, Nq]``."""
-    inputs = Inputs(q, k, v, mask, is_causal, scale)
+    inputs = Inputs(q, k, v, mask, seed, is_causal, scale, dropout_p)
     o = new_empty_heads(q, v.shape[-1])
     B, H, Nq, _ = q.shape
     softmax = q.new_empty(B, H, 2, Nq, dtype=accumulation_dtype(q.dtype))
@@ -46,12 +56,12 @@ def attention_backward(
 
     ``into``: where to write the first three.
     """
-    q, k, v, mask, _, softmax, do, is_causal, scale, mask_grad = inputs
-    problem = Inputs(q, k, v, mask, is_causal, scale)
+    q, k, v, mask, seed, _, softmax, do, is_causal, scale, dropout_p, mask_grad = inputs
+    problem = Inputs(q, k, v, mask, seed, is_causal, scale, dropout_p)
     dq, dk, dv = into or (new_empty_heads(x, x.shape[-1]) for x in (q, k, v))
-    dmask = None
-    if native.supports(q, mask_gradient=mask_grad):
-        native.call("backward", problem, softmax, do=do, gq=dq, gk=dk, gv=dv)
+    if native.supports(q):
+        results = {"gq": dq, "gk": dk, "gv": dv}
+        dmask = native.call("backward", problem, softmax, mask_grad=mask_grad, do=do, **results)
     else:
         dmask = blocked.backward(problem, softmax, do, (dq, dk, dv), mask_grad)
     return dq, dk, dv, dmask
@@ -65,13 +75,15 @@ def attention_double_backward(
     An absent cotangent costs nothing: its products and their buffers are left out.
     ``into``: where to write the first three.
     """
-    q, k, v, mask, _, softmax, do, _, ddq, ddk, ddv, ddmask, is_causal, scale, mask_grad = inputs
-    problem = Inputs(q, k, v, mask, is_causal, scale)
+    q, k, v, mask, seed, _, softmax, do, _, ddq, ddk, ddv, ddmask = inputs[:13]
+    is_causal, scale, dropout_p, mask_grad = inputs[13:]
+    problem = Inputs(q, k, v, mask, seed, is_causal, scale, dropout_p)
     gq, gk, gv = into or (new_empty_heads(x, x.shape[-1]) for x in (q, k, v))
-    gdo, gmask = new_empty_heads(do, do.shape[-1]), None
-    if native.supports(q, mask_gradient=mask_grad or ddmask is not None):
-        operands = {"do": do, "ddq": ddq, "ddk": ddk, "ddv": ddv}
-        native.call("double_backward", problem, softmax, **operands, gq=gq, gk=gk, gv=gv, gdo=gdo)
+    gdo = new_empty_heads(do, do.shape[-1])
+    if native.supports(q):
+        tensors = {"do": do, "ddq": ddq, "ddk": ddk, "ddv": ddv}
+        tensors |= {"gq": gq, "gk": gk, "gv": gv, "gdo": gdo}
+        gmask = native.call("double_backward", problem, softmax, ddmask, mask_grad, **tensors)
     else:
         cotangents, results = (ddq, ddk, ddv, ddmask), (gq, gk, gv, gdo)
         gmask = blocked.double_backward(problem, softmax, do, cotangents, results, mask_grad)

@@ -1,7 +1,8 @@
 """Call the C++ kernels of attention (``csrc/attention.cpp``): forward, backward, double backward.
 
 Shapes   as in ``dispatch``; the last axis of an operand is made dense if it is not.
-Dtypes   float32, float64, and bfloat16, which is read and written as such and computed in float32.
+Dtypes   float32, float64, and bfloat16, which is read and written as such and computed in float32; float16 by copies
+         in float32 of operands and results.
 Bits     a (sample, key head) pair belongs to one thread: the same on any number of threads.
 Memory   each thread keeps its scratch memory for later calls: keys, values and sums of a pair, and tiles of 1 MiB.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...common.dropout import threshold
 from ...common.dtypes import accumulation_dtype
 from ...common.forks import kernel_threads
 from ..runtime.cpp_library import library
@@ -30,48 +32,75 @@ class _Mask(ctypes.Structure):
 
 _SIZES = ("B", "H", "Hkv", "Nq", "Nk", "d", "dv", "is_causal", "threads")
 _TENSORS = ("q", "k", "v", "o", "do", "ddq", "ddk", "ddv", "gq", "gk", "gv", "gdo")
+_RESULTS = {"o", "gq", "gk", "gv", "gdo"}
 
 
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _Int) for name in _SIZES),
-        *(("scale", ctypes.c_double), ("mask", _Mask), ("softmax", ctypes.c_void_p)),
+        *(("scale", ctypes.c_double), ("mask", _Mask), ("ddmask", _Mask), ("gmask", _Mask)),
+        ("softmax", ctypes.c_void_p),
         *((name, _Tensor) for name in _TENSORS),
+        *(("seed", ctypes.c_void_p), ("threshold", _Int), ("larger", ctypes.c_double)),
     )
 
 
-def supports(q: Tensor, mask_gradient: bool = False) -> bool:
-    """Return whether there is a kernel for tensors like q; there is none for a mask's gradient."""
-    known = q.dtype in (torch.float32, torch.float64, torch.bfloat16)
-    return known and not mask_gradient and library("attention") is not None
+def supports(q: Tensor) -> bool:
+    """Return whether there is a kernel for tensors like q."""
+    known = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    return q.dtype in known and library("attention") is not None
 
 
-def call(direction: str, inputs: Inputs, softmax: Tensor, **tensors: Tensor | None) -> None:
+def call(
+    direction: str,
+    inputs: Inputs,
+    softmax: Tensor,
+    ddmask: Tensor | None = None,
+    mask_grad: bool = False,
+    **tensors: Tensor | None,
+) -> Tensor | None:
     """Run the kernel of a ``direction``: "forward", "backward" or "double_backward".
 
     Args:
         softmax: the statistics (1a) in the accumulation dtype; contiguous where it is a result.
+        ddmask: the cotangent of the mask's gradient.
+        mask_grad: of a backward pass, whether to return the mask's gradient, else None is returned.
         tensors: the other operands and the results, by the names in ``_TENSORS``; a backward's results are gq, gk, gv.
     """
-    q, k, v, mask, is_causal, scale = inputs
-    given = {"q": q, "k": k, "v": v, **tensors}
+    q, k, v, mask, seed, is_causal, scale, dropout_p = inputs
+    half = q.dtype == torch.float16
+    given = {name: x for name, x in {"q": q, "k": k, "v": v, **tensors}.items() if x is not None}
     # a dictionary, so that copies stay alive until the kernel has run
-    dense = {name: _dense(x) for name, x in given.items() if x is not None}
+    dense = {name: _dense(_in_float32(name, x) if half else x) for name, x in given.items()}
     softmax = softmax.contiguous()
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(accumulation_dtype(q.dtype))
+    wide = accumulation_dtype(q.dtype)
+    added = None if mask is None or mask.dtype == torch.bool else mask.to(wide)
+    cotangent = None if ddmask is None else ddmask.to(wide)
+    gradient = mask.new_zeros(mask.shape, dtype=wide) if mask_grad and mask is not None else None
     (B, H, Nq, d), (_, Hkv, Nk, dv) = q.shape, v.shape
     sizes = (B, H, Hkv, Nq, Nk, d, dv, is_causal, kernel_threads())
     request = _Call(
         **dict(zip(_SIZES, sizes, strict=True)),
         scale=scale,
-        mask=_mask_struct(mask),
+        mask=_mask_struct(mask if added is None else added),
+        ddmask=_mask_struct(cotangent),
+        gmask=_mask_struct(gradient),
         softmax=softmax.data_ptr(),
         **{name: _Tensor(x.data_ptr(), (_Int * 3)(*x.stride()[:3])) for name, x in dense.items()},
     )
+    if seed is not None:
+        request.seed = seed.data_ptr()
+        request.threshold, request.larger = threshold(dropout_p), 1 / (1 - dropout_p)
     functions: Any = library("attention")
-    dtype = str(q.dtype).removeprefix("torch.")
+    dtype = str(dense["q"].dtype).removeprefix("torch.")
     functions[f"attention_{direction}_{dtype}"](ctypes.byref(request))
+    for name in _RESULTS & given.keys() if half else ():
+        given[name].copy_(dense[name])
+    return None if gradient is None or mask is None else gradient.to(mask.dtype)
+
+
+def _in_float32(name: str, x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32) if name in _RESULTS else x.float()
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// Attention on a CPU: forward, backward and double backward, equations (1)-(9) of kernels/README.md.
+// Attention on a CPU: forward, backward and double backward, equations (1)-(9) and (53)-(57) of kernels/README.md.
 //
 // A thread computes a (sample, key head) pair at a time. It keeps the pair's keys and values, goes through the query
 // rows of the pair's heads block by block, and adds up key-side gradients in order: same bits on any number of threads.
@@ -8,8 +8,11 @@
 //
 // bfloat16 is multiplied as such and summed in float. Scores and statistics are float; probabilities and gradients of
 // scores are rounded to bfloat16 when they become operands.
+#include "dropout.h"
 #include "layout.h"
+#include "mask_gradient.h"
 #include "product.h"
+#include "sums.h"
 
 namespace {
 
@@ -17,18 +20,16 @@ struct Tensor {  // [B, heads, N, width], dense along the width
     void* data;
     int64_t sample, head, row;
 };
-struct Mask {  // [B, H, Nq, Nk], broadcast by strides of 0
-    const void* data;
-    int64_t sample, head, row, key;
-    int64_t kind;  // 0: none, 1: bool, 2: additive, in the dtype of the arithmetic
-};
 struct Call {
     int64_t B, H, Hkv, Nq, Nk, d, dv, causal, threads;
     double scale;
-    Mask mask;
+    Mask mask, ddmask, gmask;                  // the last is a result of the backward passes, zeroed
     void* softmax;                             // [B, H, 2, Nq], dense, (1a), in the dtype of the arithmetic
     Tensor q, k, v, o, dout, ddq, ddk, ddv;    // data is null where a cotangent is absent
     Tensor gq, gk, gv, gdout;                  // results of the backward passes
+    const uint64_t* seed;                      // of the weights that are kept; null: all are
+    uint64_t threshold;                        // (57): of 32 bits
+    double larger;                             // what a kept weight is multiplied by
 };
 
 template <class S> using T = Arithmetic<S>;
@@ -38,7 +39,7 @@ constexpr ptrdiff_t TILE_BYTES = 1 << 20;  // of all tiles of a block
 
 enum Slot { KEYS, VALUES = KEYS + 3, DDK = VALUES + 3, DDV = DDK + 3, SUM_K = DDV + 3, SUM_V,
             QUERIES, DOUT = QUERIES + 3, DDQ = DOUT + 3, STATISTICS = DDQ + 3, RESULT,
-            SCORES, DP = SCORES + 3, DDS = DP + 3, Y = DDS + 3 };
+            SCORES, DP = SCORES + 3, DDS = DP + 3, Y = DDS + 3, WORDS = Y + 3 };
 
 template <class S> inline S* at(const Tensor& x, int64_t b, int64_t h, int64_t n = 0) {
     return static_cast<S*>(x.data) + b * x.sample + h * x.head + n * x.row;
@@ -46,7 +47,7 @@ template <class S> inline S* at(const Tensor& x, int64_t b, int64_t h, int64_t n
 
 // One block of query rows of one head.
 struct Block {
-    int64_t b, h, row;
+    int64_t b, h, row, number;
     ptrdiff_t rows, lanes, keys;  // lanes: rows, padded; keys: those the block may attend to
     ptrdiff_t stride;             // between the keys of a tile
 };
@@ -189,29 +190,33 @@ template <class S> T<S> masked_scores(const Call& c, const Block& t, const Keys<
     return factor;
 }
 
-// A compensated sum: keeps the rounding errors of its additions (Knuth's TwoSum).
-template <class V> struct Sum {
-    V sum{}, lost{};
-    void operator+=(V x) {
-        const V next = sum + x, added = next - sum;
-        lost += (sum - (next - added)) + (x - added);
-        sum = next;
-    }
-    V value() const { return sum + lost; }
-};
+// The dropout of the block's rows.
+template <class T> Dropout<T> dropout_of(const Call& c, const Block& t) {
+    uint32_t* words = scratch<uint32_t>(WORDS, 2 * t.lanes);
+    const uint64_t row = (t.b * c.H + t.h) * c.Nq + t.row;
+    for (ptrdiff_t i = 0; i < t.lanes; i++) row_words(*c.seed, row + i, words[i], words[t.lanes + i]);
+    return {words, words + t.lanes, uint32_t(c.threshold), T(c.larger)};
+}
 
-// Calls each(first, end) for short runs of keys. A run is summed by itself and then added to a Sum: accurate to an ulp.
-template <class Each> inline void in_runs(ptrdiff_t keys, Each each) {
-    constexpr ptrdiff_t RUN = 8;
-    for (ptrdiff_t first = 0; first < keys; first += RUN) each(first, std::min(keys, first + RUN));
+// Calls run with the block's dropout, an object whose type says whether there is any.
+template <class T, class Run> void with_dropout(const Call& c, const Block& t, Run run) {
+    if (c.seed)
+        run(dropout_of<T>(c, t));
+    else
+        run(All{});
 }
 
 // rho of (1a): one over the sum of a row's weights, 1 where it attends to nothing.
 template <class V> inline V share_of(V total) { return 1 / (total == V{} ? V{} + 1 : total); }
 
-// (1a), down the lanes: s becomes exp(factor s - top). Writes the largest scores to tops, plus infinity where a row
+// Scores as (1a) compares them. Rounded before the largest is taken off, which leaves 0 where they are the largest: the
+// weights of a row with one key are exactly 1, and its gradients exactly 0.
+template <class T> inline Vector<T> scored(const T* s, T factor) { return product_of(load(s), factor); }
+
+// (1a), (53), down the lanes: s becomes exp(factor s - top), times Z. Writes the largest scores to tops, plus infinity where a row
 // attends to nothing, and the shares, one over the sum of a row's weights.
-template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* tops, T<S>* shares) {
+template <class S, class Z>
+void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* tops, T<S>* shares, const Z& dropout) {
     using T = Arithmetic<S>;
     constexpr T infinity = std::numeric_limits<T>::infinity();
     const ptrdiff_t keys = run<S>(t.keys);
@@ -219,7 +224,7 @@ template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* t
         Vector<T> top = Vector<T>{} - infinity;
         Sum<Vector<T>> all;
         for (ptrdiff_t j = 0; j < keys; j++) {
-            const Vector<T> x = load(s.at(j, i)) * factor;
+            const Vector<T> x = scored(s.at(j, i), factor);
             top = x > top ? x : top;
         }
         top = top == -infinity ? Vector<T>{} : top;
@@ -227,8 +232,9 @@ template <class S> void softmax(const Block& t, Tile<S>& s, T<S> factor, T<S>* t
             Vector<T> some{}, p[DEPTH<S>];
             for (ptrdiff_t j = first; j < end; j += DEPTH<S>) {
                 for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                    p[u] = exponential(load(s.at(j + u, i)) * factor - top);
+                    p[u] = exponential(scored(s.at(j + u, i), factor) - top);
                     some += p[u];
+                    if constexpr (Z::DROPS) p[u] = dropout.dropped(p[u], dropout.marked(p[u], j + u, i));
                 }
                 s.put(j, i, p);
             }
@@ -252,13 +258,19 @@ template <class T> const T* tops(const Call& c, const Block& t) {
     return top;
 }
 
-// For every (sample, key head) pair: state = begin(b, hk), each(state, block) for every block, end(state, b, hk).
-template <class S, class Begin, class Each, class End>
-void blocks(const Call& c, int tiles, Begin begin, Each each, End end) {
+// How many blocks the query rows of a head are cut into, so that a block's tiles fit the cache.
+template <class S> ptrdiff_t blocks_of_head(const Call& c, int tiles) {
     const ptrdiff_t units = multiple(c.Nq, UNIT<S>) / UNIT<S>, widest = WIDEST * STEP<S> / UNIT<S>;
     const ptrdiff_t bytes = sizeof(T<S>) + (DEPTH<S> > 1 ? 2 * sizeof(S) : 0);
     const ptrdiff_t fit = TILE_BYTES / (tiles * run<S>(c.Nk) * UNIT<S> * bytes);
-    const ptrdiff_t most = std::clamp<ptrdiff_t>(fit, STEP<S> / UNIT<S>, widest), count = (units + most - 1) / most;
+    const ptrdiff_t most = std::clamp<ptrdiff_t>(fit, STEP<S> / UNIT<S>, widest);
+    return (units + most - 1) / most;
+}
+
+// For every (sample, key head) pair: state = begin(b, hk), each(state, block) for every block, end(state, b, hk).
+template <class S, class Begin, class Each, class End>
+void blocks(const Call& c, int tiles, Begin begin, Each each, End end) {
+    const ptrdiff_t units = multiple(c.Nq, UNIT<S>) / UNIT<S>, count = blocks_of_head<S>(c, tiles);
     const int64_t pairs = c.B * c.Hkv, group = c.H / c.Hkv;
 #pragma omp parallel for schedule(dynamic) num_threads(c.threads)
     for (int64_t pair = 0; pair < pairs; pair++) {
@@ -270,7 +282,7 @@ void blocks(const Call& c, int tiles, Begin begin, Each each, End end) {
                 const ptrdiff_t row = units * n / count * UNIT<S>, stop = units * (n + 1) / count * UNIT<S>;
                 const ptrdiff_t rows = std::min<ptrdiff_t>(stop, c.Nq) - row;
                 const ptrdiff_t seen = c.causal ? std::min<ptrdiff_t>(c.Nk, row + rows) : c.Nk;
-                each(state, Block{b, h, row, rows, stop - row, seen, odd_vectors<T<S>>(stop - row)});
+                each(state, Block{b, h, row, n, rows, stop - row, seen, odd_vectors<T<S>>(stop - row)});
             }
         end(state, b, hk);
     }
@@ -314,7 +326,7 @@ template <class S> void forward(const Call& c) {
             Tile<S> p(SCORES, t, RIGHT);
             const T factor = masked_scores(c, t, pair.k, q, p);
             T *top = scratch<T>(STATISTICS, 2 * t.lanes), *share = top + t.lanes;
-            softmax(t, p, factor, top, share);
+            with_dropout<T>(c, t, [&](const auto& dropout) { softmax(t, p, factor, top, share, dropout); });
             T* o = result_of<S>(t, c.dv);
             to_rows(t, p, pair.v, c.dv, o, false);
             scatter_transposed(o, t.lanes, t.rows, c.dv, share, at<S>(c.o, t.b, t.h, t.row), c.o.row);
@@ -324,8 +336,11 @@ template <class S> void forward(const Call& c) {
         [](const KeySide<S>&, int64_t, int64_t) {});
 }
 
-// (3)-(4), down the lanes: s and dp become P and dS.
-template <class S> void softmax_backward(const Block& t, const T<S>* tops, T<S> factor, Tile<S>& s, Tile<S>& dp) {
+// (3)-(4), (53)-(54), down the lanes: s and dp, still without Z, become P o Z and dS; ``keep``: dS as values too, not
+// only as operands.
+template <class S, class Z>
+void softmax_backward(const Block& t, const T<S>* tops, T<S> factor, Tile<S>& s, Tile<S>& dp, bool keep,
+                      const Z& dropout) {
     using T = Arithmetic<S>;
     const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
@@ -335,9 +350,15 @@ template <class S> void softmax_backward(const Block& t, const T<S>* tops, T<S> 
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
             Vector<T> some{}, some_delta{};
             for (ptrdiff_t j = first; j < end; j++) {
-                const Vector<T> x = exponential(load(s.at(j, i)) * factor - top);
-                store(s.at(j, i), x);
+                const Vector<T> x = exponential(scored(s.at(j, i), factor) - top);
                 some += x;
+                if constexpr (Z::DROPS) {
+                    const Vector<T> m = dropout.marked(x, j, i);
+                    store(s.at(j, i), m);
+                    store(dp.at(j, i), dropout.dropped(load(dp.at(j, i)), m));
+                } else {
+                    store(s.at(j, i), x);
+                }
                 some_delta += x * load(dp.at(j, i));
             }
             all += some;
@@ -347,7 +368,9 @@ template <class S> void softmax_backward(const Block& t, const T<S>* tops, T<S> 
         for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
                 p[u] = load(s.at(j + u, i)) * share;
-                ds[u] = p[u] * (load(dp.at(j + u, i)) - delta);
+                ds[u] = unmarked<Z>(p[u]) * (load(dp.at(j + u, i)) - delta);
+                if constexpr (Z::DROPS) p[u] = dropout.dropped(p[u], p[u]);
+                if (keep) store(dp.at(j + u, i), ds[u]);
             }
             s.put(j, i, p);
             dp.put(j, i, ds);
@@ -355,8 +378,17 @@ template <class S> void softmax_backward(const Block& t, const T<S>* tops, T<S> 
     }
 }
 
+// dmask += dS, gmask += gS: a tile's values, summed over the mask's broadcast axes.
+template <class S> void add_to_mask(const Call& c, const Block& t, Turns& turns, const Tile<S>& tile) {
+    const Mask& m = c.gmask;
+    if (!m.kind) return;
+    T<S>* total = static_cast<T<S>*>(m.data) + t.b * m.sample + t.h * m.head + t.row * m.row;
+    turns.take(t.b, t.h, t.number, [&] { ::add_to_mask(total, m.row, m.key, tile.values, t.stride, t.keys, t.rows); });
+}
+
 template <class S> void backward(const Call& c) {
     using T = Arithmetic<S>;
+    Turns turns(c.gmask, c.B, c.H, blocks_of_head<S>(c, 2));
     blocks<S>(
         c, 2, [&](int64_t b, int64_t hk) { return KeySide<S>(c, b, hk, true); },
         [&](const KeySide<S>& pair, const Block& t) {
@@ -364,7 +396,10 @@ template <class S> void backward(const Call& c) {
             Tile<S> p(SCORES, t, LEFT), ds(DP, t, BOTH);
             const T factor = masked_scores(c, t, pair.k, q, p);
             scores(t, pair.v, dout, c.dv, ds);
-            softmax_backward(t, tops<T>(c, t), factor, p, ds);
+            with_dropout<T>(c, t, [&](const auto& dropout) {
+                softmax_backward(t, tops<T>(c, t), factor, p, ds, c.gmask.kind, dropout);
+            });
+            add_to_mask(c, t, turns, ds);
             to_keys(t, p, dout, c.dv, pair.sum_v);
             to_keys(t, ds, q, c.d, pair.sum_k);
             T* dq = result_of<S>(t, c.d);
@@ -374,10 +409,11 @@ template <class S> void backward(const Call& c) {
         [&](const KeySide<S>& pair, int64_t b, int64_t hk) { write_sums<S>(c, pair, b, hk); });
 }
 
-// (7)-(8), down the lanes: s, dp, dds, y become P, dS, ddP and gS; dds comes without the factor scale of (6).
-template <class S>
+// (7)-(8), (53)-(54), down the lanes: s, dp, dds, y become P o Z, dS, ddP o Z and gS; dds comes without the factor
+// ``scale``, dp and y without Z. ``keep``: gS as values too, not only as operands.
+template <class S, class Z>
 void softmax_double_backward(const Block& t, const T<S>* tops, T<S> factor, T<S> scale, Tile<S>& s, Tile<S>& dp,
-                             Tile<S>& dds, Tile<S>& y) {
+                             Tile<S>& dds, Tile<S>& y, bool keep, const Z& dropout) {
     using T = Arithmetic<S>;
     const ptrdiff_t keys = run<S>(t.keys);
     for (ptrdiff_t i = 0; i < t.lanes; i += LANES<T>) {
@@ -387,9 +423,15 @@ void softmax_double_backward(const Block& t, const T<S>* tops, T<S> factor, T<S>
         in_runs(keys, [&](ptrdiff_t first, ptrdiff_t end) {
             Vector<T> some{}, some_delta{}, some_eta{};
             for (ptrdiff_t j = first; j < end; j++) {
-                const Vector<T> w = exponential(load(s.at(j, i)) * factor - top);
-                store(s.at(j, i), w);
+                const Vector<T> w = exponential(scored(s.at(j, i), factor) - top);
                 some += w;
+                if constexpr (Z::DROPS) {
+                    const Vector<T> m = dropout.marked(w, j, i);
+                    store(s.at(j, i), m);
+                    store(dp.at(j, i), dropout.dropped(load(dp.at(j, i)), m));
+                } else {
+                    store(s.at(j, i), w);
+                }
                 some_delta += w * load(dp.at(j, i));
                 some_eta += w * load(dds.at(j, i));
             }
@@ -402,16 +444,21 @@ void softmax_double_backward(const Block& t, const T<S>* tops, T<S> factor, T<S>
             Vector<T> some{};
             for (ptrdiff_t j = first; j < end; j += DEPTH<S>) {
                 for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                    p[u] = load(s.at(j + u, i)) * share;
-                    store(s.at(j + u, i), p[u]);
+                    Vector<T> m = load(s.at(j + u, i)) * share, yu = load(y.at(j + u, i));
+                    store(s.at(j + u, i), m);
+                    p[u] = unmarked<Z>(m);
                     ds[u] = p[u] * (load(dp.at(j + u, i)) - delta);
                     const Vector<T> centred = (load(dds.at(j + u, i)) - eta) * scale;
                     ddp[u] = p[u] * centred;
-                    gs[u] = p[u] * load(y.at(j + u, i)) + ds[u] * centred;
+                    if constexpr (Z::DROPS) {
+                        yu = dropout.dropped(yu, m);
+                        ddp[u] = dropout.dropped(ddp[u], m);
+                    }
+                    gs[u] = p[u] * yu + ds[u] * centred;
                     some += gs[u];
                     store(y.at(j + u, i), gs[u]);
                 }
-                s.put(j, i, p);
+                if constexpr (!Z::DROPS) s.put(j, i, p);
                 dp.put(j, i, ds);
                 dds.put(j, i, ddp);
             }
@@ -420,31 +467,50 @@ void softmax_double_backward(const Block& t, const T<S>* tops, T<S> factor, T<S>
         const Vector<T> total = totals.value();
         for (ptrdiff_t j = 0; j < keys; j += DEPTH<S>) {
             for (ptrdiff_t u = 0; u < DEPTH<S>; u++) {
-                gs[u] = load(y.at(j + u, i)) - load(s.at(j + u, i)) * total;
+                const Vector<T> m = load(s.at(j + u, i));
+                gs[u] = load(y.at(j + u, i)) - unmarked<Z>(m) * total;
+                if constexpr (Z::DROPS) p[u] = dropout.dropped(m, m);
+                if (keep) store(y.at(j + u, i), gs[u]);
             }
+            if constexpr (Z::DROPS) s.put(j, i, p);
             y.put(j, i, gs);
         }
     }
 }
 
+// (6): dds, which comes without the factor scale, becomes ddS.
+template <class S> void add_mask_cotangent(const Call& c, const Block& t, Tile<S>& dds) {
+    const Mask& m = c.ddmask;
+    const T<S>* first = static_cast<const T<S>*>(m.data) + t.b * m.sample + t.h * m.head + t.row * m.row;
+    for (ptrdiff_t j = 0; j < t.keys; j++)
+        for (ptrdiff_t i = 0; i < t.rows; i++)
+            *dds.at(j, i) = *dds.at(j, i) * T<S>(c.scale) + first[i * m.row + j * m.key];
+}
+
 template <class S> void double_backward(const Call& c) {
     using T = Arithmetic<S>;
+    Turns turns(c.gmask, c.B, c.H, blocks_of_head<S>(c, 4));
     blocks<S>(
         c, 4, [&](int64_t b, int64_t hk) { return KeySide<S>(c, b, hk, true); },
         [&](const KeySide<S>& pair, const Block& t) {
             const Queries<S> q(QUERIES, c.q, t, c.d), dout(DOUT, c.dout, t, c.dv), ddq(DDQ, c.ddq, t, c.d);
-            const bool has_dds = ddq || pair.ddk;
+            const bool products = ddq || pair.ddk, has_dds = products || c.ddmask.kind;
             Tile<S> s(SCORES, t, RIGHT), dp(DP, t, BOTH), dds(DDS, t, BOTH), y(Y, t, BOTH);
             const T factor = masked_scores(c, t, pair.k, q, s);
             scores(t, pair.v, dout, c.dv, dp);
             if (ddq) scores(t, pair.k, ddq, c.d, dds);
             if (pair.ddk) scores(t, pair.ddk, q, c.d, dds, bool(ddq));
-            if (!has_dds) std::fill_n(dds.values, run<S>(t.keys) * t.stride, T(0));
+            if (!products) std::fill_n(dds.values, run<S>(t.keys) * t.stride, T(0));
+            if (c.ddmask.kind) add_mask_cotangent(c, t, dds);
             if (pair.ddv)
                 scores(t, pair.ddv, dout, c.dv, y);
             else
                 std::fill_n(y.values, run<S>(t.keys) * t.stride, T(0));
-            softmax_double_backward(t, tops<T>(c, t), factor, T(c.scale), s, dp, dds, y);
+            const T scale = c.ddmask.kind ? T(1) : T(c.scale);
+            with_dropout<T>(c, t, [&](const auto& dropout) {
+                softmax_double_backward(t, tops<T>(c, t), factor, scale, s, dp, dds, y, c.gmask.kind, dropout);
+            });
+            add_to_mask(c, t, turns, y);
 
             to_keys(t, y, q, c.d, pair.sum_k);
             if (ddq) to_keys(t, dp, ddq, c.d, pair.sum_k);

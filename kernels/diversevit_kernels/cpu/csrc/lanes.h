@@ -140,6 +140,19 @@ inline void store_pairs(Vector<float> first, Vector<float> second, Pair* both) {
 }
 #endif
 
+// a * b, rounded by itself: a compiler may not fold it into the sum that follows (fused multiply-add).
+template <class V, class T> inline V product_of(V a, T b) {
+    V c = a * b;
+#if defined(__x86_64__)
+    asm("" : "+v"(c));
+#elif defined(__aarch64__)
+    asm("" : "+w"(c));
+#else
+    asm("" : "+m"(c));
+#endif
+    return c;
+}
+
 // a0 b0 a1 b1 ...: the first LANES elements of that, or the second.
 template <bool SECOND, class E, size_t... I>
 inline Vector<E> zip(Vector<E> a, Vector<E> b, std::index_sequence<I...>) {

@@ -5,6 +5,7 @@
 
 from torch import Tensor
 
+from ..runtime.copies import write
 from ..runtime.tensors import allocate
 from .backward import attention_backward
 from .double_backward import attention_double_backward
@@ -18,6 +19,7 @@ __all__ = [
 ]
 
 
-def attention_empty_qkv(qkv: Tensor) -> Tensor:
-    """Uninitialised, dense, like ``qkv`` [B, N, 3, H, d]: what ``into`` may be views of."""
-    return allocate(tuple(qkv.shape), qkv.dtype, qkv)
+def attention_empty_qkv(qkv: Tensor, queries: int) -> Tensor:
+    """Dense, like ``qkv`` [B, N, 3, H, d]: what ``into`` may be views of; zero where some tokens are no queries."""
+    made = allocate(tuple(qkv.shape), qkv.dtype, qkv)
+    return made if queries == qkv.shape[1] else write(made, 0.0)

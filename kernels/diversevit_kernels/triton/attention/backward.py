@@ -18,6 +18,8 @@ from ..runtime.sizes import cdiv
 from ..runtime.tensors import empty_heads, operand
 from ..runtime.tiles import add_dot, as_number, scale_split
 from . import configs
+from .dropout import dropped, empty_words, factors, load_words, row_words
+from .few_queries import delta_with_dropout
 from .mask_gradient import mask_gradient
 from .tiles import (
     FEW_QUERIES,
@@ -66,13 +68,14 @@ def attention_backward_rows_kernel(
     do = load_v(args.do, b, h, rows, args.Nq, const)
     top, share = load_softmax(args, b, h, rows, scale, const)
     top, share = top[:, None], share[:, None]
+    words = row_words(args, stats.words, b, h, rows)
     sums = zeros_qk(BLOCK_M, const)
     if ALL_KEYS_IN_TILE:
         cols = indices(0, BLOCK_N, const)
         k = load_qk(args.k, b, key_head, cols, args.Nk, const)
         v = load_v(args.v, b, key_head, cols, args.Nk, const)
         p = probabilities_of_all_keys(q, k, top, args, b, h, i, cols[None, :], scale, const)
-        dp = value_product(do, v, const)
+        dp = dropped(value_product(do, v, const), factors(args, words, cols[None, :], const))
         delta = tl.sum(p * dp, 1)
         store_statistic(stats.delta, args, b, h, rows, delta)
         sums = add_dot(sums, p * (dp - delta[:, None]), k.tile, const.PRECISION)
@@ -83,7 +86,8 @@ def attention_backward_rows_kernel(
             k = load_qk(args.k, b, key_head, cols, args.Nk, const)
             v = load_v(args.v, b, key_head, cols, args.Nk, const)
             p = probabilities(q, k, top, share, args, b, h, i, cols[None, :], scale, const)
-            ds = p * (value_product(do, v, const) - delta)
+            dp = dropped(value_product(do, v, const), factors(args, words, cols[None, :], const))
+            ds = p * (dp - delta)
             sums = add_dot(sums, ds, k.tile, const.PRECISION)
     store_qk(dq, b, h, rows, args.Nq, scale_split(sums, scale), const)
 
@@ -122,8 +126,9 @@ def attention_backward_columns_kernel(
             top, share = top[None, :], share[None, :]
             delta = load_statistic(stats.delta, args, b, h, rows)[None, :]
             p = probabilities(k, q, top, share, args, b, h, i, j, scale, const, True)
-            ds = p * (value_product(v, do, const) - delta)
-            dv_sums = add_dot(dv_sums, p, do.tile, const.PRECISION)
+            z = factors(args, load_words(stats.words, args, b, h, rows, 0), j, const)
+            ds = p * (dropped(value_product(v, do, const), z) - delta)
+            dv_sums = add_dot(dv_sums, dropped(p, z), do.tile, const.PRECISION)
             dk_sums = add_dot(dk_sums, ds, q.tile, const.PRECISION)
     store_qk(dk, b, key_head, cols, args.Nk, scale_split(dk_sums, scale), const)
     store_v(dv, b, key_head, cols, args.Nk, dv_sums, const)
@@ -149,27 +154,36 @@ def attention_backward_few_queries_kernel(
     q = load_qk(args.q, b, h, rows, args.Nq, const)
     do = load_v(args.do, b, h, rows, args.Nq, const)
     top, share = load_softmax(args, b, h, rows, scale, const)
-    top, share = top[:, None], share[:, None]
+    words = row_words(args, stats.words, b, h, rows)
     if not ALL_KEYS_IN_TILE:
-        delta = row_delta_of_few_queries(args, stats, do, b, h, rows, const)
+        if words is None:
+            delta = row_delta_of_few_queries(args, stats, do, b, h, rows, const)
+        else:
+            delta = delta_with_dropout(
+                q, do, top, share, words, args, stats, b, h, rows, scale, const, BLOCK_N
+            )
+    top, share = top[:, None], share[:, None]
     sums = zeros_qk(BLOCK_M, const)
     for start in range(0, args.Nk, BLOCK_N):
         cols = indices(start, BLOCK_N, const)
         i, j = rows[:, None], cols[None, :]
         k = load_qk(args.k, b, h, cols, args.Nk, const)
         v = load_v(args.v, b, h, cols, args.Nk, const)
+        z = factors(args, words, j, const)
         if ALL_KEYS_IN_TILE:
             p = probabilities_of_all_keys(q, k, top, args, b, h, i, j, scale, const)
-            dp = value_product(do, v, const)
+            dp = dropped(value_product(do, v, const), z)
             own_delta = tl.sum(p * dp, 1)
             store_statistic(stats.delta, args, b, h, rows, own_delta)
             ds = p * (dp - own_delta[:, None])
         else:
             p = probabilities(q, k, top, share, args, b, h, i, j, scale, const)
-            ds = p * (value_product(do, v, const) - delta[:, None])
+            ds = p * (dropped(value_product(do, v, const), z) - delta[:, None])
         sums = add_dot(sums, ds, k.tile, const.PRECISION)
         dk_tile = add_dot(zeros_qk(BLOCK_N, const), tl.trans(ds), q.tile, const.PRECISION)
-        dv_tile = add_dot(zeros_v(BLOCK_N, const), tl.trans(p), do.tile, const.PRECISION)
+        dv_tile = add_dot(
+            zeros_v(BLOCK_N, const), tl.trans(dropped(p, z)), do.tile, const.PRECISION
+        )
         store_qk(dk, b, h, cols, args.Nk, scale_split(dk_tile, scale), const)
         store_v(dv, b, h, cols, args.Nk, dv_tile, const)
     store_qk(dq, b, h, rows, args.Nq, scale_split(sums, scale), const)
@@ -182,16 +196,18 @@ def attention_backward(
 
     ``softmax`` is (1a). ``into``: where to write the first three.
     """
-    q, k, v, mask, o, softmax, do, is_causal, scale, mask_grad = inputs
+    q, k, v, mask, seed, o, softmax, do, is_causal, scale, dropout_p, mask_grad = inputs
     (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
-    args, const = arguments(q, k, v, mask, is_causal, scale, softmax, o=o, do=do)
+    given = q, k, v, mask, seed, is_causal, scale, dropout_p
+    args, const = arguments(*given, softmax, o=o, do=do)
     target = target_of(q, widest(q, v))
     dq, dk, dv = into or map(empty_heads, (q, k, v))
-    stats = RowStatistics(empty_statistic(q))
+    stats = RowStatistics(empty_statistic(q), words=empty_words(q, seed))
     if Nq <= FEW_QUERIES and const.GROUP == 1:
         plan = configs.BACKWARD_FEW_QUERIES.plan(target)
+        all_keys = plan.holding(Nk, "BLOCK_N")
         run_kernel(
-            plan,
+            all_keys or plan,
             attention_backward_few_queries_kernel,
             lambda _: B * H,
             args,
@@ -201,12 +217,14 @@ def attention_backward(
             stats,
             scale,
             const=const,
-            ALL_KEYS_IN_TILE=plan["BLOCK_N"] >= Nk,
+            ALL_KEYS_IN_TILE=all_keys is not None,
         )
     else:
+        plan = configs.BACKWARD_ROWS.plan(target)
         all_keys = configs.BACKWARD_ROWS_ALL_KEYS.holding(Nk, "BLOCK_N", target)
+        all_keys = all_keys or plan.holding(Nk, "BLOCK_N")
         run_kernel(
-            all_keys or configs.BACKWARD_ROWS.plan(target),
+            all_keys or plan,
             attention_backward_rows_kernel,
             lambda c: B * H * cdiv(Nq, c["BLOCK_M"]),
             args,

@@ -5,7 +5,7 @@ Each row is justified by ``python -m tools.kernel_analysis.compile_report`` (no 
 of 64 rows on 4 warps, one warpgroup, took half of the time that they took on 8 and less. ``SPILLING`` lists what spills
 and was the fastest.
 
-``_FEW_QUERIES``: at most ``FEW_QUERIES`` of them. ``_ALL_KEYS``: a row tile holds all keys, up to BLOCK_N (ROW_KEYS).
+``_FEW_QUERIES``: at most ``FEW_QUERIES`` of them. ``_ALL_KEYS``: a row tile holds all keys, up to BLOCK_N.
 ``_PLAIN``: no mask and no groups of heads, either of which costs registers; larger tiles than else, counted and not
 timed: a quarter to a third fewer instructions for each pair of a query and a key, and larger matrix instructions.
 """
@@ -71,7 +71,9 @@ MASK_GRADIENT = LaunchTable(
     row(HOPPER + BLACKWELL, HALF, (0, 256), warps=8, stages=1, BLOCK_M=64, BLOCK_N=64),
     row(RTX_BLACKWELL + OLDER, HALF, (0, 64), warps=8, stages=1, BLOCK_M=64, BLOCK_N=64),
     row(RTX_BLACKWELL + OLDER, HALF, (64, 128), warps=8, stages=1, BLOCK_M=64, BLOCK_N=32),
-    row(NVIDIA, SINGLE, (0, 128), warps=4, stages=1, BLOCK_M=64, BLOCK_N=16),
+    row(NVIDIA, SINGLE, (0, 16), warps=4, stages=1, BLOCK_M=64, BLOCK_N=16),
+    row(AMPERE + HOPPER + RTX_BLACKWELL + OLDER, SINGLE, (16, 128), warps=4, stages=1, BLOCK_M=64, BLOCK_N=16),
+    row(BLACKWELL, SINGLE, (16, 128), warps=4, stages=1, BLOCK_M=64, BLOCK_N=32),
     row(HOPPER + BLACKWELL, SINGLE, (128, 256), warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     row(NVIDIA, DOUBLE, (0, 256), warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
     row(AMPERE + RTX_BLACKWELL + OLDER, HALF + SINGLE, (128, 256), warps=8, stages=1, BLOCK_M=32, BLOCK_N=32),
@@ -156,7 +158,7 @@ DOUBLE_BACKWARD_FEW_QUERIES = LaunchTable(
 DOUBLE_BACKWARD_ROWS_ALL_KEYS = LaunchTable(
     "attention_double_backward_rows_all_keys",
     row(INTERPRETER, ANY_SIZE, ANY_WIDTH, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
-    row(AMPERE + RTX_BLACKWELL, HALF, (0, 64), warps=8, stages=1, BLOCK_M=32, BLOCK_N=128),
+    row(AMPERE + RTX_BLACKWELL, HALF, (48, 64), warps=8, stages=1, BLOCK_M=32, BLOCK_N=128),
     row(BLACKWELL, HALF, (0, 64), warps=8, stages=1, BLOCK_M=64, BLOCK_N=128),
 )
 DOUBLE_BACKWARD_ROWS = LaunchTable(
@@ -224,7 +226,10 @@ DOUBLE_BACKWARD_COLUMNS_PLAIN = LaunchTable(
 )
 DOUBLE_BACKWARD_HEAD_ALL_KEYS = LaunchTable(
     "attention_double_backward_head_all_keys",
-    row(INTERPRETER, ANY_SIZE, ANY_WIDTH, warps=4, stages=1, ROW_TILE=16, ROW_KEYS=32, BLOCK_M=16, BLOCK_N=16),
+    row(INTERPRETER, ANY_SIZE, ANY_WIDTH, warps=4, stages=1, BLOCK_M=16, BLOCK_N=32),
+    row(AMPERE, HALF, (31, 32), warps=4, stages=1, BLOCK_M=64, BLOCK_N=64),
+    row(BLACKWELL, HALF + SINGLE, (31, 32), warps=4, stages=1, BLOCK_M=16, BLOCK_N=64),
+    row(BLACKWELL, HALF, (63, 64), warps=4, stages=1, BLOCK_M=32, BLOCK_N=64),
 )
 DOUBLE_BACKWARD_HEAD = LaunchTable(
     "attention_double_backward_head",

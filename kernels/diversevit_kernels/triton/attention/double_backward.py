@@ -4,9 +4,10 @@ Few queries       one program does a head (``attention_double_backward_few_queri
 Otherwise         row programs give gq and gdo, and Δ, η and t for the column programs, which give gk and gv. Where the
                   keys fit a tile, a row program holds all of them and its row sums are sums of tiles; else it walks
                   them once and corrects its sums at the end.
-Enough heads      for the device, no mask and no groups (either costs registers), and so few keys that a head's
-                  tensors stay in the L2 cache: one program does rows and columns of a head
-                  (``attention_double_backward_head_kernel``).
+Enough heads      for the device, no mask, no groups and no dropout (each costs registers): where the gradients of all
+                  keys fit the registers, one program does a head and makes every tile once
+                  (``attention_double_backward_head_all_keys_kernel``); where a head's tensors stay in the L2 cache,
+                  one does its rows and then its columns (``attention_double_backward_head_kernel``).
 
 Traffic  a row tile reads its rows of q, do, ddq (o, dq) once and all k, v, ddk, ddv; a column tile the reverse.
 Source   derived in kernels/README.md, (6)-(9) and (46)-(49).
@@ -27,7 +28,14 @@ from ..runtime.tensors import Operand, empty_heads, operand
 from ..runtime.tiles import as_number
 from . import configs
 from .backward import attention_backward
-from .double_backward_tiles import columns, rows_in_one_pass, rows_with_all_keys
+from .double_backward_tiles import (
+    columns,
+    head_with_all_keys,
+    load_keys,
+    rows_in_one_pass,
+    rows_with_all_keys,
+)
+from .dropout import empty_words
 from .few_queries import head_with_few_queries
 from .mask_gradient import mask_gradient
 from .tiles import (
@@ -39,10 +47,6 @@ from .tiles import (
     program_tile,
     widest,
 )
-
-BY_HEAD = configs.DOUBLE_BACKWARD_HEAD, configs.DOUBLE_BACKWARD_HEAD_ALL_KEYS
-ALL_KEYS = configs.DOUBLE_BACKWARD_HEAD_ALL_KEYS, configs.DOUBLE_BACKWARD_ROWS_ALL_KEYS
-"""Launch tables where a row tile holds all keys; row tiles that walk their keys read dq."""
 
 HEAD_KEYS = 256
 """Up to so many keys, one program may do a whole head: its tensors stay in the L2 cache between the two phases."""
@@ -73,7 +77,8 @@ def attention_double_backward_rows_kernel(
     b, h, tile = program_tile(tl.cdiv(args.Nq, BLOCK_M), args.H)
     scale = as_number(scale, const.ACC)
     if ALL_KEYS_IN_TILE:
-        rows_with_all_keys(args, out, stats, b, h, tile, scale, const, BLOCK_M, BLOCK_N)
+        keys = load_keys(args, b, h, BLOCK_N, const)
+        rows_with_all_keys(args, keys, out, stats, b, h, tile, scale, const, BLOCK_M)
     else:
         rows_in_one_pass(args, out, stats, b, h, tile, scale, const, BLOCK_M, BLOCK_N)
 
@@ -101,7 +106,6 @@ def attention_double_backward_head_kernel(
     stats,  # RowStatistics, written
     scale: tl.float64,
     const: tl.constexpr,  # Constants
-    ALL_KEYS_IN_TILE: tl.constexpr,  # ROW_KEYS holds all keys
     ROW_TILE: tl.constexpr,  # rows of a row tile
     ROW_KEYS: tl.constexpr,  # keys of its step
     BLOCK_M: tl.constexpr,  # rows of a column tile's step
@@ -114,13 +118,26 @@ def attention_double_backward_head_kernel(
     b, h, _ = program_tile(1, args.H)
     scale = as_number(scale, const.ACC)
     for tile in range(tl.cdiv(args.Nq, ROW_TILE)):
-        if ALL_KEYS_IN_TILE:
-            rows_with_all_keys(args, out, stats, b, h, tile, scale, const, ROW_TILE, ROW_KEYS)
-        else:
-            rows_in_one_pass(args, out, stats, b, h, tile, scale, const, ROW_TILE, ROW_KEYS)
+        rows_in_one_pass(args, out, stats, b, h, tile, scale, const, ROW_TILE, ROW_KEYS)
     tl.debug_barrier()
     for tile in range(tl.cdiv(args.Nk, BLOCK_N)):
         columns(args, out, stats, b, h, tile, scale, const, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def attention_double_backward_head_all_keys_kernel(
+    args,  # Arguments, Nk at most BLOCK_N, GROUP 1
+    out,  # Gradients
+    stats,  # RowStatistics, of None: nothing else needs them
+    scale: tl.float64,
+    const: tl.constexpr,  # Constants
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Double backward, (3)-(9). One program owns one head, and holds all its keys and their gradients."""
+    b, h, _ = program_tile(1, args.H)
+    scale = as_number(scale, const.ACC)
+    head_with_all_keys(args, out, stats, b, h, scale, const, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -139,20 +156,26 @@ def attention_double_backward_few_queries_kernel(
     head_with_few_queries(args, out, stats, b, h, scale, const, BLOCK_M, BLOCK_N)
 
 
-def _plan(target: Target, q: Tensor, k: Tensor, mask: Tensor | None) -> Plan:
-    """The plan of the first launch: of heads with few queries, of whole heads, or of row tiles."""
+def _plan(target: Target, q: Tensor, k: Tensor, mask: Tensor | None, dropout: bool) -> Plan:
+    """The plan of the first launch: of heads with few queries, of whole heads, or of row tiles.
+
+    It is ``whole`` where a row tile holds all keys; row tiles that walk their keys read dq.
+    """
     (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
     grouped = key_heads != H
     if Nq <= FEW_QUERIES and not grouped:
         return configs.DOUBLE_BACKWARD_FEW_QUERIES.plan(target)
-    if _plain(q, k, mask) and Nk <= HEAD_KEYS and fills(q, B * H):
-        all_keys = configs.DOUBLE_BACKWARD_HEAD_ALL_KEYS.holding(Nk, "ROW_KEYS", target)
-        by_head = all_keys or configs.DOUBLE_BACKWARD_HEAD.find(target)
-        if by_head is not None:
+    if _plain(q, k, mask) and not dropout and Nk <= HEAD_KEYS and fills(q, B * H):
+        all_keys = configs.DOUBLE_BACKWARD_HEAD_ALL_KEYS.holding(Nk, "BLOCK_N", target)
+        by_head = configs.DOUBLE_BACKWARD_HEAD.find(target)
+        if all_keys is not None:
+            return all_keys
+        if by_head is not None and Nk > by_head["ROW_KEYS"]:
             return by_head
     all_keys = configs.DOUBLE_BACKWARD_ROWS_ALL_KEYS.holding(Nk, "BLOCK_N", target)
     plain = configs.DOUBLE_BACKWARD_ROWS_PLAIN.find(target) if _plain(q, k, mask) else None
-    return all_keys or plain or configs.DOUBLE_BACKWARD_ROWS.plan(target)
+    by_rows = plain or configs.DOUBLE_BACKWARD_ROWS.plan(target)
+    return all_keys or by_rows.holding(Nk, "BLOCK_N") or by_rows
 
 
 def _columns_plan(target: Target, q: Tensor, k: Tensor, mask: Tensor | None) -> Plan:
@@ -175,35 +198,36 @@ def attention_double_backward(
     cotangent costs nothing: its products are not compiled.
     ``into``: where to write the first three.
     """
-    q, k, v, mask, o, softmax, do, dq, ddq, ddk, ddv, ddmask, is_causal, scale, mask_grad = inputs
+    q, k, v, mask, seed, o, softmax, do, dq, ddq, ddk, ddv, ddmask = inputs[:13]
+    is_causal, scale, dropout_p, mask_grad = inputs[13:]
+    options = is_causal, scale, dropout_p
     (B, H, Nq, _), (_, key_heads, Nk, _) = q.shape, k.shape
     target = target_of(q, widest(q, v))
-    plan = _plan(target, q, k, mask)
+    plan = _plan(target, q, k, mask, seed is not None)
     few_queries = plan.table is configs.DOUBLE_BACKWARD_FEW_QUERIES
-    all_keys_in_tile = plan.table in ALL_KEYS
+    all_keys_in_tile = bool(plan.whole)
     has_dds = not (ddq is None and ddk is None and ddmask is None)
     if dq is None and has_dds and not (few_queries or all_keys_in_tile):
-        given = AttentionBackward(q, k, v, mask, o, softmax, do, is_causal, scale, False)
+        given = AttentionBackward(q, k, v, mask, seed, o, softmax, do, *options, False)
         dq = attention_backward(given)[0]
     more = {"o": o, "do": do, "dq": dq, "ddq": ddq, "ddk": ddk, "ddv": ddv, "ddmask": ddmask}
-    args, const = arguments(q, k, v, mask, is_causal, scale, softmax, **more)
+    args, const = arguments(q, k, v, mask, seed, *options, softmax, **more)
     gq, gk, gv = into or map(empty_heads, (q, k, v))
     gdo = empty_heads(do)
     out = Gradients(*map(operand, (gq, gk, gv, gdo)))  # pyright: ignore[reportArgumentType]
-    stats = RowStatistics(*(empty_statistic(q) for _ in range(3)))
+    alone = plan.table is configs.DOUBLE_BACKWARD_HEAD_ALL_KEYS
+    kept = (None if alone else empty_statistic(q) for _ in range(3))
+    stats = RowStatistics(*kept, empty_words(q, seed))
     common = (args, out, stats, scale)
     if few_queries:
         kernel = attention_double_backward_few_queries_kernel
         run_kernel(plan, kernel, lambda _: B * H, *common, const=chunked(const))
-    elif plan.table in BY_HEAD:
-        run_kernel(
-            plan,
-            attention_double_backward_head_kernel,
-            lambda _: B * H,
-            *common,
-            const=const,
-            ALL_KEYS_IN_TILE=all_keys_in_tile,
-        )
+    elif plan.table is configs.DOUBLE_BACKWARD_HEAD:
+        kernel = attention_double_backward_head_kernel
+        run_kernel(plan, kernel, lambda _: B * H, *common, const=const)
+    elif alone:
+        kernel = attention_double_backward_head_all_keys_kernel
+        run_kernel(plan, kernel, lambda _: B * H, *common, const=const)
     else:
         run_kernel(
             plan,

@@ -3,10 +3,13 @@
 Names    as in ``tiles``; ``out`` is a ``Gradients`` of ``double_backward``.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from ..runtime.tiles import add_dot, scale_split, subtract_split
+from .dropout import dropped, factors, load_words, row_words
 from .tiles import (
     first_row_tile,
     indices,
@@ -28,50 +31,95 @@ from .tiles import (
 )
 
 
+class KeyRows(NamedTuple):
+    """In a kernel: rows of the tensors that have one for each key."""
+
+    k: Any
+    v: Any
+    ddk: Any
+    ddv: Any
+
+
+@triton.jit
+def load_keys(args, b, h, KEYS: tl.constexpr, const: tl.constexpr):
+    """All keys of query head ``h``, at most KEYS."""
+    cols, key_head = indices(0, KEYS, const), h // const.GROUP
+    return KeyRows(
+        load_qk(args.k, b, key_head, cols, args.Nk, const),
+        load_v(args.v, b, key_head, cols, args.Nk, const),
+        load_qk(args.ddk, b, key_head, cols, args.Nk, const),
+        load_v(args.ddv, b, key_head, cols, args.Nk, const),
+    )
+
+
 @triton.jit
 def rows_with_all_keys(
-    args, out, stats, b, h, tile, scale, const: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
+    args, keys, out, stats, b, h, tile, scale, const: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Double backward, (3)-(9), for ROWS query rows and all their keys, at most KEYS: gq, gdo and ``stats``.
+    """Double backward, (3)-(9), for ROWS query rows and all their ``keys``: gq, gdo and ``stats``.
 
-    All row sums come from tiles: Δ from P ∘ dP, η from P ∘ ddS, t from A.
+    All row sums come from tiles: Δ from P ∘ dP, η from P ∘ ddS, t from A. Returns the rows and tiles from which the
+    keys' gradients are made.
     """
-    rows, cols = indices(tile * ROWS, ROWS, const), indices(0, KEYS, const)
-    i, j, key_head = rows[:, None], cols[None, :], h // const.GROUP
+    k, v, ddk, ddv = keys
+    rows, cols = indices(tile * ROWS, ROWS, const), k.index
+    i, j = rows[:, None], cols[None, :]
     q = load_qk(args.q, b, h, rows, args.Nq, const)
-    k = load_qk(args.k, b, key_head, cols, args.Nk, const)
     top, _ = load_softmax(args, b, h, rows, scale, const)
     p = probabilities_of_all_keys(q, k, top[:, None], args, b, h, i, j, scale, const)
 
     do = load_v(args.do, b, h, rows, args.Nq, const)
-    v = load_v(args.v, b, key_head, cols, args.Nk, const)
-    dp = value_product(do, v, const)
+    words = row_words(args, stats.words, b, h, rows)
+    z = factors(args, words, j, const)
+    dp = dropped(value_product(do, v, const), z)
     delta = tl.sum(p * dp, 1)
     store_statistic(stats.delta, args, b, h, rows, delta)
     ds = p * (dp - delta[:, None])
 
     gq, gdo = zeros_qk(ROWS, const), zeros_v(ROWS, const)
-    a = tl.zeros([ROWS, KEYS], const.ACC)
-    ddk = load_qk(args.ddk, b, key_head, cols, args.Nk, const)
+    a = tl.zeros([ROWS, cols.shape[0]], const.ACC)
+    ddq = load_qk(args.ddq, b, h, rows, args.Nq, const)
     if ddk is not None:
         gq = add_dot(gq, ds, ddk.tile, const.PRECISION)
+    weighted_dds = a
     if const.HAS_DDS:
-        ddq = load_qk(args.ddq, b, h, rows, args.Nq, const)
         dds = score_cotangent(ddq, k, q, ddk, args, b, h, i, j, scale, const)
         eta = tl.sum(p * dds, 1)
         store_statistic(stats.eta, args, b, h, rows, eta)
         dds -= eta[:, None]
-        gdo = add_dot(gdo, p * dds, v.tile, const.PRECISION)
+        weighted_dds = dropped(p * dds, z)
+        gdo = add_dot(gdo, weighted_dds, v.tile, const.PRECISION)
         a = ds * dds
-    if args.ddv is not None:
-        ddv = load_v(args.ddv, b, key_head, cols, args.Nk, const)
-        a += p * value_product(do, ddv, const)
-        gdo = add_dot(gdo, p, ddv.tile, const.PRECISION)
+    if ddv is not None:
+        a += p * dropped(value_product(do, ddv, const), z)
+        gdo = add_dot(gdo, dropped(p, z), ddv.tile, const.PRECISION)
     t = tl.sum(a, 1)
     store_statistic(stats.t, args, b, h, rows, t)
-    gq = add_dot(gq, a - p * t[:, None], k.tile, const.PRECISION)
+    gs = a - p * t[:, None]
+    gq = add_dot(gq, gs, k.tile, const.PRECISION)
     store_qk(out.gq, b, h, rows, args.Nq, scale_split(gq, scale), const)
     store_v(out.gdo, b, h, rows, args.Nq, gdo, const)
+    return q, do, ddq, ds, weighted_dds, gs
+
+
+@triton.jit
+def head_with_all_keys(
+    args, out, stats, b, h, scale, const: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr
+):
+    """Double backward, (3)-(9), of one head with at most KEYS keys, ROWS queries at a time: every tile is made once."""
+    keys = load_keys(args, b, h, KEYS, const)
+    gk, gv = zeros_qk(KEYS, const), zeros_v(KEYS, const)
+    for tile in range(tl.cdiv(args.Nq, ROWS)):
+        made = rows_with_all_keys(args, keys, out, stats, b, h, tile, scale, const, ROWS)
+        q, do, ddq, ds, weighted_dds, gs = made
+        if ddq is not None:
+            gk = add_dot(gk, tl.trans(ds), ddq.tile, const.PRECISION)
+        if const.HAS_DDS:
+            gv = add_dot(gv, tl.trans(weighted_dds), do.tile, const.PRECISION)
+        gk = add_dot(gk, tl.trans(gs), q.tile, const.PRECISION)
+    cols = keys.k.index
+    store_qk(out.gk, b, h, cols, args.Nk, scale_split(gk, scale), const)
+    store_v(out.gv, b, h, cols, args.Nk, gv, const)
 
 
 @triton.jit
@@ -90,6 +138,7 @@ def rows_in_one_pass(
     ddq = load_qk(args.ddq, b, h, rows, args.Nq, const)
     top, share = load_softmax(args, b, h, rows, scale, const)
     top, share = top[:, None], share[:, None]
+    words = row_words(args, stats.words, b, h, rows)
     delta = row_delta(args, stats, do, b, h, rows, const)[:, None]
     gq, gdo = zeros_qk(ROWS, const), zeros_v(ROWS, const)
     mean_key = zeros_qk(ROWS, const)
@@ -100,7 +149,8 @@ def rows_in_one_pass(
         k = load_qk(args.k, b, key_head, cols, args.Nk, const)
         v = load_v(args.v, b, key_head, cols, args.Nk, const)
         p = probabilities(q, k, top, share, args, b, h, i, j, scale, const)
-        ds = p * (value_product(do, v, const) - delta)
+        z = factors(args, words, j, const)
+        ds = p * (dropped(value_product(do, v, const), z) - delta)
         a = tl.zeros([ROWS, KEYS], const.ACC)
         ddk = load_qk(args.ddk, b, key_head, cols, args.Nk, const)
         if ddk is not None:
@@ -110,11 +160,11 @@ def rows_in_one_pass(
             a = ds * dds
             dds *= p
             eta += tl.sum(dds, 1)
-            gdo = add_dot(gdo, dds, v.tile, const.PRECISION)
+            gdo = add_dot(gdo, dropped(dds, z), v.tile, const.PRECISION)
         if args.ddv is not None:
             ddv = load_v(args.ddv, b, key_head, cols, args.Nk, const)
-            a += p * value_product(do, ddv, const)
-            gdo = add_dot(gdo, p, ddv.tile, const.PRECISION)
+            a += p * dropped(value_product(do, ddv, const), z)
+            gdo = add_dot(gdo, dropped(p, z), ddv.tile, const.PRECISION)
         t += tl.sum(a, 1)
         gq = add_dot(gq, a, k.tile, const.PRECISION)
         mean_key = add_dot(mean_key, p, k.tile, const.PRECISION)
@@ -167,16 +217,17 @@ def columns(
             top, share = top[None, :], share[None, :]
             delta = load_statistic(stats.delta, args, b, h, rows)[None, :]
             p = probabilities(k, q, top, share, args, b, h, i, j, scale, const, True)
-            ds = p * (value_product(v, do, const) - delta)
+            z = factors(args, load_words(stats.words, args, b, h, rows, 0), j, const)
+            ds = p * (dropped(value_product(v, do, const), z) - delta)
             if ddq is not None:
                 gk = add_dot(gk, ds, ddq.tile, const.PRECISION)
             gs = p * -load_statistic(stats.t, args, b, h, rows)[None, :]
             if ddv is not None:
-                gs += p * value_product(ddv, do, const)
+                gs += p * dropped(value_product(ddv, do, const), z)
             if const.HAS_DDS:
                 dds = score_cotangent(k, ddq, ddk, q, args, b, h, i, j, scale, const)
                 dds -= load_statistic(stats.eta, args, b, h, rows)[None, :]
-                gv = add_dot(gv, p * dds, do.tile, const.PRECISION)
+                gv = add_dot(gv, dropped(p * dds, z), do.tile, const.PRECISION)
                 gs += ds * dds
             gk = add_dot(gk, gs, q.tile, const.PRECISION)
     store_qk(out.gk, b, hk, cols, args.Nk, scale_split(gk, scale), const)

@@ -15,6 +15,7 @@ from ..runtime.sizes import cdiv
 from ..runtime.tensors import allocate, operand
 from ..runtime.tiles import add_dot, as_number, scale_split
 from . import configs
+from .dropout import dropped, factors, row_words
 from .tiles import (
     FEW_QUERIES,
     arguments,
@@ -53,6 +54,7 @@ def attention_forward_kernel(
     scale = as_number(scale, const.ACC)
     rows = indices(tile * BLOCK_M, BLOCK_M, const)
     q = load_qk(args.q, b, h, rows, args.Nq, const)
+    words = row_words(args, None, b, h, rows)
 
     top = tl.full([BLOCK_M], float("-inf"), const.ACC)
     total = tl.zeros([BLOCK_M], const.ACC)
@@ -67,6 +69,7 @@ def attention_forward_kernel(
         p = exp_of_scores(s - shift[:, None], scale, const)
         shrink = exp_of_scores(top - shift, scale, const)
         total = total * shrink + tl.sum(p, 1)
+        p = dropped(p, factors(args, words, cols[None, :], const))
         sums = add_dot(scale_split(sums, shrink[:, None]), p, v.tile, const.PRECISION)
         top = new_top
 
@@ -77,11 +80,18 @@ def attention_forward_kernel(
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention forward, (1)-(2): output ``[B, H, Nq, d_v]`` and the softmax's statistics (1a) ``[B, H, 2, Nq]``."""
     B, H, Nq, _ = q.shape
-    args, const = arguments(q, k, v, mask, is_causal, scale)
+    args, const = arguments(q, k, v, mask, seed, is_causal, scale, dropout_p)
     o = allocate((B, Nq, H, v.shape[-1]), q.dtype, q).transpose(1, 2)
     softmax = empty_softmax(q)
     table = configs.FORWARD_FEW_QUERIES if Nq <= FEW_QUERIES else configs.FORWARD

@@ -26,6 +26,7 @@ from ..runtime.device import accumulator, precision
 from ..runtime.sizes import split_width
 from ..runtime.tensors import Operand, allocate, check_operand, operand, reach
 from ..runtime.tiles import dot, dot_nt, load_split, store_split, zeros_split
+from .dropout import Dropout, dropout_of
 
 MAX_WIDTH = 256
 UNCHUNKED_WIDTH = 64
@@ -55,6 +56,7 @@ class Arguments(NamedTuple):
     H: int
     Nq: int
     Nk: int
+    dropout: Dropout | None = None
     softmax: Any = None  # [B, H, 2, Nq], dense: (1a)
     o: Operand | None = None  # [B, H, Nq, VALUE_WIDTH]
     do: Operand | None = None  # like o
@@ -67,11 +69,12 @@ class Arguments(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """Numbers for each query, [B, H, Nq], dense: written by row programs, read by the others."""
+    """Numbers for each query, [B, H, Nq], dense: written by row programs for the others; None if nobody reads."""
 
     delta: Any  # Δ of (3)
     eta: Any = None  # η of (7); written only if HAS_DDS
     t: Any = None  # rowsum(A) of (8)
+    words: Any = None  # of ``dropout``, [B, H, 2, Nq]
 
 
 class Constants(NamedTuple):
@@ -102,8 +105,10 @@ def arguments(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    seed: Tensor | None,
     is_causal: bool,
     scale: float,
+    dropout_p: float,
     softmax: Tensor | None = None,
     **more: Tensor | None,
 ) -> tuple[Arguments, Constants]:
@@ -143,7 +148,8 @@ def arguments(
     )
     read = {name: operand(x) for name, x in {"q": q, "k": k, "v": v, "mask": mask, **more}.items()}
     sizes = {"H": q.shape[1], "Nq": q.shape[2], "Nk": k.shape[2]}
-    return Arguments(softmax=copies.dense(softmax), **sizes, **read), const  # pyright: ignore[reportArgumentType]
+    dropout = dropout_of(seed, dropout_p)
+    return Arguments(dropout=dropout, softmax=copies.dense(softmax), **sizes, **read), const  # pyright: ignore[reportArgumentType]
 
 
 def _is_power_of_two(scale: float) -> bool:
@@ -243,8 +249,9 @@ def load_statistic(ptr, args, b, h, rows):
 
 @triton.jit
 def store_statistic(ptr, args, b, h, rows, value):
-    """The inverse of ``load_statistic``."""
-    tl.store(ptr + (b * args.H + h) * args.Nq + rows, value, mask=rows < args.Nq)
+    """The inverse of ``load_statistic``; nothing to None."""
+    if ptr is not None:
+        tl.store(ptr + (b * args.H + h) * args.Nq + rows, value, mask=rows < args.Nq)
 
 
 @triton.jit

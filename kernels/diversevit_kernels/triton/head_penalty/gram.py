@@ -1,9 +1,9 @@
 """Kernels that read heads' gradients G [b, H, n, E]: Gram matrices, and H x H matrices times G.
 
 A program reads tiles [HEADS, BLOCK_K]: all heads of one group, BLOCK_K of its K elements (K = E by token, n E
-by sample, numbered token by token). By token one program does a whole token. By sample the K elements of a
-group are cut into parts of ``span``: products are summed per part, then over parts in order, so the same
-bits come out on every run.
+by sample, numbered token by token). By token one program does a whole token, or as many as fit a tile
+(``cosine.py``). By sample the K elements of a group are cut into parts of ``span``: products are summed per part, then
+over parts in order, so the same bits come out on every run.
 
 Functions take the gradients of a tile of tokens, so that ``routed.py`` can hand them over as it makes them.
 Equations (30)-(39) of kernels/README.md.
@@ -25,9 +25,12 @@ from . import configs
 from .cosine import (
     MAX_HEADS,
     Constants,
+    Rows,
     curvature,
+    in_blocks,
     load_matrix,
     load_norms,
+    rows_of,
     slope,
     store_cotangents,
     store_matrix,
@@ -36,52 +39,57 @@ from .cosine import (
 
 
 @triton.jit
-def group_part(parts, span, N, const: tl.constexpr):
-    """This program's group, its sample and first token, its part, and where that begins and ends."""
+def group_part(groups, parts, span, N, const: tl.constexpr):
+    """This program's rows, their samples and tokens, its part, and where that begins and ends.
+
+    Samples and tokens are vectors only where the tile has several groups.
+    """
     program = tl.program_id(0).to(tl.int64)
-    group, part = program // parts, program % parts
     if const.BY_TOKEN:
-        return group, group // N, group % N, part, 0, const.E
+        rows = rows_of(program * (const.HEADS // const.PADDED), groups, const)
+        group = program if const.HEADS == const.PADDED else rows.group
+        return rows, group // N, group % N, program * 0, 0, const.E
     else:
-        first = (part * span).to(const.INDEX)
-        return group, group, group * 0, part, first, tl.minimum(first + span, N * const.E)
+        group, part = program // parts, program % parts
+        rows, first = rows_of(group, groups, const), (part * span).to(const.INDEX)
+        return rows, group, group * 0, part, first, tl.minimum(first + span, N * const.E)
 
 
 @triton.jit
-def _places(x, b, token, elements, end, const: tl.constexpr):
-    """Addresses of all heads' ``elements`` of a group, [HEADS, BLOCK_K], and which of them exist."""
-    h = tl.arange(0, const.HEADS).to(const.INDEX)
+def _places(x, rows, b, token, elements, end, const: tl.constexpr):
+    """Addresses of ``elements`` of the rows, [HEADS, BLOCK_K], and which of them exist."""
     by_sample = elements // const.E * x.row + elements % const.E * x.col
     along = elements * x.col if const.BY_TOKEN else by_sample
     ptr = x.ptr + b * x.sample + token * x.row
-    inside = (h < const.H)[:, None] & (elements < end)[None, :]
-    return ptr + (h[:, None] * x.head + along[None, :]), inside
+    ptr = ptr if const.HEADS == const.PADDED else ptr[:, None]
+    at = ptr + ((rows.head.to(const.INDEX) * x.head)[:, None] + along[None, :])
+    return at, rows.inside[:, None] & (elements < end)[None, :]
 
 
 @triton.jit
-def load_heads(x, b, token, elements, end, const: tl.constexpr):
-    """Load all heads' ``elements`` of a group, [HEADS, BLOCK_K], zero outside."""
-    at, inside = _places(x, b, token, elements, end, const)
+def load_heads(x, rows, b, token, elements, end, const: tl.constexpr):
+    """Load ``elements`` of the rows, [HEADS, BLOCK_K], zero outside."""
+    at, inside = _places(x, rows, b, token, elements, end, const)
     return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
-def store_heads(x, b, token, elements, end, tile, const: tl.constexpr):
+def store_heads(x, rows, b, token, elements, end, tile, const: tl.constexpr):
     """The inverse of ``load_heads``, rounded to the dtype of ``x``."""
-    at, inside = _places(x, b, token, elements, end, const)
+    at, inside = _places(x, rows, b, token, elements, end, const)
     tl.store(at, tile.to(x.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def gram(x, y, b, token, first, end, const: tl.constexpr, BLOCK_K: tl.constexpr):
+def gram(x, y, rows, b, token, first, end, const: tl.constexpr, BLOCK_K: tl.constexpr):
     """The products of heads over elements [first, end) of a group, X Yᵀ; X Xᵀ if ``y`` is None."""
     total = tl.zeros([const.HEADS, const.HEADS], const.ACC)
     for start in range(first, end, BLOCK_K):
         elements = (start + tl.arange(0, BLOCK_K)).to(const.INDEX)
-        left = load_heads(x, b, token, elements, end, const)
-        right = left if y is None else load_heads(y, b, token, elements, end, const)
+        left = load_heads(x, rows, b, token, elements, end, const)
+        right = left if y is None else load_heads(y, rows, b, token, elements, end, const)
         total = dot(left, tl.trans(right), total, const.PRECISION)
-    return total
+    return in_blocks(total, const)
 
 
 @triton.jit
@@ -113,6 +121,7 @@ def head_penalty_products_kernel(
     x,  # Operand [b, H, n, E]
     y,  # Operand like x, or None for x itself
     raw_ptr,  # [b, parts, H, H]
+    groups,
     N,  # n
     span,  # elements of a part
     parts,
@@ -120,10 +129,10 @@ def head_penalty_products_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Products of heads, X Yᵀ of (30) or (36), by sample. One program owns one part of one sample."""
-    group, b, token, part, first, end = group_part(parts, span, N, const)
-    store_matrix(
-        raw_ptr, group * parts + part, gram(x, y, b, token, first, end, const, BLOCK_K), const
-    )
+    rows, b, token, part, first, end = group_part(groups, parts, span, N, const)
+    products = gram(x, y, rows, b, token, first, end, const, BLOCK_K)
+    at = Rows(rows.group * parts + part, rows.head, rows.inside)
+    store_matrix(raw_ptr, at, products, const)
 
 
 @triton.jit
@@ -132,6 +141,7 @@ def head_penalty_statistics_kernel(
     raw_ptr,  # [b, parts, H, H] parts of R by sample, else None
     stats,  # Statistics, written
     penalties_ptr,  # [groups] what each group adds to the penalty
+    groups,
     N,  # n
     parts,
     weight: tl.float64,
@@ -140,15 +150,16 @@ def head_penalty_statistics_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Forward, (30)-(32). One program owns one group: a token's gradients, or the parts of a sample's R."""
+    """Forward, (30)-(32). One program owns the tokens of a tile, or the parts of one sample's R."""
     if raw_ptr is None:
-        group, b, token, _, first, end = group_part(1, 0, N, const)
-        products = gram(x, None, b, token, first, end, const, BLOCK_K)
+        rows, b, token, _, _, _ = group_part(groups, 1, 0, N, const)
+        products = gram(x, None, rows, b, token, 0, const.E, const, BLOCK_K)
     else:
         group = tl.program_id(0).to(tl.int64)
+        rows = rows_of(group, groups, const)
         products = sum_of_parts(raw_ptr, group, parts, const, BLOCK_P)
     weight, eps = as_number(weight, const.ACC), as_number(eps, const.ACC)
-    store_statistics(stats, penalties_ptr, group, products, weight, eps, const)
+    store_statistics(stats, penalties_ptr, rows, products, weight, eps, const)
 
 
 @triton.jit
@@ -156,6 +167,7 @@ def head_penalty_backward_kernel(
     grads,  # Operand [b, H, n, E]
     dgrads,  # Operand like grads, written
     stats,  # Statistics
+    groups,
     N,  # n
     span,  # elements of a part
     parts,
@@ -164,15 +176,15 @@ def head_penalty_backward_kernel(
     const: tl.constexpr,  # Constants
     BLOCK_K: tl.constexpr,
 ):
-    """Backward, (33)-(35). One program owns one token, or one part of one sample."""
-    group, b, token, _, first, end = group_part(parts, span, N, const)
-    c, n = load_matrix(stats.cosines, group, const), load_norms(stats, group, const)
+    """Backward, (33)-(35). One program owns the tokens of a tile, or one part of one sample."""
+    rows, b, token, _, first, end = group_part(groups, parts, span, N, const)
+    c, n = load_matrix(stats.cosines, rows, const), load_norms(stats, rows, const)
     weight, eps = as_number(weight, const.ACC), as_number(eps, const.ACC)
-    _, _, m = slope(stats, group, c, n, weight, eps, const)
+    _, _, m = slope(stats, rows, c, n, weight, eps, const)
     for start in range(first, end, BLOCK_K):
         elements = (start + tl.arange(0, BLOCK_K)).to(const.INDEX)
-        tile = load_heads(grads, b, token, elements, end, const)
-        store_heads(dgrads, b, token, elements, end, mixed(m, tile, const), const)
+        tile = load_heads(grads, rows, b, token, elements, end, const)
+        store_heads(dgrads, rows, b, token, elements, end, mixed(m, tile, const), const)
 
 
 @triton.jit
@@ -190,13 +202,14 @@ def head_penalty_curvature_kernel(
 ):
     """Ṁ of (36)-(38), by sample. One program owns one sample: the parts of its ddG Gᵀ."""
     group = tl.program_id(0).to(tl.int64)
-    c, n = load_matrix(stats.cosines, group, const), load_norms(stats, group, const)
+    rows = rows_of(group, group + 1, const)
+    c, n = load_matrix(stats.cosines, rows, const), load_norms(stats, rows, const)
     weight, eps = as_number(weight, const.ACC), as_number(eps, const.ACC)
     product = sum_of_parts(raw_ptr, group, parts, const, BLOCK_P)
-    lam, s, _ = slope(stats, group, c, n, weight, eps, const)
+    lam, s, _ = slope(stats, rows, c, n, weight, eps, const)
     m_dot, c_dot = curvature(stats, product, c, n, lam, s, weight, eps, const)
-    store_matrix(m_dot_ptr, group, m_dot, const)
-    store_cotangents(gdpenalties_ptr, gdcosines_ptr, group, c, c_dot, weight, const)
+    store_matrix(m_dot_ptr, rows, m_dot, const)
+    store_cotangents(gdpenalties_ptr, gdcosines_ptr, rows, c, c_dot, weight, const)
 
 
 @triton.jit
@@ -209,6 +222,7 @@ def head_penalty_double_backward_kernel(
     m_dot_ptr,  # [b, H, H] by sample, else None
     gdpenalties_ptr,  # [groups] by token or None
     gdcosines_ptr,  # [groups, H, H] by token or None
+    groups,
     N,  # n
     span,  # elements of a part
     parts,
@@ -217,31 +231,31 @@ def head_penalty_double_backward_kernel(
     const: tl.constexpr,  # Constants
     BLOCK_K: tl.constexpr,
 ):
-    """Double backward, (36)-(39). One program owns one token, which it reads twice, or one part of one sample."""
-    group, b, token, _, first, end = group_part(parts, span, N, const)
-    c, n = load_matrix(stats.cosines, group, const), load_norms(stats, group, const)
+    """Double backward, (36)-(39). One program owns the tokens of a tile, read twice, or one part of one sample."""
+    rows, b, token, _, first, end = group_part(groups, parts, span, N, const)
+    c, n = load_matrix(stats.cosines, rows, const), load_norms(stats, rows, const)
     weight, eps = as_number(weight, const.ACC), as_number(eps, const.ACC)
-    lam, s, m = slope(stats, group, c, n, weight, eps, const)
+    lam, s, m = slope(stats, rows, c, n, weight, eps, const)
     if m_dot_ptr is None:
-        product = gram(ddgrads, grads, b, token, first, end, const, BLOCK_K)
+        product = gram(ddgrads, grads, rows, b, token, 0, const.E, const, BLOCK_K)
         m_dot, c_dot = curvature(stats, product, c, n, lam, s, weight, eps, const)
-        store_cotangents(gdpenalties_ptr, gdcosines_ptr, group, c, c_dot, weight, const)
+        store_cotangents(gdpenalties_ptr, gdcosines_ptr, rows, c, c_dot, weight, const)
     else:
-        m_dot = load_matrix(m_dot_ptr, group, const)
+        m_dot = load_matrix(m_dot_ptr, rows, const)
     for start in range(first, end, BLOCK_K):
         elements = (start + tl.arange(0, BLOCK_K)).to(const.INDEX)
-        grads_tile = load_heads(grads, b, token, elements, end, const)
-        ddgrads_tile = load_heads(ddgrads, b, token, elements, end, const)
+        grads_tile = load_heads(grads, rows, b, token, elements, end, const)
+        ddgrads_tile = load_heads(ddgrads, rows, b, token, elements, end, const)
         ggrads_tile = mixed(m, ddgrads_tile, const) + mixed(m_dot, grads_tile, const)
-        store_heads(ggrads, b, token, elements, end, ggrads_tile, const)
+        store_heads(ggrads, rows, b, token, elements, end, ggrads_tile, const)
         if dgrads is not None and const.HEADS <= 32:
-            store_heads(dgrads, b, token, elements, end, mixed(m, grads_tile, const), const)
+            store_heads(dgrads, rows, b, token, elements, end, mixed(m, grads_tile, const), const)
     if dgrads is not None and const.HEADS > 32:
         # a loop of its own: the registers do not hold all three products
         for start in range(first, end, BLOCK_K):
             elements = (start + tl.arange(0, BLOCK_K)).to(const.INDEX)
-            dgrads_tile = mixed(m, load_heads(grads, b, token, elements, end, const), const)
-            store_heads(dgrads, b, token, elements, end, dgrads_tile, const)
+            dgrads_tile = mixed(m, load_heads(grads, rows, b, token, elements, end, const), const)
+            store_heads(dgrads, rows, b, token, elements, end, dgrads_tile, const)
 
 
 def constants_of(g: Grouping, *likes: Tensor) -> Constants:
@@ -259,10 +273,11 @@ def constants_of(g: Grouping, *likes: Tensor) -> Constants:
         raise NotImplementedError(f"Triton penalties take up to {MAX_HEADS} heads, not {g.H}")
     x = likes[0]
     wide = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
-    farthest = max(reach(x, 1) for x in likes)
+    farthest, padded = max(reach(x, 1) for x in likes), max(4, power_of_two(g.H))
     return Constants(
         H=g.H,
-        HEADS=max(16, power_of_two(g.H)),
+        HEADS=max(16, padded),
+        PADDED=padded if g.by_token and padded <= 8 else max(16, padded),
         E=x.shape[-1],
         BY_TOKEN=g.by_token,
         ACC=accumulator(x.dtype),
@@ -270,6 +285,11 @@ def constants_of(g: Grouping, *likes: Tensor) -> Constants:
         PRECISION=precision(x),
         MIXING=precision(wide),
     )
+
+
+def _programs(const: Constants, groups: int, parts: int) -> int:
+    """Programs of a kernel: each does one part of the groups of a tile."""
+    return cdiv(groups, const.HEADS // const.PADDED) * parts
 
 
 def programs_of(const: Constants, x: Tensor) -> tuple[int, int, int]:
@@ -285,8 +305,8 @@ def products(const: Constants, x: Tensor, y: Tensor | None, raw: Tensor) -> None
     """Parts of X Yᵀ by sample, of X Xᵀ if ``y`` is None, into ``raw`` [b, parts, H, H]."""
     plan = configs.PRODUCTS.plan(target_of(x, const.HEADS))
     groups, *sizes = programs_of(const, x)
-    programs = groups * sizes[1]
-    given = operand(x), operand(y), raw, x.shape[2], *sizes
+    programs = _programs(const, groups, sizes[1])
+    given = operand(x), operand(y), raw, groups, x.shape[2], *sizes
     run_kernel(plan, head_penalty_products_kernel, lambda _: programs, *given, const=const)
 
 
@@ -301,8 +321,9 @@ def statistics(
     """Write ``out`` and ``penalties``, (30)-(32), for the groups of ``x`` by token, of ``raw`` by sample."""
     plan = configs.STATISTICS.plan(target_of(penalties if x is None else x, const.HEADS))
     N, parts = 1 if x is None else x.shape[2], 1 if raw is None else raw.shape[1]
-    given = operand(x), raw, out, penalties, N, parts, g.weight, g.eps
-    programs = penalties.numel()
+    groups = penalties.numel()
+    given = operand(x), raw, out, penalties, groups, N, parts, g.weight, g.eps
+    programs = _programs(const, groups, 1)
     run_kernel(plan, head_penalty_statistics_kernel, lambda _: programs, *given, const=const)
 
 
@@ -312,8 +333,8 @@ def backward(
     """Write ``dgrads``, (35), for a tile of tokens."""
     plan = configs.BACKWARD.plan(target_of(grads, const.HEADS))
     groups, *sizes = programs_of(const, grads)
-    programs = groups * sizes[1]
-    given = operand(grads), operand(dgrads), stats, grads.shape[2], *sizes, g.weight, g.eps
+    programs = _programs(const, groups, sizes[1])
+    given = operand(grads), operand(dgrads), stats, groups, grads.shape[2], *sizes, g.weight, g.eps
     run_kernel(plan, head_penalty_backward_kernel, lambda _: programs, *given, const=const)
 
 
@@ -352,8 +373,8 @@ def double_backward(
     """
     plan = configs.DOUBLE_BACKWARD.plan(target_of(grads, const.HEADS))
     groups, *sizes = programs_of(const, grads)
-    programs = groups * sizes[1]
+    programs = _programs(const, groups, sizes[1])
     tensors = operand(grads), operand(ddgrads), operand(ggrads), operand(dgrads), stats, m_dot
     results = (gdpenalties, gdcosines) if m_dot is None else (None, None)
-    given = *tensors, *results, grads.shape[2], *sizes, g.weight, g.eps
+    given = *tensors, *results, groups, grads.shape[2], *sizes, g.weight, g.eps
     run_kernel(plan, head_penalty_double_backward_kernel, lambda _: programs, *given, const=const)

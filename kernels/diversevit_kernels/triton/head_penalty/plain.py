@@ -1,8 +1,8 @@
 """Penalty on the cosines between head gradients on a GPU: (30)-(39) of kernels/README.md.
 
-By token one program does all of a token: its Gram matrix, the H x H algebra, and in a backward pass M times
-its gradients. By sample a program does a part of one sample's elements; Gram matrices of parts are summed in
-order by a second kernel (``gram.py``). No atomics: same bits on every run.
+By token one program does all of a token, or of several that have few heads: its Gram matrix, the H x H algebra, and in
+a backward pass M times its gradients. By sample a program does a part of one sample's elements; Gram matrices of parts
+are summed in order by a second kernel (``gram.py``). No atomics: same bits on every run.
 
 Shapes   grads, ddgrads [B, H, N, E] of any strides; dgrads, ggrads [B, H, N, E] laid out as [B, N, H, E];
          cosines, norms as in ``cosine.py``; H up to 64.

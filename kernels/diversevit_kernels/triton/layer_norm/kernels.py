@@ -1,7 +1,7 @@
 """LayerNorm on a GPU: forward, backward, double backward, equations (10)-(19) of kernels/README.md.
 
-A program owns a tile of whole rows, padded to a power of two of features, so that one read serves every
-mean of a row. Gradients of the parameters are sums over rows: see ``runtime/sums.py``.
+A program owns a tile of whole rows, so that one read serves every mean of a row. Gradients of the parameters are sums
+over rows: see ``runtime/sums.py``.
 
 Shapes   x, y, dy, ddx, dx, gx, gdy [*lead, *normalized], ``axes`` normalized axes; weight, bias, their
          gradients and cotangents [*normalized]; mean, rstd [*lead]. In a kernel [rows, WIDTH], [WIDTH], [rows].
@@ -25,21 +25,26 @@ from ..runtime.copies import dense, write
 from ..runtime.device import accumulator, multiprocessors
 from ..runtime.launch import run_kernel
 from ..runtime.plan import Plan, target_of
-from ..runtime.sizes import cdiv, power_of_two
-from ..runtime.sums import store_sums, sum_over_programs
+from ..runtime.sizes import cdiv, split_width
+from ..runtime.sums import sum_over_programs
 from ..runtime.tensors import allocate
+from ..runtime.tiles import scale_split, zeros_split
 from . import configs
 from .tiles import (
     as_rows,
+    centred,
     features,
     jacobian,
     load_normalized,
     load_tile,
-    positions,
+    places,
+    plus,
     row_mean,
     rows_per_tile,
     sizes_of,
+    store_sums,
     store_tile,
+    times,
 )
 
 
@@ -56,29 +61,26 @@ def layer_norm_forward_kernel(
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    WIDTHS: tl.constexpr,  # of the pieces of a row
     TILE: tl.constexpr,
 ):
     """Forward, (10)-(12). One program owns the rows of one tile.
 
     The mean of x - mean, which rounding left over, corrects the mean: a constant row has xh = 0.
     """
-    BLOCK_M: tl.constexpr = rows_per_tile(TILE, BLOCK_N)
+    BLOCK_M: tl.constexpr = rows_per_tile(TILE, WIDTHS)
     tile = tl.program_id(0).to(tl.int64)
-    row, col, inside = positions(tile, rows, WIDTH, BLOCK_M, BLOCK_N)
-    x_tile = load_tile(x, row, col, inside, sizes, ACC)
+    at = places(tile, rows, WIDTH, WIDTHS, BLOCK_M)
+    x_tile = load_tile(x, at, sizes, ACC)
     rough = row_mean(x_tile, WIDTH)
-    mean = rough + row_mean(tl.where(inside, x_tile - rough, 0.0), WIDTH)
-    centred = tl.where(inside, x_tile - mean, 0.0)
-    rstd = tl.rsqrt(row_mean(centred * centred, WIDTH) + EPS)
-    y = centred * rstd
-    if weight_ptr is not None:
-        y = y * features(weight_ptr, col, WIDTH, ACC)
-    if bias_ptr is not None:
-        y = y + features(bias_ptr, col, WIDTH, ACC)
-    store_tile(y_ptr, row, col, inside, y, WIDTH)
-    tl.store(mean_ptr + row[:, None], mean, mask=row[:, None] < rows)
-    tl.store(rstd_ptr + row[:, None], rstd, mask=row[:, None] < rows)
+    mean = rough + row_mean(centred(x_tile, rough, at), WIDTH)
+    deviation = centred(x_tile, mean, at)
+    rstd = tl.rsqrt(row_mean(times(deviation, deviation), WIDTH) + EPS)
+    y = times(scale_split(deviation, rstd), features(weight_ptr, at, WIDTH, ACC))
+    store_tile(y_ptr, at, plus(y, features(bias_ptr, at, WIDTH, ACC)), WIDTH)
+    row = at.row[:, None]
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
 @triton.jit
@@ -95,26 +97,26 @@ def layer_norm_backward_kernel(
     rows,
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    WIDTHS: tl.constexpr,  # of the pieces of a row
     TILE: tl.constexpr,
 ):
     """Backward, (14). One of P programs owns every P-th tile of rows, and their part of dw and db."""
-    BLOCK_M: tl.constexpr = rows_per_tile(TILE, BLOCK_N)
+    BLOCK_M: tl.constexpr = rows_per_tile(TILE, WIDTHS)
     program = tl.program_id(0).to(tl.int64)
-    dw, db = tl.zeros([BLOCK_M, BLOCK_N], ACC), tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    dw, db = zeros_split(BLOCK_M, WIDTHS, ACC), zeros_split(BLOCK_M, WIDTHS, ACC)
     for tile in range(program, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
-        row, col, inside = positions(tile, rows, WIDTH, BLOCK_M, BLOCK_N)
-        xh, rstd = load_normalized(x, mean_ptr, rstd_ptr, row, col, inside, rows, sizes, ACC)
-        dxh = load_tile(dy, row, col, inside, sizes, ACC)
+        at = places(tile, rows, WIDTH, WIDTHS, BLOCK_M)
+        xh, rstd = load_normalized(x, mean_ptr, rstd_ptr, at, rows, sizes, ACC)
+        dy_tile = load_tile(dy, at, sizes, ACC)
         if dw_ptr is not None:
-            dw += dxh * xh
+            dw = plus(dw, times(dy_tile, xh))
         if db_ptr is not None:
-            db += dxh
-        if weight_ptr is not None:
-            dxh = dxh * features(weight_ptr, col, WIDTH, ACC)
-        store_tile(dx_ptr, row, col, inside, jacobian(dxh, xh, rstd, WIDTH), WIDTH)
-    store_sums(dw_ptr, program, dw, WIDTH)
-    store_sums(db_ptr, program, db, WIDTH)
+            db = plus(db, dy_tile)
+        dxh = times(dy_tile, features(weight_ptr, at, WIDTH, ACC))
+        dx = jacobian(dxh, xh, rstd, row_mean(times(xh, dxh), WIDTH), WIDTH)
+        store_tile(dx_ptr, at, dx, WIDTH)
+    store_sums(dw_ptr, program, dw, WIDTH, WIDTHS)
+    store_sums(db_ptr, program, db, WIDTH, WIDTHS)
 
 
 @triton.jit
@@ -134,43 +136,42 @@ def layer_norm_double_backward_kernel(
     rows,
     WIDTH: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    WIDTHS: tl.constexpr,  # of the pieces of a row
     TILE: tl.constexpr,
 ):
     """Double backward, (15)-(19). One of P programs owns every P-th tile of rows, and their part of gw.
 
     Two rounds of row means: mean(ddx), alpha1 and alpha2, then alpha3 and the two of J gxh.
     """
-    BLOCK_M: tl.constexpr = rows_per_tile(TILE, BLOCK_N)
+    BLOCK_M: tl.constexpr = rows_per_tile(TILE, WIDTHS)
     program = tl.program_id(0).to(tl.int64)
-    gw = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    gw = zeros_split(BLOCK_M, WIDTHS, ACC)
     for tile in range(program, tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
-        row, col, inside = positions(tile, rows, WIDTH, BLOCK_M, BLOCK_N)
-        xh, rstd = load_normalized(x, mean_ptr, rstd_ptr, row, col, inside, rows, sizes, ACC)
-        w = features(weight_ptr, col, WIDTH, ACC)
-        dy_tile = load_tile(dy, row, col, inside, sizes, ACC)
-        gxh, gdy = tl.zeros([BLOCK_M, BLOCK_N], ACC), tl.zeros([BLOCK_M, BLOCK_N], ACC)
+        at = places(tile, rows, WIDTH, WIDTHS, BLOCK_M)
+        xh, rstd = load_normalized(x, mean_ptr, rstd_ptr, at, rows, sizes, ACC)
+        w = features(weight_ptr, at, WIDTH, ACC)
+        dy_tile = load_tile(dy, at, sizes, ACC)
+        gxh, gdy = zeros_split(BLOCK_M, WIDTHS, ACC), zeros_split(BLOCK_M, WIDTHS, ACC)
         alpha3 = tl.zeros([BLOCK_M, 1], ACC)
         if ddx is not None:
-            ddx_tile = load_tile(ddx, row, col, inside, sizes, ACC)
-            dxh = dy_tile if w is None else dy_tile * w
-            alpha1, alpha2 = row_mean(ddx_tile * xh, WIDTH), row_mean(dxh * xh, WIDTH)
-            ddxh = rstd * (ddx_tile - row_mean(ddx_tile, WIDTH) - xh * alpha1)
-            alpha3 = row_mean(dxh * ddxh, WIDTH)
-            gxh = -rstd * (alpha2 * ddx_tile + alpha1 * dxh)
-            gdy = ddxh if w is None else ddxh * w
+            ddx_tile, dxh = load_tile(ddx, at, sizes, ACC), times(dy_tile, w)
+            alpha1 = row_mean(times(ddx_tile, xh), WIDTH)
+            alpha2 = row_mean(times(dxh, xh), WIDTH)
+            ddxh = jacobian(ddx_tile, xh, rstd, alpha1, WIDTH)
+            alpha3 = row_mean(times(dxh, ddxh), WIDTH)
+            gxh = plus(scale_split(ddx_tile, -rstd * alpha2), scale_split(dxh, -rstd * alpha1))
+            gdy = times(ddxh, w)
             if gw_ptr is not None:
-                gw += dy_tile * ddxh
+                gw = plus(gw, times(dy_tile, ddxh))
         if ddw_ptr is not None:
-            ddw = features(ddw_ptr, col, WIDTH, ACC)
-            gxh += dy_tile * ddw
-            gdy += xh * ddw
-        if ddb_ptr is not None:
-            gdy += features(ddb_ptr, col, WIDTH, ACC)
-        store_tile(gdy_ptr, row, col, inside, gdy, WIDTH)
-        gx = jacobian(gxh, xh, rstd, WIDTH) - rstd * alpha3 * xh
-        store_tile(gx_ptr, row, col, inside, gx, WIDTH)
-    store_sums(gw_ptr, program, gw, WIDTH)
+            ddw = features(ddw_ptr, at, WIDTH, ACC)
+            gxh = plus(gxh, times(dy_tile, ddw))
+            gdy = plus(gdy, times(xh, ddw))
+        store_tile(gdy_ptr, at, plus(gdy, features(ddb_ptr, at, WIDTH, ACC)), WIDTH)
+        # J gxh and the last term of (18), both along xh
+        along = row_mean(times(xh, gxh), WIDTH) + alpha3
+        store_tile(gx_ptr, at, jacobian(gxh, xh, rstd, along, WIDTH), WIDTH)
+    store_sums(gw_ptr, program, gw, WIDTH, WIDTHS)
 
 
 def layer_norm_forward(
@@ -184,11 +185,11 @@ def layer_norm_forward(
     if x.numel() == 0:
         return y, write(mean, math.nan), write(rstd, math.nan)  # of no features, as the definition
     sizes, (x_rows,) = as_rows(axes, x)
-    block = power_of_two(width)
+    widths = split_width(width)
     run_kernel(
         configs.FORWARD.plan(target_of(x, width)),
         layer_norm_forward_kernel,
-        lambda c: cdiv(rows, rows_per_tile(c["TILE"], block)),
+        lambda c: cdiv(rows, rows_per_tile(c["TILE"], widths)),
         x_rows,
         *map(dense, (weight, bias)),
         y,
@@ -199,7 +200,7 @@ def layer_norm_forward(
         WIDTH=width,
         EPS=eps,
         ACC=accumulator(x.dtype),
-        BLOCK_N=block,
+        WIDTHS=widths,
     )
     return y, mean, rstd
 
@@ -234,7 +235,7 @@ def layer_norm_backward(inputs: LayerNormBackward) -> tuple[Tensor, Tensor | Non
         rows,
         WIDTH=width,
         ACC=accumulator(x.dtype),
-        BLOCK_N=power_of_two(width),
+        WIDTHS=split_width(width),
     )
     sum_over_programs(parts, [dw, db], programs, width, x)
     return dx, dw, db
@@ -276,7 +277,7 @@ def layer_norm_double_backward(
         rows,
         WIDTH=width,
         ACC=accumulator(x.dtype),
-        BLOCK_N=power_of_two(width),
+        WIDTHS=split_width(width),
     )
     sum_over_programs([parts, None], [gw, None], programs, width, x)
     return gx, gw, gdy
@@ -288,4 +289,4 @@ def _programs(plan: Plan, x: Tensor, rows: int, width: int) -> int:
     Kernels stride by the grid they find, so this is right for tiles of any size: autotuning tries several.
     """
     most = 2 * (multiprocessors(x) or 128)
-    return min(most, cdiv(rows, rows_per_tile(plan["TILE"], power_of_two(width))))
+    return min(most, cdiv(rows, rows_per_tile(plan["TILE"], split_width(width))))

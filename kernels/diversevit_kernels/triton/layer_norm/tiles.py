@@ -1,7 +1,8 @@
 """Device functions of the LayerNorm kernels: matrices of any strides, tiles of whole rows, means, the Jacobian.
 
-Shapes   a tile is [BLOCK_M, BLOCK_N]: some rows, and all WIDTH features padded to a power of two; statistics
-         of its rows are [BLOCK_M, 1], numbers per feature [1, BLOCK_N].
+Shapes   a tile is a split tile (see ``runtime/tiles.py``): some rows, and all WIDTH features in pieces
+         [BLOCK_M, WIDTHS[i]], so that 768 features are three pieces of 256 and not a padded 1024. Statistics of its
+         rows are [BLOCK_M, 1]; numbers per feature are pieces [1, WIDTHS[i]].
 Padding  loads as zero, in both directions: means divide by WIDTH, and nothing outside is stored.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..runtime.copies import write
 from ..runtime.strided import merged_axes, offsets
 from ..runtime.tensors import allocate, check_operand
+from ..runtime.tiles import scale_split
 
 MAX_WIDTH = 8192
 """Features of a row that one tile holds."""
@@ -31,62 +33,141 @@ class Matrix(NamedTuple):
     )
 
 
+class Places(NamedTuple):
+    """In a kernel: where a tile is."""
+
+    row: Any  # [BLOCK_M]
+    cols: Any  # of each piece, [WIDTHS[i]]
+    inside: Any  # of each piece, [BLOCK_M, WIDTHS[i]]: which elements exist
+
+
 @triton.constexpr_function
-def rows_per_tile(TILE, BLOCK_N):
-    """Rows of a tile of about TILE elements."""
-    return max(1, TILE // BLOCK_N)
+def rows_per_tile(TILE, WIDTHS):
+    """Rows of a tile of at most TILE elements, a power of two."""
+    return 1 << max(0, (TILE // sum(WIDTHS)).bit_length() - 1)
 
 
 @triton.jit
-def positions(tile, rows, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The rows and columns of a tile, and which of its elements exist."""
+def columns(WIDTHS: tl.constexpr):
+    """The columns of each piece."""
+    cols = ()
+    first = 0
+    for i in tl.static_range(len(WIDTHS)):
+        cols = cols + ((first + tl.arange(0, WIDTHS[i])).to(tl.int64),)
+        first += WIDTHS[i]
+    return cols
+
+
+@triton.jit
+def places(tile, rows, WIDTH: tl.constexpr, WIDTHS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The places of tile ``tile``."""
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-    col = tl.arange(0, BLOCK_N).to(tl.int64)
-    return row, col, (row < rows)[:, None] & (col < WIDTH)[None, :]
+    cols = columns(WIDTHS)
+    inside = ()
+    for i in tl.static_range(len(WIDTHS)):
+        inside = inside + ((row < rows)[:, None] & (cols[i] < WIDTH)[None, :],)
+    return Places(row, cols, inside)
 
 
 @triton.jit
-def load_tile(x, row, col, inside, sizes, ACC: tl.constexpr):
+def load_tile(x, at, sizes, ACC: tl.constexpr):
     """Load a tile of a ``Matrix``, zero outside."""
-    at = offsets(row, sizes, x.strides)[:, None] + col[None, :] * x.col
-    return tl.load(x.ptr + at, mask=inside, other=0.0).to(ACC)
+    first = offsets(at.row, sizes, x.strides)[:, None]
+    tile = ()
+    for i in tl.static_range(len(at.cols)):
+        ptr = x.ptr + (first + at.cols[i][None, :] * x.col)
+        tile = tile + (tl.load(ptr, mask=at.inside[i], other=0.0).to(ACC),)
+    return tile
 
 
 @triton.jit
-def store_tile(ptr, row, col, inside, tile, WIDTH: tl.constexpr):
+def store_tile(ptr, at, tile, WIDTH: tl.constexpr):
     """Store a tile of a dense [rows, WIDTH], rounded to the dtype of ``ptr``."""
-    at = row[:, None] * WIDTH + col[None, :]
-    tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=inside)
+    for i in tl.static_range(len(tile)):
+        where = ptr + at.row[:, None] * WIDTH + at.cols[i][None, :]
+        tl.store(where, tile[i].to(ptr.dtype.element_ty), mask=at.inside[i])
 
 
 @triton.jit
-def features(ptr, col, WIDTH: tl.constexpr, ACC: tl.constexpr):
-    """Load numbers per feature as [1, BLOCK_N], zero outside; None of None."""
+def store_sums(ptr, program, tile, WIDTH: tl.constexpr, WIDTHS: tl.constexpr):
+    """A tile summed over its rows, as row ``program`` of a dense [programs, WIDTH]; nothing of None."""
+    if ptr is not None:
+        cols = columns(WIDTHS)
+        for i in tl.static_range(len(tile)):
+            tl.store(ptr + program * WIDTH + cols[i], tl.sum(tile[i], 0), mask=cols[i] < WIDTH)
+
+
+@triton.jit
+def features(ptr, at, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """Load numbers per feature, zero outside; None of None."""
     if ptr is None:
         return  # not "return None": Triton before 3.8 makes a tensor of it
     else:
-        return tl.load(ptr + col, mask=col < WIDTH, other=0.0).to(ACC)[None, :]
+        pieces = ()
+        for i in tl.static_range(len(at.cols)):
+            where = ptr + at.cols[i][None, :] + 0 * at.row[:, None]
+            pieces = pieces + (tl.load(where, mask=at.inside[i], other=0.0).to(ACC),)
+        return pieces
+
+
+@triton.jit
+def times(x, y):
+    """x ∘ y of tiles; x where y is None."""
+    if y is None:
+        return x
+    else:
+        product = ()
+        for i in tl.static_range(len(x)):
+            product = product + (x[i] * y[i],)
+        return product
+
+
+@triton.jit
+def plus(x, y):
+    """x + y of tiles; x where y is None."""
+    if y is None:
+        return x
+    else:
+        total = ()
+        for i in tl.static_range(len(x)):
+            total = total + (x[i] + y[i],)
+        return total
 
 
 @triton.jit
 def row_mean(z, WIDTH: tl.constexpr):
     """The mean of each row of ``z``, [BLOCK_M, 1]; ``z`` is zero beyond the row's end."""
-    return tl.sum(z, 1)[:, None] / WIDTH
+    total = z[0]
+    for i in tl.static_range(1, len(z)):
+        total += z[i]
+    return tl.sum(total, 1)[:, None] / WIDTH
 
 
 @triton.jit
-def load_normalized(x, mean_ptr, rstd_ptr, row, col, inside, rows, sizes, ACC: tl.constexpr):
+def centred(x, mean, at):
+    """x − mean of each row, zero outside."""
+    difference = ()
+    for i in tl.static_range(len(x)):
+        difference = difference + (tl.where(at.inside[i], x[i] - mean, 0.0),)
+    return difference
+
+
+@triton.jit
+def load_normalized(x, mean_ptr, rstd_ptr, at, rows, sizes, ACC: tl.constexpr):
     """Load a tile of x normalized, xh of (11), and rstd of its rows [BLOCK_M, 1]; zero outside."""
-    mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
-    xh = (load_tile(x, row, col, inside, sizes, ACC) - mean) * rstd
-    return tl.where(inside, xh, 0.0), rstd
+    mean = tl.load(mean_ptr + at.row, mask=at.row < rows, other=0.0)[:, None]
+    rstd = tl.load(rstd_ptr + at.row, mask=at.row < rows, other=0.0)[:, None]
+    return scale_split(centred(load_tile(x, at, sizes, ACC), mean, at), rstd), rstd
 
 
 @triton.jit
-def jacobian(z, xh, rstd, WIDTH: tl.constexpr):
-    """The Jacobian times z, J z of (13), given a z that is zero beyond the row's end."""
-    return rstd * (z - row_mean(z, WIDTH) - xh * row_mean(xh * z, WIDTH))
+def jacobian(z, xh, rstd, along, WIDTH: tl.constexpr):
+    """The Jacobian times z, J z of (13), given ``along`` = mean(xh ∘ z) and a z that is zero beyond the row's end."""
+    mean = row_mean(z, WIDTH)
+    product = ()
+    for i in tl.static_range(len(z)):
+        product = product + (rstd * (z[i] - mean - xh[i] * along),)
+    return product
 
 
 def sizes_of(x: Tensor, axes: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ def tuned(
             return made.metadata.shared
 
         _measured[key] = fastest(
-            plan.table.candidates(plan.configuration),
+            plan.candidates(),
             shared,
             shared_memory(tensors[0].device),
             lambda c: triton.testing.do_bench(lambda: run(c), return_mode="median"),

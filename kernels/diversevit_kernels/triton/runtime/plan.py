@@ -5,7 +5,7 @@ element sizes and widths they serve. At most one row serves a launch, so their o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -101,9 +101,19 @@ class Plan:
 
     table: "LaunchTable"
     configuration: Configuration
+    whole: str = ""  # a tile that holds all of something: autotuning must not make it smaller
 
     def __getitem__(self, tile: str) -> int:
         return self.configuration[tile]
+
+    def holding(self, n: int, tile: str) -> "Plan | None":
+        """This plan for a launch whose tile ``tile`` holds ``n``; None if it does not."""
+        return replace(self, whole=tile) if n <= self[tile] else None
+
+    def candidates(self) -> list[Configuration]:
+        """Configurations that autotuning tries instead, this plan's first."""
+        some = self.table.candidates(self.configuration)
+        return [c for c in some if not self.whole or c[self.whole] >= self[self.whole]]
 
 
 class LaunchTable:
@@ -143,7 +153,7 @@ class LaunchTable:
     def holding(self, n: int, tile: str, target: Target) -> Plan | None:
         """``find``, if the configuration's tile ``tile`` holds ``n``."""
         found = self.find(target)
-        return found if found is not None and n <= found[tile] else None
+        return None if found is None else found.holding(n, tile)
 
     def candidates(self, first: Configuration) -> list[Configuration]:
         """Configurations that autotuning tries: tiles of every row, at 4 and 8 warps, 1 to 3 stages.

@@ -31,14 +31,6 @@ TOTAL_SUM = LaunchTable(
 
 
 @triton.jit
-def store_sums(ptr, program, tile, WIDTH: tl.constexpr):
-    """A tile summed over its rows, as row ``program`` of [programs, WIDTH]; nothing of None."""
-    if ptr is not None:
-        col = tl.arange(0, tile.shape[1])
-        tl.store(ptr + program * WIDTH + col, tl.sum(tile, 0), mask=col < WIDTH)
-
-
-@triton.jit
 def partial_sums_kernel(
     one_ptr,  # [parts, WIDTH], dense, or None
     two_ptr,  # [parts, WIDTH], dense, or None
