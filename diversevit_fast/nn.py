@@ -1,6 +1,7 @@
 """Modules built of the twice-differentiable operators, with the parameter names of torch.nn."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,6 +115,14 @@ class MultiHeadAttention(nn.Module):
         _last_run.record(self, out, qkv=qkv, heads=heads)
         return (out, heads) if return_heads else out
 
+    def class_token(self, x: Tensor, attend: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """Compute ``forward(x)[:, 0]``, ``[B, D]``, by an ``attend`` that projects ``x`` and has one query."""
+        qkv, heads = attend(x)
+        heads = heads.transpose(1, 2)
+        out = self.proj(heads.flatten(1))
+        _last_run.record(self, out, qkv=qkv, heads=heads)
+        return out
+
     def _per_head(self, scale: Tensor, batch: int) -> Tensor:
         if tuple(scale.shape) not in ((self.num_heads,), (batch, self.num_heads)):
             wanted = f"shape [{self.num_heads}] or [{batch}, {self.num_heads}]"
@@ -180,9 +189,11 @@ class HeadPenalty(nn.Module):
     def _run_of(self, attention: MultiHeadAttention, tensor: Tensor) -> Captured:
         heads = attention.num_heads
         if self.wrt == "output":
-            return Captured(0, heads, tensor.shape[2], tensor)
+            qkv = _last_run.recall(attention, "qkv")
+            tokens = tensor.shape[2] if qkv is None else qkv.shape[1]
+            return Captured(0, heads, tokens, tensor)
         weight = attention.qkv.weight
-        made = ProjectionOutput(tensor, "qkv", weight, len(weight))
+        made = ProjectionOutput(tensor, "qkv", weight, len(weight), by_head=tensor.ndim == 5)
         return Captured(0, heads, tensor.shape[1], projections=(made,))
 
     def extra_repr(self) -> str:

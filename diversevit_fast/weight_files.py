@@ -13,7 +13,15 @@ from typing import Any
 from torch import Tensor
 
 from .errors import UsageError, require, usage_error
-from .files import StrPath, path_exists, read_bytes, reading, write_atomically
+from .files import (
+    FileError,
+    StrPath,
+    open_plain,
+    path_exists,
+    read_bytes,
+    reading,
+    write_atomically,
+)
 
 _BROKEN = (
     AttributeError,
@@ -23,6 +31,7 @@ _BROKEN = (
     ValueError,
 )  # raised by a broken header
 _CHECKSUM, _KIND = "checksum", "sha256:"
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors allows
 
 
 def existing_file(path: StrPath) -> Path:
@@ -96,6 +105,22 @@ def read_tensors(path: StrPath, hint: str) -> tuple[dict[str, str], dict[str, Te
         raise path_error(path, "an intact safetensors file", got, "restore it from a copy")
     metadata.pop(_CHECKSUM, None)
     return metadata, tensors
+
+
+def read_metadata(path: StrPath) -> dict[str, str]:
+    """Read the metadata of a safetensors file alone; empty if it is no such file, which ``read_tensors`` says."""
+    try:
+        with reading(existing_file(path)), open_plain(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= _LONGEST_HEADER:
+                return {}
+            header = json.loads(file.read(length))
+        found = dict(header.get("__metadata__", {}))
+    except FileError:
+        raise
+    except _BROKEN:
+        return {}
+    return found if all(isinstance(value, str) for value in found.values()) else {}
 
 
 def _parts(data: bytes) -> tuple[dict[str, Any], memoryview]:

@@ -10,49 +10,38 @@ Under ``compile_loss`` the compiler does not see the changed classes. There a la
 first projection to its output projection, which are recognised by their weights.
 """
 
-import functools
-import threading
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._torch_internals import (
-    compiler_traces_gradients,
-    frame_callback,
-    is_compiled,
-    overload_of,
-)
+from .._torch_internals import overload_of
 from ..errors import UnsupportedError, usage_error
 from ..ops import attention, attention_qkvpacked
 from ..ops.attention import attention_operator
-from .attention_modules import AttentionLayer, plain_class_of
-from .packed_projection import PackedAttention, may_pack, packed_attention
-from .torch_calls import Forward, Handler, TorchCalls
+from .attention_maps import AttentionMaps
+from .attention_modules import AttentionLayer
+from .call_arguments import linear_call, split_attention_call
+from .class_swap import Wrapper, around, refuse_own_forward, set_class, swapped_class
+from .compiled_code import refuse_broken_graph, refuse_compiled_layers
+from .packed_projection import PackedAttention, twice_differentiable
+from .recomputation import Moment, copies_of, recompute_inside
+from .seen_attention import computed_by
+from .torch_calls import (
+    Forward,
+    Handler,
+    TorchCalls,
+    in_second_order,
+    open_attachments,
+    this_thread,
+)
 from .torch_mha import multi_head_attention
 from .unfused_attention import Unfused, is_watched
 
 _ATTENTION_OVERLOAD = overload_of(attention_operator)
 """What a compiler sees in place of ``dvf.attention``."""
-
-
-def _refuse_compiled(model: nn.Module, first: AttentionLayer) -> None:
-    """Refuse a model with a compiled module that contains a chosen layer or follows one."""
-    below = True
-    for name, module in model.named_modules():
-        holds = not name or first.name.startswith(f"{name}.") or name == first.name
-        below = below and module is not first.module
-        if is_compiled(module) and (holds or not below):
-            raise UnsupportedError(
-                f"model: {name or type(model).__name__} is compiled, so its second derivative would "
-                "be refused or dropped; compile only the blocks below the chosen layers, or none"
-            )
-
-
-Wrapper = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Attachment:
@@ -64,12 +53,14 @@ class Attachment:
     Attributes:
         replaced: torch functions that ``on_torch_function`` is called for, in the first chosen layer that runs and
             ever after. Without any, no call outside chosen layers is seen.
+        keeps_heads: whether ``on_attention`` keeps what it returns, so that the model has to go on with that tensor.
     """
 
     replaced: frozenset[Any] = frozenset()
+    keeps_heads = True
 
     def __init__(self, model: nn.Module, layers: Sequence[AttentionLayer]):
-        _refuse_compiled(model, layers[0])
+        refuse_compiled_layers(model, layers[0].module)
         self.model, self.layers = model, list(layers)
         self._reset()
         self._wrap_all()
@@ -87,6 +78,8 @@ class Attachment:
         self._from_entry = False  # whether calls are seen before a layer runs
         self._thread: int | None = None  # the one inside the block
         self._active = True  # what on_enter returned
+        self._resumed: Moment | None = None  # of a copy that recomputes
+        self._copies: list[Attachment] = []  # that do
 
     def _wrap_all(self) -> None:
         """Make the wrappers. A copy does it at its first entry, when its model is complete."""
@@ -103,13 +96,40 @@ class Attachment:
         if self._thread is not None:
             name, wanted = type(self).__name__, "to be copied or pickled outside its `with` block"
             raise usage_error(name, wanted, "an open block", "leave it first")
+        return self._options()
+
+    def _options(self) -> dict[str, Any]:
+        """The attributes that ``_reset`` does not set."""
         blank = object.__new__(type(self))
         blank._reset()
         return {name: value for name, value in vars(self).items() if name not in vars(blank)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
         self._reset()
+        self.__dict__.update(state)
+
+    def recomputation(self) -> Callable[[], Any]:
+        """What a checkpoint that begins now recomputes in: a copy of this block, as the block is now."""
+        kind, options, moment = type(self), self._options(), self._moment()
+
+        def make() -> Attachment:
+            made = object.__new__(kind)
+            made.__setstate__(options)
+            return made
+
+        entered = copies_of(make, self._copies)
+        return lambda: entered(moment)
+
+    def _moment(self) -> Moment:
+        return Moment(self._mode.started, self._running, self._attention_called)
+
+    def resume(self, moment: Moment) -> None:
+        """Begin the next block as that of which ``moment`` is."""
+        self._resumed = moment
+
+    def forget(self) -> None:
+        """Forget what a block that recomputed kept, which leads to its graph."""
+        self._resumed = None
 
     def on_enter(self) -> bool:
         """Called at each entry; returns whether this ``with`` block does anything."""
@@ -121,7 +141,7 @@ class Attachment:
     def on_projection(
         self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
     ) -> Tensor:
-        """Called with a projection's input, weight and output ``[B, N, len(roles) H d]``.
+        """Called with a projection's input, weight and output ``[B, N, len(roles) H d]`` or ``[B, N, 3, H, d]``.
 
         The model continues with the tensor returned.
         """
@@ -139,7 +159,11 @@ class Attachment:
 
     def _second_order(self) -> bool:
         """Whether attention that runs now is to be twice differentiable; else it is what the model calls."""
-        return False
+        return not torch.compiler.is_compiling() and in_second_order()
+
+    def running_layer(self) -> AttentionLayer | None:
+        """The chosen layer that is running."""
+        return self._running
 
     def on_torch_function(
         self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -150,19 +174,26 @@ class Attachment:
     def wrap(self, module: nn.Module, wrapper: Wrapper) -> None:
         """Run ``module``'s forward inside ``wrapper``, around the wrappers it already has."""
         inner = self._wrappers.get(module)
-        self._wrappers[module] = wrapper if inner is None else _around(wrapper, inner)
+        self._wrappers[module] = wrapper if inner is None else around(wrapper, inner)
+
+    def sees_alone(self, module: nn.Module) -> bool:
+        """Whether no other attachment that is open on this thread has a wrapper around ``module``."""
+        others = (x for x in open_attachments() if x is not self and isinstance(x, Attachment))
+        return not any(module in other._wrappers for other in others)
 
     def __enter__(self) -> "Attachment":
         if self._thread is not None:
             raise usage_error(
                 "with", "a context that is not entered", "one that is", "enter it once"
             )
-        self._active = self.on_enter()
+        self._active = self._resumed is not None or self.on_enter()
         if self._active:
-            _refuse_broken_graph()
+            refuse_broken_graph()
             self._swap_classes()
             self._see_calls()
-        self._thread = _this_thread()
+        self._thread = this_thread()
+        if self._resumed is not None:
+            self._running, self._attention_called = self._resumed[1:3]
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -175,18 +206,43 @@ class Attachment:
         while self._swapped:
             module, before, after = self._swapped.pop()
             if type(module) is after:
-                _set_class(module, before)
+                set_class(module, before)
 
     def _see_calls(self) -> None:
         if torch.compiler.is_compiling():  # the classes are not swapped: layers are found by calls
             self._mode.__enter__()
             return
         self._mode.open()
-        if self._from_entry:
+        if self._from_entry or (self._resumed is not None and self._resumed.started):
             self._mode.start()
 
+    @property
+    def calls(self) -> TorchCalls:
+        """Sees calls while it is started; ``run_by_hand`` stops it."""
+        return self._mode
+
+    def run_by_hand(self, layer: AttentionLayer, x: Tensor, rest: Callable[[Tensor], Any]) -> Any:
+        """Return ``rest(qkv)`` for a layer that has one linear layer for q, k and v; from then on see no calls.
+
+        ``qkv`` is its projection of ``x``, ``[B, N, 3, H, d]``.
+        """
+        self._mode.stop()
+        before = self._running, self._attention_called
+        self._begin(layer)
+        try:
+            linear: Any = layer.projections[0].owner
+            qkv = linear(x).view(*x.shape[:2], 3, layer.num_heads, -1)
+            return rest(self.on_projection(layer, "qkv", x, linear.weight, qkv))
+        finally:
+            self._running, self._attention_called = before
+
+    def attend_by_hand(self, layer: AttentionLayer, qkv: Tensor, queries: int) -> Tensor:
+        """The heads of the first tokens, ``[B, queries, H, d]``, inside ``run_by_hand``."""
+        attend = PackedAttention(qkv, queries=queries)
+        return self._continued(attend, self.on_attention(layer, attend, attend.parts, {}))
+
     def _on_linear(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, weight = _linear_call(args, kwargs) if kwargs else args[:2]
+        x, weight = linear_call(args, kwargs) if kwargs else args[:2]
         if torch.compiler.is_compiling():
             self._follow_weight(weight)
         layer = self._running
@@ -199,22 +255,37 @@ class Attachment:
         layer = self._running
         if layer is None:
             return self.on_torch_function(func, args, kwargs)
-        return self._attend(layer, func, *_split_attention_call(args, kwargs))
+        return self._attend(layer, func, *split_attention_call(args, kwargs))
 
     def _on_packed(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self._running
         if layer is None:
             return func(*args, **kwargs)
-        packed = PackedAttention(*args)
-        return self._attend(layer, packed, packed.parts, kwargs).transpose(1, 2)
+        options = dict(kwargs)
+        packed = PackedAttention(*args, queries=options.pop("queries", None))
+        return self._continued(packed, self._attend(layer, packed, packed.parts, options))
+
+    def _continued(self, attend: PackedAttention, heads: Tensor) -> Tensor:
+        """``[B, N, H, d]`` that the model goes on with, of what ``on_attention`` returned."""
+        same = heads is attend.heads and not self.keeps_heads
+        return attend.made if same else heads.transpose(1, 2)
+
+    def _on_computed(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Handle attention that another attachment computes in a way of its own."""
+        layer, (how, *qkv) = self._running, args
+        if layer is not None:
+            return self._attend(layer, how, tuple(qkv), kwargs)
+        if isinstance(how, AttentionMaps) and how.attend is F.scaled_dot_product_attention:
+            how.attend = attention if self._second_order() else how.attend
+        return func(*args, **kwargs)
 
     def _on_overload(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Handle a call of what a compiler sees in place of ``dvf.attention``."""
         layer = self._running
         if layer is None:
             return func(*args, **kwargs)
-        options: dict[str, Any] = {}
-        options["attn_mask"], options["is_causal"], options["scale"] = args[3:]
+        names = ("attn_mask", "is_causal", "scale", "dropout_p")
+        options = dict(zip(names, (args[3], *args[5:]), strict=True))
         return (self._attend(layer, attention, args[:3], options),)
 
     def _on_multi_head_attention(
@@ -238,13 +309,15 @@ class Attachment:
     def _project(
         self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
     ) -> Tensor:
+        recompute_inside()
         out = self.on_projection(layer, roles, x, weight, out)
         if roles == "qkv" and not torch.compiler.is_compiling():
             self._made = out
         return out
 
     def _attend(self, layer: AttentionLayer, attend: Forward, qkv: Any, options: Any) -> Tensor:
-        q, k, v = qkv
+        q = qkv[0]
+        recompute_inside()
         if self._attention_called:
             raise UnsupportedError(
                 f"model: {layer.name} calls attention more than once, so what a head is is not clear"
@@ -255,23 +328,24 @@ class Attachment:
                 f"{list(q.shape)}, which is not [B, H, N, d]"
             )
         self._attention_called = True
-        compiling = torch.compiler.is_compiling()
-        if not compiling and is_watched(layer.module, options.get("dropout_p", 0.0)):
-            attend = Unfused.of(layer.module)
-        elif attend is attention or (
-            attend is F.scaled_dot_product_attention and self._second_order()
-        ):
-            attend = self._twice_differentiable(layer, q, k, v)
+        if isinstance(attend, AttentionMaps):
+            attend.attend = self._chosen(layer, attend.attend, qkv, options)
+        else:
+            attend = self._chosen(layer, attend, qkv, options)
         self._made = None
         return self.on_attention(layer, attend, qkv, options)
 
-    def _twice_differentiable(
-        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor
-    ) -> Forward:
-        """Attention of q, k and v: of the projection's whole output where they are its parts."""
-        if self._made is None or not may_pack(layer.module, layer.linear):
-            return attention
-        return packed_attention(self._made, q, k, v) or attention
+    def _chosen(self, layer: AttentionLayer, attend: Forward, qkv: Any, options: Any) -> Forward:
+        """What computes attention that the model asks ``attend`` for."""
+        if isinstance(attend, Unfused):
+            return attend
+        compiling = torch.compiler.is_compiling()
+        if not compiling and is_watched(layer.module, options.get("dropout_p", 0.0)):
+            return Unfused.of(layer.module)
+        stock = attend is F.scaled_dot_product_attention
+        if attend is attention or (stock and self._second_order()):
+            return twice_differentiable(layer, self._made, *qkv)
+        return attend
 
     def _swap_classes(self) -> None:
         if torch.compiler.is_compiling():
@@ -279,53 +353,31 @@ class Attachment:
         if not self._wrappers:
             self._wrap_all()
         for layer in self.layers:
-            if "forward" in vars(layer.module):
-                raise UnsupportedError(
-                    f"model: {layer.name} has a forward put on the instance, which would pass by this "
-                    "context; remove it (accelerate: remove_hook_from_module)"
-                )
+            refuse_own_forward(layer.name, layer.module)
         attentions = {layer.module for layer in self.layers}
         for module, wrapper in self._wrappers.items():
             before = type(module)
             key = (module, before)
             if key not in self._classes:
-                self._classes[key] = self._wrapped_class(before, wrapper, module in attentions)
-            _set_class(module, self._classes[key])
+                attends = {"fused_attn": True} if module in attentions else {}
+                self._classes[key] = swapped_class(before, self._where_open(wrapper), attends)
+            set_class(module, self._classes[key])
             self._swapped.append((module, before, self._classes[key]))
 
-    def _wrapped_class(self, base: type, wrapper: Wrapper, attends: bool) -> type:
-        """Make a subclass of ``base``, of the same name, whose forward goes through ``wrapper``.
+    def _where_open(self, wrapper: Wrapper) -> Wrapper:
+        """``wrapper`` where this block sees forwards: on its thread, and not where a checkpoint recomputes."""
 
-        On threads other than the one that entered, its forward is ``base``'s. timm's attention modules
-        call fused attention only if ``self.fused_attn``, so here it is True; where the steps of unfused
-        attention are watched, ``Unfused`` runs them.
-        """
+        def call(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+            if self._thread == this_thread() and not self._mode.paused:
+                return wrapper(module, forward, args, kwargs)
+            if self._thread is not None and torch.compiler.is_compiling():
+                self._mode.start()  # of an exporter: it finds layers by the calls that they make
+            return forward(*args, **kwargs)
 
-        @functools.partial(functools.update_wrapper, wrapped=base.forward, assigned=(), updated=())
-        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            plain = super(swapped, module).forward  # pyright: ignore (a class made here)
-            if self._thread != _this_thread():
-                if self._thread is not None and torch.compiler.is_compiling():
-                    self._mode.start()  # of an exporter: it finds layers by the calls that they make
-                return plain(*args, **kwargs)
-            return wrapper(module, plain, args, kwargs)
-
-        def __reduce_ex__(module: nn.Module, protocol: Any) -> Any:  # noqa: N807
-            reduced: Any = base.__reduce_ex__(module, max(2, protocol))  # pyright: ignore
-            return (_bare_instance, (plain_class_of(base),), *reduced[2:])
-
-        body = {
-            "forward": forward,
-            "__reduce_ex__": __reduce_ex__,
-            "__module__": base.__module__,
-            "_plain_class": plain_class_of(base),
-        }
-        if attends:
-            body["fused_attn"] = property(lambda _: True)  # overrides the instance's
-        swapped = type(base.__name__, (base,), body)
-        return swapped
+        return call
 
     def _begin(self, layer: AttentionLayer) -> None:
+        recompute_inside()
         self._running, self._attention_called, self._made = layer, False, None
         self.on_layer_start(layer)
 
@@ -378,29 +430,8 @@ _HOW_TO_FUSE = (
 )
 
 
-def _this_thread() -> int:
-    """The current thread's number; 0 under a compiler, which cannot trace it."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
-
-
-def _around(outer: Wrapper, inner: Wrapper) -> Wrapper:
-    def wrapper(module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
-        return outer(module, lambda *a, **k: inner(module, forward, a, k), args, kwargs)
-
-    return wrapper
-
-
-def _refuse_broken_graph() -> None:
-    """Refuse to be entered by a compiled function outside its graph, or in a graph not of ``compile_loss``."""
-    compiling = torch.compiler.is_compiling()
-    if not compiler_traces_gradients() if compiling else callable(frame_callback()):
-        raise UnsupportedError(
-            "torch.compile: it broke the graph around this context, so second derivatives would be "
-            "refused or dropped; use dvf.compile_loss, which keeps one graph"
-        )
-
-
 def _replaced(attachment: Attachment, func: Forward, args: tuple, kwargs: dict) -> Any:
+    recompute_inside()
     return attachment.on_torch_function(func, args, kwargs)
 
 
@@ -410,39 +441,7 @@ _ATTENTION_CALLS: dict[Any, Handler] = {
     F.scaled_dot_product_attention: Attachment._on_attention,
     attention: Attachment._on_attention,
     attention_qkvpacked: Attachment._on_packed,
+    computed_by: Attachment._on_computed,
     _ATTENTION_OVERLOAD: Attachment._on_overload,
 }
 _FAST_PATHS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
-
-
-def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The first axis of the first tensor in a model's call; 0 if there is none."""
-    return next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), 0)
-
-
-def _linear_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The input and weight of a call of ``F.linear``."""
-    named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-    return named["input"], named["weight"]
-
-
-def _split_attention_call(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-    """The (q, k, v) and the other arguments by name of a call of attention, PyTorch's or ours."""
-    named = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False))
-    named |= {_ATTENTION_ALIASES.get(name, name): value for name, value in kwargs.items()}
-    return (named.pop("q"), named.pop("k"), named.pop("v")), named
-
-
-_ATTENTION_ARGUMENTS = tuple(signature(attention).parameters)
-_ATTENTION_ALIASES = {"query": "q", "key": "k", "value": "v"}
-
-
-def _set_class(module: nn.Module, cls: type) -> None:
-    """``module.__class__ = cls``, past what modules do when an attribute is set."""
-    object.__setattr__(module, "__class__", cls)
-
-
-def _bare_instance(cls: Any) -> Any:
-    return cls.__new__(cls)

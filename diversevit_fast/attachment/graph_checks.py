@@ -10,14 +10,13 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from .._torch_internals import in_checkpoint
 from ..errors import UnsupportedError
 
 _HINTS = {
     "CompiledFunctionBackward": "runs in torch.compile, whose backward cannot be differentiated; compile "
     "only the blocks below the chosen layers, or the whole loss with dvf.compile_loss",
-    "CheckpointFunctionBackward": "runs in reentrant checkpointing; checkpoint only the blocks below the "
-    "chosen layers, with use_reentrant=False",
+    "CheckpointFunctionBackward": "runs in reentrant checkpointing, whose backward cannot be differentiated; "
+    "pass use_reentrant=False",
 }
 
 
@@ -75,19 +74,6 @@ def _node_of(x: Tensor) -> Any:
     """The node of the graph that the tensor's gradient arrives at."""
     node = x.grad_fn
     return get_gradient_edge(x).node if node is None else node
-
-
-def refuse_checkpointing() -> None:
-    """Refuse activation checkpointing around a chosen layer: it would run again outside the context.
-
-    Raises:
-        UnsupportedError: non-reentrant checkpointing is saving tensors here.
-    """
-    if in_checkpoint():
-        raise UnsupportedError(
-            "model: a chosen layer runs inside activation checkpointing, which would recompute it "
-            "without this context; checkpoint only the blocks below the chosen layers"
-        )
 
 
 def _leaves_first(root: Any) -> Iterator[tuple[Any, list[Any]]]:

@@ -8,24 +8,37 @@ at one of them. A model that stores one of them in its forward and asks for its 
 that it was not used; it can have it outside the context.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .._torch_internals import has_global_hooks, has_hooks_inside, is_looked_at
 from ..ops import attention, attention_qkvpacked
 from ..ops.attention_qkvpacked import autograd_alone, split_qkv
+from .attention_modules import AttentionLayer
 
 
 class PackedAttention:
     """``dvf.attention`` that runs ``attention_qkvpacked`` when it is called with the ``parts`` of ``qkv``.
 
     Attributes:
-        parts: q, k, v ``[B, H, N, d]``, views of ``qkv`` ``[B, N, 3, H, d]``.
+        parts: q, k, v ``[B, H, N, d]``, views of ``qkv`` ``[B, N, 3, H, d]``; q of the first ``queries`` tokens alone.
+        made: what ``attention_qkvpacked`` returned last; ``heads`` is the view of it that was returned here.
     """
 
-    def __init__(self, qkv: Tensor, parts: tuple[Tensor, Tensor, Tensor] | None = None):
-        self._qkv = qkv
-        self.parts = split_qkv(qkv) if parts is None else parts
+    made: Tensor
+    heads: Tensor | None = None
+
+    def __init__(
+        self,
+        qkv: Tensor,
+        parts: tuple[Tensor, Tensor, Tensor] | None = None,
+        queries: int | None = None,
+    ):
+        self._qkv, self._queries = qkv, queries
+        self.parts = split_qkv(qkv, queries) if parts is None else parts
 
     def __call__(
         self,
@@ -40,9 +53,14 @@ class PackedAttention:
     ) -> Tensor:
         """``[B, H, Nq, dv]``, as ``dvf.attention``; a part that was changed in between is taken as it is now."""
         whole = all(x is part for x, part in zip((q, k, v), self.parts, strict=True))
-        if not whole or attn_mask is not None or dropout_p or enable_gqa:
+        if not whole or attn_mask is not None or enable_gqa:
             return attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        return attention_qkvpacked(self._qkv, is_causal=is_causal, scale=scale).transpose(1, 2)
+        options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "queries": self._queries}
+        if dropout_p:
+            options["dropout_p"] = dropout_p
+        self.made = attention_qkvpacked(self._qkv, **options)
+        self.heads = self.made.transpose(1, 2)
+        return self.heads
 
 
 def packed_attention(made: Tensor, q: Tensor, k: Tensor, v: Tensor) -> PackedAttention | None:
@@ -63,6 +81,15 @@ def packed_attention(made: Tensor, q: Tensor, k: Tensor, v: Tensor) -> PackedAtt
         if not lies or not _only_views(x, made) or is_looked_at(x):
             return None
     return PackedAttention(made.unflatten(-1, (3, H, d)), (q, k, v))
+
+
+def twice_differentiable(
+    layer: AttentionLayer, made: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+) -> Callable[..., Tensor]:
+    """Attention of q, k and v: of ``made``, all of the layer's projection, where they are its parts."""
+    if made is None or not may_pack(layer.module, layer.linear):
+        return attention
+    return packed_attention(made, q, k, v) or attention
 
 
 def may_pack(module: nn.Module, linear: list[nn.Module]) -> bool:

@@ -7,9 +7,11 @@ above those that were entered before the block, below those that were entered in
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 from .._torch_internals import (
@@ -37,6 +39,7 @@ class TorchCalls(TorchFunctionMode):
         super().__init__()
         self.owner, self.handlers = owner, handlers
         self.started = False
+        self.paused = False  # see ``paused``
         self._number, self._below = 0, []
 
     def __torch_function__(
@@ -71,6 +74,15 @@ class TorchCalls(TorchFunctionMode):
             return mode._number < self._number
         return mode is default_device_mode() or any(mode is x for x in self._below)
 
+    def sees_first(self) -> bool:
+        """Whether calls come here before any other mode sees them, or would if they were seen."""
+        entered = function_modes()
+        return entered[-1] is self if self.started else len(entered) == len(self._below)
+
+    def sees_alone(self) -> bool:
+        """Whether no other mode sees calls."""
+        return len(function_modes()) == self.started
+
     def stop(self) -> None:
         """See no more calls."""
         if self.started:
@@ -85,6 +97,11 @@ class TorchCalls(TorchFunctionMode):
             _opened().remove(self)
 
 
+def this_thread() -> int:
+    """The current thread's number; 0 under a compiler, which cannot trace it."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
 def _opened() -> list[TorchCalls]:
     """Those whose block is open on this thread, the outermost first."""
     if not hasattr(_thread, "opened"):
@@ -93,5 +110,26 @@ def _opened() -> list[TorchCalls]:
 
 
 def open_attachments() -> list[Any]:
-    """The attachments whose block is open on this thread, the outermost first."""
-    return [calls.owner for calls in _opened()]
+    """The attachments whose block is open on this thread and not paused, the outermost first."""
+    return [calls.owner for calls in _opened() if not calls.paused]
+
+
+def in_second_order() -> bool:
+    """Whether a block of ``dvf.second_order`` is open on this thread."""
+    return any(getattr(owner, "everywhere", False) for owner in open_attachments())
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """A context inside which the blocks that are open on this thread see nothing."""
+    before = [(calls, calls.started) for calls in _opened() if not calls.paused]
+    for calls, _ in before:
+        calls.stop()
+        calls.paused = True
+    try:
+        yield
+    finally:
+        for calls, started in before:
+            calls.paused = False
+            if started and calls in _opened():
+                calls.start()

@@ -45,19 +45,24 @@ def multi_head_attention(
     weights after dropout, and the output is computed from them.
 
     Raises:
-        UnsupportedError: ``bias_k``, ``bias_v``, ``add_zero_attn``, ``static_k`` or ``static_v``.
+        UnsupportedError: ``static_k`` or ``static_v``; with ``attend`` also ``bias_k``, ``bias_v`` and
+            ``add_zero_attn``, keys that belong to no token.
     """
     call: Any = _Call(*args, **kwargs)
-    if call.add_zero_attn or any(
-        x is not None for x in (call.bias_k, call.bias_v, call.static_k, call.static_v)
-    ):
+    more = int(call.bias_k is not None) + call.add_zero_attn
+    if more and attend is not None:
         raise UnsupportedError(
-            "MultiheadAttention: bias_k, bias_v, add_zero_attn and static keys are not supported; "
-            "build it without add_bias_kv and add_zero_attn"
+            "MultiheadAttention: bias_k, bias_v and add_zero_attn are not supported in layers whose heads "
+            "are looked at; build it without add_bias_kv and add_zero_attn"
         )
+    if call.static_k is not None or call.static_v is not None:
+        raise UnsupportedError("MultiheadAttention: static_k and static_v are not supported")
     batched = call.query.ndim == 3
     (q, k, v), ours = _project(call, batched, project)
     mask = _mask(call, q, k)
+    if more:
+        k, v = _with_more(call, k, call.bias_k), _with_more(call, v, call.bias_v)
+        mask, ours = None if mask is None else F.pad(mask, (0, more)), attention
     causal = call.is_causal and call.key_padding_mask is None and not call.need_weights
     dropout = call.dropout_p if call.training else 0.0
     dropped = Unfused(partial(F.dropout, p=dropout)) if call.need_weights and dropout else None
@@ -104,6 +109,16 @@ def _project(
     each = map(project, "qkv", (query, key, value), weights, biases)
     q, k, v = (x.unflatten(-1, (call.num_heads, -1)).transpose(1, 2) for x in each)
     return (q, k, v), attention
+
+
+def _with_more(call: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Keys or values ``[B, H, N, d]`` with those behind them that belong to no token: ``bias``, and one of zeros."""
+    parts = [x]
+    if bias is not None:
+        parts.append(bias.view(1, call.num_heads, 1, -1).expand(len(x), -1, -1, -1))
+    if call.add_zero_attn:
+        parts.append(torch.zeros_like(x[:, :, :1]))
+    return torch.cat(parts, 2)
 
 
 def _mask(call: Any, q: Tensor, k: Tensor) -> Tensor | None:

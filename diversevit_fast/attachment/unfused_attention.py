@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from .._torch_internals import has_global_hooks
 from ..errors import UnsupportedError
 from .attention_modules import is_hooked, plain_class
+from .seen_attention import SeenAttention
 
 _INERT = (nn.Dropout, nn.Identity, nn.Softmax)
 
 
-class Unfused:
+class Unfused(SeenAttention):
     """Attention in steps, called like ``F.scaled_dot_product_attention``.
 
     Attributes:
@@ -37,7 +38,7 @@ class Unfused:
         drop: Any = getattr(module, "attn_drop", None)
         return cls(drop or nn.Identity(), getattr(module, "softmax", None))
 
-    def __call__(
+    def compute(
         self,
         q: Tensor,
         k: Tensor,

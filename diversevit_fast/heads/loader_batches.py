@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attachment.attachment import batch_size
 from ..attachment.attention_modules import plain_class
+from ..attachment.call_arguments import batch_size
 from ..errors import usage_error
 
 

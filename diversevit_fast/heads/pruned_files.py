@@ -40,7 +40,9 @@ class _PrunedLayer:
     kept: tuple[int, ...]
 
 
-def save_pruned(model: nn.Module, path: StrPath) -> None:
+def save_pruned(
+    model: nn.Module, path: StrPath, *, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write the weights and the kept heads of every pruned layer as one safetensors file.
 
     The file appears complete or not at all. A model without pruned layers is saved as well.
@@ -48,6 +50,7 @@ def save_pruned(model: nn.Module, path: StrPath) -> None:
     Args:
         model: as ``prune_heads`` left it, trained on or not.
         path: the file, in an existing folder; replaced if it exists.
+        metadata: further entries for the file's header.
 
     Raises:
         UsageError: the folder does not exist, the file cannot be written, or safetensors is not
@@ -59,11 +62,11 @@ def save_pruned(model: nn.Module, path: StrPath) -> None:
     state = _state(model)
     stored = _stored_names(state)
     layers = [vars(layer) for layer in _pruned_layers(model)]
-    metadata = {name: first for name, first in stored.items() if name != first}
-    metadata |= {_VERSION: __version__, _LAYERS: json.dumps(layers)}
+    entries = {**(metadata or {}), **{k: first for k, first in stored.items() if k != first}}
+    entries |= {_VERSION: __version__, _LAYERS: json.dumps(layers)}
     tensors = {name: state[name].detach().contiguous() for name in set(stored.values())}
     try:
-        write_tensors(path, tensors, metadata)
+        write_tensors(path, tensors, entries)
     except RuntimeError as failure:
         raise UnsupportedError(
             f"model: safetensors cannot store it ({str(failure).splitlines()[0]}); clone what is shared"
@@ -194,9 +197,17 @@ def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
-def _attention_qkvpacked_flops(qkv: Any, *_: Any, **__: Any) -> int:
+def _attention_qkvpacked_flops(
+    qkv: Any,
+    seed: Any,
+    is_causal: Any,
+    scale: Any,
+    dropout_p: Any,
+    queries: int | None = None,
+    **_: Any,
+) -> int:
     B, N, _, H, d = qkv
-    return _attention_flops(*[(B, H, N, d)] * 3)
+    return _attention_flops((B, H, queries or N, d), *[(B, H, N, d)] * 2)
 
 
 _ATTENTION_FLOPS = {  # operators that torch's counter does not know

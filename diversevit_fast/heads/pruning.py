@@ -157,7 +157,8 @@ def _refuse_in_use(model: nn.Module, chosen: Sequence[AttentionLayer]) -> None:
             "first, then wrap it"
         )
     for context in open_attachments():
-        if {layer.module for layer in chosen} & {layer.module for layer in context.layers}:
+        layers = getattr(context, "layers", ())  # those of second_order are nobody's
+        if {layer.module for layer in chosen} & {layer.module for layer in layers}:
             name = type(context).__name__
             raise UnsupportedError(
                 f"prune: inside `with {name}` of this model; leave the block first"

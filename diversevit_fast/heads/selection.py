@@ -1,12 +1,11 @@
 """Choose heads on validation data: those of a trained model that follow the robust feature."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, combinations, product
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor, nn
 
 from ..attachment.attention_modules import AttentionLayer, choose_layers
@@ -14,26 +13,43 @@ from ..attachment.indices import Integers
 from ..attachment.parallel import unwrap
 from ..errors import usage_error
 from ..ops.checks import check_choice
-from .loader_batches import Batch, class_indices, group_names, split_batch
-from .prefix_cache import PrefixCache
-from .scores import SCORES, CallableScore, Predictions, ThresholdedConfidence, WorstGroup
+from .candidates import Kept, all_combinations, single_heads
+from .criteria import scores_of
+from .evaluation import Runner
+from .head_table import HeadTable
+from .loader_batches import Batch, class_indices, group_names
+from .scores import SCORES, CallableScore, ThresholdedConfidence, WorstGroup
 
 Score = (
     Literal["accuracy", "worst_group", "confidence", "atc"]
     | Callable[[Tensor, Tensor, Tensor | None], float]
 )
-Kept = dict[int, list[int]]
-MAX_CANDIDATES = 4096
+CriterionName = Literal[
+    "accuracy",
+    "worst_group",
+    "group_mean",
+    "mistakes",
+    "agreement_drop",
+    "few_labels",
+    "mano",
+    "confidence",
+    "atc",
+]
 
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """One candidate: the heads that stay in each layer, and their score on the validation data."""
+    """One candidate: the heads that stay in each layer, and their score on the validation data.
+
+    ``error`` is the score's standard error, where a criterion of a ``HeadTable`` knows it.
+    """
 
     kept: dict[int, list[int]]
     score: float
+    error: float | None = None
 
 
+@overload
 def select_heads(
     model: nn.Module,
     loader: Iterable[Any],
@@ -42,8 +58,30 @@ def select_heads(
     score: Score = "accuracy",
     search: str = "single",
     reference_loader: Iterable[Any] | None = None,
+) -> list[HeadChoice]: ...
+
+
+@overload
+def select_heads(
+    model: HeadTable,
+    *,
+    criterion: CriterionName | Callable[[HeadTable], Any],
+    **options: Any,
+) -> list[HeadChoice]: ...
+
+
+def select_heads(
+    model: nn.Module | HeadTable,
+    loader: Iterable[Any] | None = None,
+    *,
+    layers: str | Integers = "last",
+    score: Score = "accuracy",
+    search: str = "single",
+    reference_loader: Iterable[Any] | None = None,
+    criterion: CriterionName | Callable[[HeadTable], Any] | None = None,
+    **options: Any,
 ) -> list[HeadChoice]:
-    """Rank choices of heads by the model's score with only these heads.
+    """Rank choices of heads by the model's score with only these heads, or by a criterion of a table.
 
     The paper's rule is ``layers="last"``, ``search="single"`` and accuracy on labelled out-of-distribution
     validation data. The model is evaluated in eval mode and then set back to its mode; its parameters do
@@ -53,7 +91,8 @@ def select_heads(
 
     Args:
         model: a classifier, images -> logits ``[B, classes]`` or an object with ``.logits``, whose chosen
-            layers' heads can be masked (``dvf.supported``).
+            layers' heads can be masked (``dvf.supported``). Or the ``dvf.HeadTable`` of one, with
+            ``criterion`` and its options; what else is below is then given to ``dvf.head_table``.
         loader: batches ``(images, labels)`` or ``(images, labels, groups)``, or dictionaries, as
             transformers' collators make them: ``"labels"`` (or ``"label"``), ``"groups"`` (or
             ``"group"``), and what the model is to be given by name; of other entries a model that takes
@@ -71,14 +110,19 @@ def select_heads(
             ICLR 2022, arXiv 2201.04234): the fraction of its images whose largest probability is at
             least t, where t is such that as large a fraction of ``reference_loader`` is below t as
             the same heads get wrong there. Both trust the model's own confidence, which heads
-            that follow a spurious feature may well have: that they find the robust heads has
-            not been measured. Prefer labels, however few.
+            that follow a spurious feature have too: measured on such models, they chose no better
+            than not pruning (docs/science/selection.md). Prefer labels, however few, or
+            a criterion of a table.
         search: ``"single"``: each head of each layer alone, other layers whole. ``"greedy"``: start from
             all heads, drop the head whose loss hurts least, until one is left in each layer; every
             step is a candidate and runs through the loader once. ``"exhaustive"``: every
             combination, at most 4096.
         reference_loader: for ``"atc"``: labelled batches, as ``loader``'s, of data like the training data
             but held out.
+        criterion: of a table, the name of one of ``dvf.head_criteria()``, which say what they need and
+            when they fail; or a function that takes the table and returns a number for each
+            of ``table.kept``, larger is better, NaN to leave it out.
+        options: of the criterion, such as ``reference="all"`` of ``"mistakes"``.
 
     Returns:
         The candidates, best first; ties keep more heads, then lower indices.
@@ -86,45 +130,55 @@ def select_heads(
     Raises:
         UsageError: wrong arguments, an empty loader, batches of another kind, an iterator where several runs
             are needed, labels missing, out of range or no numbers, missing groups, logits that are
-            not finite, a reference loader with a score that has no use for it, or too many
-            combinations.
+            not finite, a reference loader with a score that has no use for it, too many
+            combinations, or a table without what the criterion needs.
         UnsupportedError: heads that cannot be seen, or a model that calls its modules in another order
             when run again.
     """
+    if isinstance(model, HeadTable):
+        if loader is not None or reference_loader is not None or (layers, search) != _DEFAULTS:
+            hint = "give loaders, layers and search to dvf.head_table"
+            raise usage_error("criterion", "a table and a criterion", "more", hint)
+        return _of_table(model, criterion, options)
+    if criterion is not None or options:
+        got = ", ".join([*(["criterion"] if criterion is not None else []), *options])
+        hint = "make a table with dvf.head_table first"
+        raise usage_error("model", f"a HeadTable to go with {got}", type(model).__name__, hint)
     check_choice("search", search, ("single", "greedy", "exhaustive"))
     if not callable(score):
         check_choice("score", score, tuple(SCORES))
-    model = unwrap(model)
-    chosen = choose_layers(model, layers)
-    evaluate = _Evaluation(model, chosen, loader, reference_loader, score, search == "greedy")
+    network = unwrap(model)
+    chosen = choose_layers(network, layers)
+    evaluate = _Evaluation(network, chosen, loader, reference_loader, score, search == "greedy")
     if search == "greedy":
         choices = _greedy(chosen, evaluate)
     else:
-        choices = evaluate(_single(chosen) if search == "single" else [_exhaustive(chosen)])
-    size = {id(c): sum(map(len, c.kept.values())) for c in choices}
-    return sorted(choices, key=lambda c: (-c.score, -size[id(c)]))
+        choices = evaluate(
+            single_heads(chosen) if search == "single" else [all_combinations(chosen)]
+        )
+    return _ranked(choices)
 
 
-def _single(layers: Sequence[AttentionLayer]) -> list[list[Kept]]:
-    """The candidates of each layer: one of its heads alone."""
-    return [[{layer.index: [head]} for head in range(layer.num_heads)] for layer in layers]
+_DEFAULTS = ("last", "single")
 
 
-def _exhaustive(layers: Sequence[AttentionLayer]) -> list[Kept]:
-    count = 1
-    for layer in layers:
-        count *= 2**layer.num_heads - 1
-    if count > MAX_CANDIDATES:
-        wanted = f"at most {MAX_CANDIDATES} combinations for 'exhaustive'"
-        raise usage_error("search", wanted, count, "use 'greedy', or choose fewer layers")
-    subsets = [
-        list(chain(*(combinations(range(layer.num_heads), n + 1) for n in range(layer.num_heads))))
-        for layer in layers
+def _ranked(choices: list[HeadChoice]) -> list[HeadChoice]:
+    return sorted(choices, key=lambda c: (-c.score, -sum(map(len, c.kept.values()))))
+
+
+def _of_table(table: HeadTable, criterion: Any, options: dict[str, Any]) -> list[HeadChoice]:
+    scores = scores_of(table, criterion, options)
+    values = scores.values.tolist()
+    errors = [None] * len(values) if scores.errors is None else scores.errors.tolist()
+    choices = [
+        HeadChoice(table.kept[row], values[row], errors[row])
+        for row in table.choices
+        if not math.isnan(values[row])
     ]
-    return [
-        {layer.index: list(h) for layer, h in zip(layers, heads, strict=True)}
-        for heads in product(*subsets)
-    ]
+    if not choices:
+        hint = "try another one"
+        raise usage_error("criterion", "one that scores a choice of heads", "NaN for all", hint)
+    return _ranked(choices)
 
 
 def _greedy(layers: Sequence[AttentionLayer], evaluate: "_Evaluation") -> list[HeadChoice]:
@@ -149,22 +203,18 @@ def _greedy(layers: Sequence[AttentionLayer], evaluate: "_Evaluation") -> list[H
 
 
 class _Evaluation:
-    """Scores candidates, all of them in one run of the loader.
-
-    Candidates come in groups. Within a group, what precedes the first layer in which they differ is
-    computed once per batch. Between batches only tallies are kept.
-    """
+    """Scores candidates, all of them in one run of the loader; between batches only tallies are kept."""
 
     def __init__(
         self,
         model: nn.Module,
         layers: Sequence[AttentionLayer],
-        loader: Iterable[Any],
+        loader: Iterable[Any] | None,
         reference: Iterable[Any] | None,
         score: Score,
         several: bool,
     ):
-        self._model, self._loader, self._reference = model, loader, reference
+        self._loader, self._reference = loader, reference
         self._tally: Any = partial(CallableScore, score) if callable(score) else SCORES[score]
         self._labelled = callable(score) or score in ("accuracy", "worst_group")
         self._grouped = callable(score) or score == "worst_group"
@@ -180,51 +230,24 @@ class _Evaluation:
                 hint = "pass a list or a DataLoader"
                 wanted = "data that can be run through again for search='greedy'"
                 raise usage_error(name, wanted, "an iterator, which runs once", hint)
-        self._cache = PrefixCache(model, layers)
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._runner = Runner(model, layers)
 
     def __call__(self, groups: Sequence[Sequence[Kept]]) -> list[HeadChoice]:
         """Score the candidates of every group; returns them in order."""
         tallies = [[self._tally() for _ in group] for group in groups]
-        training = [m for m in self._model.modules() if m.training]
-        self._model.eval()
-        try:
-            with self._cache:
-                self._run("loader", self._loader, groups, tallies)
-                if self._reference is not None:
-                    self._run("reference_loader", self._reference, groups, tallies)
-        finally:
-            for module in training:
-                module.training = True
+        with self._runner.evaluating():
+            run = self._runner.predictions
+            for i, j, predictions in run("loader", self._loader, groups, self._answers):
+                tallies[i][j].add(predictions)
+            if self._reference is not None:
+                name = "reference_loader"
+                for i, j, predictions in run(name, self._reference, groups, self._answers):
+                    tallies[i][j].refer(predictions)
         return [
             HeadChoice(kept, tally.value())
             for group, scored in zip(groups, tallies, strict=True)
             for kept, tally in zip(group, scored, strict=True)
         ]
-
-    def _run(
-        self,
-        name: str,
-        loader: Iterable[Any],
-        groups: Sequence[Sequence[Kept]],
-        tallies: Sequence[Sequence[Any]],
-    ) -> None:
-        reference, seen = name == "reference_loader", 0
-        if not isinstance(loader, Iterable) or isinstance(loader, (Tensor, str, Mapping)):
-            got = type(loader).__name__
-            raise usage_error(name, "an iterable of batches", got, "pass a list or a DataLoader")
-        for item in loader:
-            batch = split_batch(name, item, self._model, self._device)
-            labels, members = self._answers(name, batch)
-            seen += batch.size
-            for group, scored in zip(groups, tallies, strict=True):
-                outputs = self._cache.outputs(group, *batch.args, **batch.kwargs)
-                for output, tally in zip(outputs, scored, strict=True):
-                    predictions = Predictions(_logits(output), labels, members)
-                    _check(predictions)
-                    (tally.refer if reference else tally.add)(predictions)
-        if not seen:
-            raise usage_error(name, "at least one batch", "none", "pass a list or a DataLoader")
 
     def _answers(self, name: str, batch: Batch) -> tuple[Tensor | None, Tensor | list[str] | None]:
         """The labels and groups of one batch, where the score needs them."""
@@ -237,26 +260,3 @@ class _Evaluation:
         if not self._grouped or batch.groups is None:
             return labels, None
         return labels, group_names(batch.groups, batch.size, named=self._tally is WorstGroup)
-
-
-def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise usage_error(
-            "model", "logits [B, classes]", got, "wrap the model in one that returns them"
-        )
-    return logits.float().cpu()
-
-
-def _check(batch: Predictions) -> None:
-    (count, classes), labels = batch.logits.shape, batch.labels
-    if not torch.isfinite(batch.logits).all():
-        raise usage_error("model", "finite logits", "NaN or infinity", "check the weights")
-    if labels is not None and len(labels) != count:
-        raise usage_error(
-            "model", f"logits of {len(labels)} images", count, "give one row an image"
-        )
-    if labels is not None and count and not 0 <= labels.min() <= labels.max() < classes:
-        got = f"{int(labels.min())} to {int(labels.max())}"
-        raise usage_error("labels", f"class indices from 0 to {classes - 1}", got, "check the data")

@@ -4,6 +4,8 @@ Importing the package imports none of these libraries: what it registers of timm
 """
 
 from ..attachment.class_token import register_class_token_library
+from ..attachment.second_order import register_attention_library
+from .entry_points import watch_flash_attn, watch_xformers
 
 
 def _register_timm() -> None:
@@ -11,3 +13,6 @@ def _register_timm() -> None:
 
 
 register_class_token_library("timm.models.vision_transformer", _register_timm)
+register_attention_library("xformers.ops.fmha", watch_xformers)
+register_attention_library("flash_attn.flash_attn_interface", watch_flash_attn)
+register_attention_library("flash_attn_interface", watch_flash_attn)

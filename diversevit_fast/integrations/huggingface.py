@@ -55,7 +55,7 @@ def attention_forward(
         position_bias: added to the scores, with gradients.
 
     Raises:
-        UnsupportedError: ``dropout`` above 0, ``softcap``, a paged cache, attention weights asked for.
+        UnsupportedError: ``softcap``, a paged cache, attention weights asked for.
     """
     if softcap is not None:
         raise UnsupportedError("softcap: not supported; use attn_implementation='eager'")

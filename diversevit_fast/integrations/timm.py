@@ -23,8 +23,7 @@ _layers: Any = require("timm.layers", extra="train")
 class Attention(_layers.Attention):
     """``timm.layers.Attention``, arguments and ``state_dict`` included, differentiable twice.
 
-    ``attn_drop`` above 0 is refused in training; qk norm, scale norm and the gate are as timm's. With
-    ``fused_attn=False`` hooks on ``attn_drop`` run, as timm's.
+    qk norm, scale norm and the gate are as timm's. With ``fused_attn=False`` hooks on ``attn_drop`` run, as timm's.
     """
 
     def forward(
@@ -34,9 +33,6 @@ class Attention(_layers.Attention):
 
         Args:
             attn_mask: bool (True: attend) or added to the scores, broadcastable to ``[B, H, N, N]``.
-
-        Raises:
-            UnsupportedError: attention dropout in training.
         """
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim)

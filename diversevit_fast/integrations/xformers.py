@@ -10,6 +10,7 @@ or, where a model calls ``xops`` itself and one derivative is enough:
 xformers marks its own function ``once_differentiable``: through the pair a second derivative raises.
 """
 
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,19 @@ from torch import Tensor
 from ..errors import UnsupportedError, require
 from ..ops import attention
 from ..ops.attention import attention_backward_operator, attention_operator
-from .xformers_blocks import TYPES, WITH_TENSOR, Block, blocks, is_empty
+from .packed_sequences import attend_in_groups, attend_to_nothing, mask_padding
+from .xformers_blocks import (
+    TYPES,
+    WITH_TENSOR,
+    Block,
+    blocks,
+    in_order,
+    is_empty,
+    is_packed,
+    may_be_padded,
+    sequences,
+    within,
+)
 
 _common: Any = require("xformers.ops.fmha.common", extra="xformers")
 
@@ -44,7 +57,7 @@ def memory_efficient_attention(
             ``AttentionBias``. Causal and packed (block-diagonal) ones cost no memory of their size, others
             are made tensors. A tensor, also one inside ``LowerTriangularMaskWithTensorBias``, gets
             gradients to second order.
-        p: must be 0; dropout on the attention weights is refused.
+        p: probability that an attention weight is set to zero; the operator pair takes 0 alone.
         scale: of the scores; ``K ** -0.5`` if None.
         op: must be None: there is one operator here.
         output_dtype: of the result; the query's if None.
@@ -55,7 +68,7 @@ def memory_efficient_attention(
     Raises:
         ValueError: shapes, dtypes or devices that xformers refuses.
         UsageError: shapes or dtypes that ``dvf.attention`` refuses.
-        UnsupportedError: ``p`` > 0; ``op``; a third derivative.
+        UnsupportedError: ``op``; a third derivative.
     """
     if op is not None:
         raise UnsupportedError("op: there is one operator here; leave it None")
@@ -63,8 +76,12 @@ def memory_efficient_attention(
     inputs.validate_inputs()
     shape = inputs.normalize_bmhk()
     q, k, v = (_heads_first(x) for x in (inputs.query, inputs.key, inputs.value))
-    parts = [_attend(q, k, v, block, p, scale) for block in blocks(inputs.attn_bias, q, k)]
-    return _joined(parts).transpose(1, 2).reshape(shape).to(output_dtype or query.dtype)
+    if is_packed(inputs.attn_bias):
+        out = _attend_packed(q, k, v, inputs.attn_bias, p, scale)
+    else:
+        (block,) = blocks(inputs.attn_bias, q, k)
+        out = _attend(q, k, v, block.mask, block.is_causal, p, scale).transpose(1, 2)
+    return out.reshape(shape).to(output_dtype or query.dtype)
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -76,11 +93,45 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, block: Block, p: float, scale: float | None) -> Tensor:
-    q, k, v = block.cut(q, k, v)
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    p: float,
+    scale: float | None,
+) -> Tensor:
     if is_empty(q, k):
-        return (q @ k.mT) @ v  # nothing, or zeros, still joined to the inputs
-    return attention(q, k, v, block.mask, p, block.is_causal, scale)
+        return attend_to_nothing(q, k, v)
+    return attention(q, k, v, mask, p, is_causal, scale)
+
+
+def _attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, p: float, scale: float | None
+) -> Tensor:
+    """``[Mq, H, Kv]`` of q, k, v ``[1, H, M, .]``."""
+    found = sequences(bias, q.shape[2], k.shape[2], q.device)
+    rows, keys, counts = (list(x) for x in zip(*found, strict=True))
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    if not in_order(keys):
+        tokens = torch.arange(k.shape[0], device=k.device)
+        index = torch.cat([where if isinstance(where, Tensor) else tokens[where] for where in keys])
+        k, v = k[index], v[index]
+        ends = list(accumulate(count for _, count in counts))
+        keys = [slice(end - count, end) for end, (_, count) in zip(ends, counts, strict=True)]
+    spans, key_spans = ([(x.start, x.stop) for x in where] for where in (rows, keys))
+
+    def attend(given: list[Tensor], members: list[int]) -> Tensor:
+        group = [counts[i] for i in members]
+        q, k, v = (x.transpose(1, 2) for x in given)
+        mask, is_causal = within(bias, q.shape[2], k.shape[2], q.device)
+        if not is_causal:
+            mask = mask_padding(mask, group, q.device)
+        return _attend(q, k, v, mask, is_causal, p, scale).transpose(1, 2)
+
+    where = (spans, key_spans, key_spans)
+    return attend_in_groups((q, k, v), where, counts, attend, may_be_padded(bias, counts))
 
 
 class _Both:
@@ -161,9 +212,9 @@ class BwOp(_Both, _common.AttentionBwOpBase):
             if is_empty(*qkv[:2]):
                 continue
             dq[:, :, rows], *key_grads, dmask = attention_backward_operator(
-                *(*qkv, block.mask),
+                *(*qkv, block.mask, None),
                 *(o[:, :, rows], _statistics(*qkv, block, lse[:, :, rows], scale), do[:, :, rows]),
-                *(block.is_causal, scale, wanted),
+                *(block.is_causal, scale, 0.0, wanted),
             )
             for total, part in zip((dk, dv), key_grads, strict=True):
                 _add(total, block.keys, part)
@@ -184,7 +235,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tup
     if is_empty(q, k):
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
         return (q @ k.mT) @ v, lse
-    out, softmax = attention_operator(q, k, v, block.mask, block.is_causal, scale)
+    out, softmax = attention_operator(q, k, v, block.mask, None, block.is_causal, scale, 0.0)
     top, share = softmax.unbind(2)
     return out, top - share.log()
 
@@ -195,5 +246,5 @@ def _statistics(q: Tensor, k: Tensor, v: Tensor, block: Block, lse: Tensor, scal
     An added mask may hold numbers so large that nothing is left of the sum in it: then it is made again.
     """
     if block.mask is not None and block.mask.dtype != torch.bool:
-        return attention_operator(q, k, v, block.mask, block.is_causal, scale)[1]
+        return attention_operator(q, k, v, block.mask, None, block.is_causal, scale, 0.0)[1]
     return torch.stack((lse, torch.ones_like(lse)), 2)

@@ -1,12 +1,13 @@
 """Which queries meet which keys: xformers' ``attn_bias``, taken apart into plain attention calls.
 
-Sequences packed side by side (the block-diagonal biases, padded, gappy and paged ones too) become one
-block each: nothing of the size of the whole packed batch squared is made, and keys that belong to no
-sequence are not read.
+Sequences packed side by side (the block-diagonal biases, padded, gappy and paged ones too) are one
+block each, or one call for all of like length: nothing of the size of the whole packed batch squared is made, and
+keys that belong to no sequence are not read.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..errors import require, usage_error
 from ..ops.checks import shape_error
+from .packed_sequences import Count
 
 _biases: Any = require("xformers.ops.fmha.attn_bias", extra="xformers")
 
@@ -49,12 +51,15 @@ TYPES = (
 """The biases known by name; others are made tensors by their own ``materialize``."""
 
 
+Keys = slice | Tensor
+
+
 @dataclass(frozen=True)
 class Block:
     """One attention call: its queries, its keys (an index tensor where they lie in pages), its mask."""
 
     queries: slice
-    keys: slice | Tensor
+    keys: Keys
     mask: Tensor | None = None
     is_causal: bool = False
 
@@ -81,8 +86,11 @@ def blocks(bias: Any, q: Tensor, k: Tensor) -> list[Block]:
             queries, or more keys.
     """
     kind, queries, keys = type(bias), q.shape[2], k.shape[2]
-    if kind in TYPES and hasattr(bias, "k_seqinfo"):
-        return _packed(bias, queries, keys, q.device)
+    if is_packed(bias):
+        return [
+            Block(where, where_keys, *within(bias, *count, q.device))
+            for where, where_keys, count in sequences(bias, queries, keys, q.device)
+        ]
     whole = (slice(0, queries), slice(0, keys))
     if bias is None:
         return [Block(*whole)]
@@ -93,7 +101,7 @@ def blocks(bias: Any, q: Tensor, k: Tensor) -> list[Block]:
         unseen = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1)
         return [Block(*whole, _over_heads(bias._bias, shape).masked_fill(unseen, -torch.inf))]
     if kind in TYPES:
-        return [Block(*whole, *_within(bias, queries, keys, q.device))]
+        return [Block(*whole, *within(bias, queries, keys, q.device))]
     return [Block(*whole, bias.materialize(shape, dtype=q.dtype, device=q.device))]
 
 
@@ -104,22 +112,45 @@ def _over_heads(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
     return flat
 
 
-def _packed(bias: Any, queries: int, keys: int, device: torch.device) -> list[Block]:
+def is_packed(bias: Any) -> bool:
+    """Whether ``bias`` is of sequences side by side."""
+    return type(bias) in TYPES and hasattr(bias, "k_seqinfo")
+
+
+def sequences(
+    bias: Any, queries: int, keys: int, device: torch.device
+) -> Iterator[tuple[slice, Keys, Count]]:
+    """Of each sequence of a packed bias: where its queries and its keys are, and how many.
+
+    Raises:
+        UsageError: the bias is of another number of queries, or of more keys.
+    """
     wanted = bias.q_seqinfo.seqstart_py[-1]
     if wanted != queries:
         raise usage_error(
             "query", f"{wanted} tokens, attn_bias's", queries, "pack what the bias says"
         )
-    made = []
     rows = zip(bias.q_seqinfo.intervals(), _keys(bias, device), strict=True)
     for (start, end), (where, count, last) in rows:
         if last > keys:
             raise usage_error("key", f"{last} tokens or more", keys, "pack what attn_bias says")
-        made.append(Block(slice(start, end), where, *_within(bias, end - start, count, device)))
-    return made
+        yield slice(start, end), where, (end - start, count)
 
 
-def _keys(bias: Any, device: torch.device) -> Iterator[tuple[slice | Tensor, int, int]]:
+def in_order(keys: list[Keys]) -> bool:
+    """Whether they are slices, ascending and disjoint; pages are not, and sequences may share them."""
+    slices = [x for x in keys if isinstance(x, slice)]
+    return len(slices) == len(keys) and all(x.stop <= y.start for x, y in pairwise(slices))
+
+
+def may_be_padded(bias: Any, counts: list[Count]) -> bool:
+    """Whether no query of a packed bias would see more keys if its sequence were longer, but for padding."""
+    kind = type(bias)
+    causal = kind in (*_CAUSAL, *_CAUSAL_FROM_BOTTOM_RIGHT)
+    return kind in _ALL_KEYS or (causal and all(queries == keys for queries, keys in counts))
+
+
+def _keys(bias: Any, device: torch.device) -> Iterator[tuple[Keys, int, int]]:
     """Of each sequence: where its keys are, how many, and how many tokens that takes."""
     if not hasattr(bias, "block_tables"):
         for start, end in bias.k_seqinfo.intervals():
@@ -134,7 +165,7 @@ def _keys(bias: Any, device: torch.device) -> Iterator[tuple[slice | Tensor, int
         yield where, end - start, int(where.max()) + 1 if end > start else 0
 
 
-def _within(bias: Any, queries: int, keys: int, device: torch.device) -> tuple[Tensor | None, bool]:
+def within(bias: Any, queries: int, keys: int, device: torch.device) -> tuple[Tensor | None, bool]:
     """The mask inside one block, ``[1, 1, Mq, Mk]`` (True: attend), or whether it is causal."""
     kind = type(bias)
     if kind in _ALL_KEYS:

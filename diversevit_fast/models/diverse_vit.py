@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as dnn
-from ..attachment.class_token import register_class_token_model
+from .._torch_internals import runs_as_written
+from ..attachment.class_token import Attend, own_forwards, register_class_token_model
 from ..errors import usage_error
 from . import published, store
 from .sizes import check_config
@@ -170,13 +171,32 @@ class DiverseViT(nn.Module):
         Raises:
             UsageError: images of another shape, dtype or device than the model's.
         """
+        count = cast(Block, self.blocks[-1]).attn.num_heads
+        every = list(range(count))
+        return self.subset_logits(images, [every, *([head] for head in every)])
+
+    def subset_logits(self, images: Tensor, subsets: Sequence[Sequence[int]]) -> Tensor:
+        """Compute the logits with each subset of the last layer's heads, as inside ``keep_heads``.
+
+        The trunk and the last attention run once for all.
+
+        Args:
+            images: as in ``forward``.
+            subsets: the heads that stay, at least one in each.
+
+        Returns:
+            ``[subsets, B, num_classes]``.
+
+        Raises:
+            UsageError: images of another shape, dtype or device than the model's.
+        """
         x = self.features(images)
         last = cast(Block, self.blocks[-1])
         _, heads = last.attn(last.norm1(x), return_heads=True)
         heads = heads[:, :, 0]  # [B, H, d] of the class token, all that is pooled
         count = heads.shape[1]
-        keep = torch.eye(count, dtype=heads.dtype, device=heads.device).mul_(count)
-        keep = torch.cat([torch.ones_like(keep[:1]), keep])  # [1 + H, H]
+        keep = [[count / len(s) if h in s else 0.0 for h in range(count)] for s in subsets]
+        keep = torch.tensor(keep, dtype=heads.dtype, device=heads.device)
         y = last.attn.proj((keep[:, None, :, None] * heads).flatten(-2))
         return self.head(self.norm(last.after_attention(x[:, 0], y)))
 
@@ -243,7 +263,21 @@ class DiverseViT(nn.Module):
             raise usage_error("images", f"the model's dtype {weight.dtype}", images.dtype, hint)
 
 
-register_class_token_model(DiverseViT, Block, partial(Block.forward, class_token_only=True))
+def _direct_forward(block: Any, x: Tensor, attend: Attend) -> Tensor:
+    """``Block.forward`` for the class token, its attention by ``attend``."""
+    y = block.attn.class_token(block.norm1(x), attend)
+    return block.after_attention(x[:, 0], y).unsqueeze(1)
+
+
+_FORWARDS = own_forwards(
+    dnn.MultiHeadAttention, dnn.LayerNorm, dnn.GELU, nn.Linear, nn.Identity, nn.Sequential
+)
+register_class_token_model(
+    DiverseViT,
+    Block,
+    partial(Block.forward, class_token_only=True),
+    direct=lambda block: _direct_forward if runs_as_written(block, _FORWARDS) else None,
+)
 
 
 def to_patches(images: Tensor, size: int) -> Tensor:

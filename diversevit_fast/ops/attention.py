@@ -5,6 +5,9 @@ Nq x Nk unless the mask itself is. ``o`` and ``softmax`` are constants of the ba
 formulas account for both, so their gradients are None. On other devices than the CPU the backward's ``dq`` is saved for
 the double backward, a constant as well: with it a GPU's row program needs one loop over keys. Equations (1)-(9) of
 ``kernels/README.md``.
+
+Dropout keeps a weight or not by its seed, row and key alone, (53)-(57): all orders draw the same bits again from the
+seed, a tensor of one number that the device's generator made.
 """
 
 import math
@@ -12,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import handle_torch_function, has_torch_function
 
 from diversevit_kernels.common.contracts import (
@@ -20,13 +24,13 @@ from diversevit_kernels.common.contracts import (
     AttentionKernels,
 )
 
-from ..errors import UnsupportedError, usage_error
+from ..errors import usage_error
 from . import reference
-from .autograd import Operator, by_formula, uses_formula
+from .autograd import Operator, batch_by_loop, by_formula, runs_eagerly, uses_formula
 from .backends import kernels
-from .checks import check_alike, check_tensor, shape_error
+from .checks import Passed, as_plain_mask, check_alike, check_tensor, shape_error
 from .library import operator
-from .onnx import decomposes, exported_attention, exporting_to_onnx
+from .onnx import decomposes, exported_attention, exporting_to_onnx, refuse_dropout
 from .third_order import Derivatives, Places, formula_along_two, gradients
 
 
@@ -52,7 +56,9 @@ def attention(
         v: ``[..., H, Nk, dv]``; dv may differ from d.
         attn_mask: broadcastable to ``[..., H, Nq, Nk]``; bool (True: attend) or added to the scores.
             An additive mask that requires a gradient gets one, to second order.
-        dropout_p: must be 0; dropout on the attention weights is refused.
+        dropout_p: probability, below 1, that an attention weight is set to zero; the others grow by
+            1 / (1 - dropout_p). Like ``F.scaled_dot_product_attention`` this drops whenever it is not 0:
+            pass 0 in evaluation. PyTorch's generator of the device draws the seed.
         is_causal: query i sees keys 0..i; excludes ``attn_mask``.
         scale: softmax scale; ``d ** -0.5`` if None.
         enable_gqa: let groups of query heads share a key and value head.
@@ -62,9 +68,12 @@ def attention(
 
     Raises:
         UsageError: wrong shapes, dtypes, devices or arguments.
-        UnsupportedError: ``dropout_p`` > 0; a third derivative.
+        UnsupportedError: a third derivative; dropout in an ONNX export.
     """
     if has_torch_function((q, k, v, attn_mask)):
+        if isinstance(attn_mask, CausalBias):
+            attn_mask, is_causal = as_plain_mask(attn_mask, is_causal, q.device)
+            return attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return handle_torch_function(
             attention,
             (q, k, v, attn_mask),
@@ -77,19 +86,39 @@ def attention(
             scale=scale,
             enable_gqa=enable_gqa,
         )
+    eager, options = runs_eagerly(), (dropout_p, is_causal, scale, enable_gqa)
+    if eager and attn_mask is None and (known := _passed.find(options, q, k, v)):
+        return _forward.eagerly(q, k, v, None, drawn_seed(q, dropout_p), *known)[0]
     _check(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    given = q, k, v
     q, k, v = cast_for_autocast(q, k, v)
     check_alike(q=q, k=k, v=v)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    dropout_p = float(dropout_p)
     if exporting_to_onnx():
+        refuse_dropout(dropout_p)
         return exported_attention(q, k, v, attn_mask, is_causal, scale, enable_gqa)
     q4, k4, v4, lead = _as_samples(q, k, v, enable_gqa)
     mask = None if attn_mask is None else mask_as_samples(attn_mask, lead, q4, k4)
+    if eager and mask is None and q4 is given[0] and k4 is given[1] and v4 is given[2]:
+        _passed.add((is_causal, scale, dropout_p), options, q, k, v)
+    seed = drawn_seed(q, dropout_p)
     if uses_formula():
-        o = by_formula(reference.attention, q4, k4, v4, mask, is_causal, scale)
+        o = by_formula(reference.attention, q4, k4, v4, mask, is_causal, scale, seed, dropout_p)
     else:
-        o = _forward(q4, k4, v4, mask, is_causal, scale)[0]
+        o = _forward(q4, k4, v4, mask, seed, is_causal, scale, dropout_p)[0]
     return o if o.shape[:2] == lead else o.reshape(*lead, *o.shape[2:])
+
+
+_passed = Passed()
+
+
+def drawn_seed(like: Tensor, dropout_p: float) -> Tensor | None:
+    """Draw the seed of one call, int64 [1], from the generator of the tensor's device; None without dropout.
+
+    On a GPU nobody waits for it, and a captured graph draws another at every replay.
+    """
+    return torch.randint(2**63 - 1, (1,), device=like.device) if dropout_p else None
 
 
 def _check(
@@ -117,20 +146,23 @@ def _check(
     if enable_gqa and (k.shape[-3] != v.shape[-3] or q.shape[-3] % k.shape[-3]):
         hint = "k and v need one head count that divides q's"
         raise shape_error("k", f"a head count that divides {q.shape[-3]} and equals v's", k, hint)
-    if not 0.0 <= dropout_p < 1.0:
-        raise usage_error("dropout_p", "a probability in [0, 1)", dropout_p, "pass 0.0")
-    if dropout_p > 0.0:
-        raise UnsupportedError(
-            f"dropout_p: attention dropout is not supported, got {dropout_p}; pass 0.0 (for timm: "
-            "attn_drop_rate=0) and use dropout after the projection instead"
-        )
+    check_dropout(dropout_p)
     check_scale(scale)
     if is_causal and mask is not None:
         raise usage_error("attn_mask", "None with is_causal", "a mask", "put causality in the mask")
     if mask is not None and mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            hint = "attn_mask.bool() attends where it is not 0"
+            raise usage_error("attn_mask", "torch.bool or a floating dtype", mask.dtype, hint)
         check_tensor("attn_mask", mask)
     if mask is not None and mask.device != q.device:
         raise usage_error("attn_mask", f"device {q.device} like q", mask.device, "move it")
+
+
+def check_dropout(dropout_p: float) -> None:
+    """Raise a UsageError unless ``dropout_p`` is a probability below 1."""
+    if isinstance(dropout_p, Tensor) or not 0.0 <= dropout_p < 1.0:
+        raise usage_error("dropout_p", "a probability in [0, 1)", dropout_p, "pass 0.0")
 
 
 def check_scale(scale: float | None) -> None:
@@ -187,11 +219,18 @@ def mask_as_samples(mask: Tensor, lead: tuple[int, ...], q: Tensor, k: Tensor) -
 
 @operator("attention")
 def attention_operator(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """(1)-(2): ``o`` [B, H, Nq, dv] and ``softmax`` [B, H, 2, Nq], (1a)."""
     run = kernels(AttentionKernels, q).attention_forward
-    return run(q, k, v, _narrow(mask, q), is_causal, scale)
+    return run(q, k, v, _narrow(mask, q), seed, is_causal, scale, dropout_p)
 
 
 @operator("attention_backward")
@@ -233,7 +272,7 @@ def _heads_like(x: Tensor, width: int) -> Tensor:
 
 
 @attention_operator.register_fake
-def _(q, k, v, mask, is_causal, scale):
+def _(q, k, v, mask, *_):
     statistics = torch.promote_types(q.dtype, torch.float32)
     B, H, Nq, _ = q.shape
     return _heads_like(q, v.shape[-1]), q.new_empty(B, H, 2, Nq, dtype=statistics)
@@ -257,8 +296,8 @@ def _(*inputs):
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, is_causal, scale = inputs
-    ctx.options = (is_causal, scale)
+    *tensors, is_causal, scale, dropout_p = inputs
+    ctx.options = (is_causal, scale, dropout_p)
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -266,15 +305,15 @@ def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def _forward_derivative(ctx: Any, do: Tensor | None, *_: None) -> tuple[Any, ...]:
     if do is None:
-        return (None,) * 6
+        return (None,) * 8
     mask_grad = ctx.needs_input_grad[3]
     dq, dk, dv, dmask = _backward(*ctx.saved_tensors, do, *ctx.options, mask_grad)
-    return dq, dk, dv, dmask if mask_grad else None, None, None
+    return dq, dk, dv, dmask if mask_grad else None, None, None, None, None
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, is_causal, scale, mask_grad = inputs
-    ctx.options = (is_causal, scale, mask_grad)
+    *tensors, is_causal, scale, dropout_p, mask_grad = inputs
+    ctx.options = (is_causal, scale, dropout_p, mask_grad)
     dq = None if output[0].device.type == "cpu" else output[0]  # no kernel of a CPU reads it
     ctx.save_for_backward(*tensors, dq)
     ctx.set_materialize_grads(False)
@@ -282,14 +321,15 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward_derivative(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     if all(x is None for x in cotangents):
-        return (None,) * 10
+        return (None,) * 12
     *kind, mask_was_differentiated = ctx.options
     *dd, ddmask = cotangents
     ddmask = ddmask if mask_was_differentiated else None
     # dq may be differentiated in a mask whose gradient is not asked for
     mask_grad = ctx.needs_input_grad[3]
     gq, gk, gv, gdo, gmask = _double_backward(*ctx.saved_tensors, *dd, ddmask, *kind, mask_grad)
-    return gq, gk, gv, gmask if mask_grad else None, None, None, gdo, None, None, None
+    gmask = gmask if mask_grad else None
+    return gq, gk, gv, gmask, None, None, None, gdo, None, None, None, None
 
 
 def _double_backward_derivative(
@@ -300,7 +340,8 @@ def _double_backward_derivative(
     v: Tensor | None,
     umask: Tensor | None,
 ) -> tuple[Any, ...]:
-    *given, do, dq, _, _, _, ddmask = ctx.saved_tensors  # q, k, v, mask and what the forward saved
+    # given: q, k, v, mask, seed and what the forward saved
+    *given, do, dq, _, _, _, ddmask = ctx.saved_tensors
     *kind, mask_was_differentiated = ctx.options
 
     def first(dy: Tensor) -> Any:
@@ -314,7 +355,8 @@ def _double_backward_derivative(
 
     def along_two(a: Any, u: Any) -> Any:
         def formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return reference.attention(q, k, v, mask, *kind)
+            is_causal, scale, dropout_p = kind
+            return reference.attention(q, k, v, mask, is_causal, scale, given[4], dropout_p)
 
         return formula_along_two(formula, given[:4], a, u)
 
@@ -328,7 +370,12 @@ _PLACES = Places(slice(0, 4), slice(-6, -5), slice(-4, None))
 def _fold_samples(
     call: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The vmap rule: samples are independent, so the mapped axis joins the sample axis."""
+    """The vmap rule: samples are independent, so the mapped axis joins the sample axis.
+
+    Under dropout they are not: a sample's number is part of what decides on its weights.
+    """
+    if args[4] is not None:
+        return batch_by_loop(call, size, in_dims, args)
     lifted = [
         x
         if not isinstance(x, Tensor)
@@ -367,4 +414,12 @@ _forward = Operator(
     save=_save_forward,
     results=1,
 )
-decomposes(attention_operator, reference.attention_forward)
+
+
+def _for_export(*args: Any) -> tuple[Tensor, Tensor]:
+    if exporting_to_onnx():
+        refuse_dropout(args[-1])
+    return reference.attention_forward(*args)
+
+
+decomposes(attention_operator, _for_export)

@@ -55,12 +55,15 @@ class Native(NamedTuple):
     Attributes:
         takes: whether they take the operator's arguments.
         run: the operator's function by them.
-        derivative: the operator's by PyTorch's kernels, for a backward pass that is not differentiated again.
+        forward: ``forward(ctx, *args)``, which runs them and saves what ``backward`` reads.
+        backward: ``backward(ctx, *cotangents)``, by PyTorch's kernels unless it is differentiated again.
+            By default what is saved, and the derivative, are the operator's.
     """
 
     takes: Callable[..., bool]
     run: Callable[..., Any]
-    derivative: Derivative | None = None
+    forward: Callable[..., Any] | None = None
+    backward: Derivative | None = None
 
 
 class Operator:
@@ -86,37 +89,58 @@ class Operator:
         results: int | None = None,
         native: Native | None = None,
     ):
-        save = _save_inputs(operator) if save is None else save
+        count = tensor_arguments(operator)
+        given, save = save, save or _save_inputs(count)
         operator.register_autograd(derivative, setup_context=save)
         self._operator, self._function = operator, function_of(operator)
         self._replayed = None
-        self._functorch = _functorch_function(operator, self, save, derivative, batch)
+        self._functorch = _functorch_function(operator, self._whole, save, derivative, batch)
         name = name_of(operator)
-        self._eager = _eager_function(name, self._run, save, derivative, results)
+        forward = _saving(self._run, given, count, results)
+        self._eager_apply = _eager_function(name, forward, derivative)
         self._native = native
         if native is not None:
-            backward = _native_first(derivative, native.derivative)
-            self._native_eager = _eager_function(name, native.run, save, backward, results)
+            forward = native.forward or _saving(native.run, given, count, results)
+            self._native_apply = _eager_function(name, forward, native.backward or derivative)
 
     def __call__(self, *args: Any) -> Any:
+        if not runs_eagerly():
+            if functorch_active():
+                if torch.compiler.is_compiling():
+                    raise UnsupportedError(
+                        "torch.func transforms inside torch.compile drop second-order terms; call "
+                        "torch.func outside torch.compile, or use torch.autograd.grad inside it"
+                    )
+                return self._functorch.apply(*args)
+            refuse_tangents(args)
+            if torch.compiler.is_compiling() or tracing_state() is not None:
+                return self._operator(*args)
+        return self.eagerly(*args)
+
+    def _whole(self, *args: Any) -> Any:
+        """A call that returns every tensor, as a vmap rule has to: other levels save those that callers do not use."""
         if functorch_active():
-            if torch.compiler.is_compiling():
-                raise UnsupportedError(
-                    "torch.func transforms inside torch.compile drop second-order terms; call "
-                    "torch.func outside torch.compile, or use torch.autograd.grad inside it"
-                )
-            return self._functorch.apply(*args)
+            return self(*args)
         refuse_tangents(args)
-        if torch.compiler.is_compiling() or tracing_state() is not None:
-            return self._operator(*args)
+        return self._operator(*args)
+
+    def eagerly(self, *args: Any) -> Any:
+        """What a call is where ``runs_eagerly()``, which is not asked again."""
         recorded = torch.is_grad_enabled() and any_requires_grad(*args)
         native = self._native
         if native and _on_gpu(args[0]) and chosen_backend() == "auto" and native.takes(*args):
             # right for dispatch modes and any kind of tensor, as PyTorch's own operators are
-            return self._native_eager.apply(*args) if recorded else native.run(*args)
-        if _watched(args):
+            return self._native_apply(*args) if recorded else native.run(*args)
+        replay = None
+        if self._replayed is not None and chosen_backend() in ("auto", "triton"):
+            replay = self._replayed.ready(
+                *args
+            )  # its tensors are as plain as those of an earlier call
+        if _watched(args if replay is None else ()):
             return self._operator(*args)
-        return self._eager.apply(*args) if recorded else self._run(*args)
+        if recorded:
+            return self._eager_apply(*args)
+        return self._run(*args) if replay is None else replay(*args)
 
     def _run(self, *args: Any) -> Any:
         """The results of the order, without a graph."""
@@ -131,21 +155,20 @@ class Operator:
             return self._function(*args)
 
 
-def _native_first(derivative: Derivative, native: Derivative | None) -> Derivative:
-    """``derivative``, by PyTorch's own kernels where it is not to be differentiated again."""
-    if native is None:
-        return derivative
+class Orders(NamedTuple):
+    """The derivative orders of an operator."""
 
-    def backward(ctx: Any, *cotangents: Any) -> Any:
-        again = torch.is_grad_enabled() or chosen_backend() != "auto"
-        return derivative(ctx, *cotangents) if again else native(ctx, *cotangents)
-
-    return backward
+    forward: Operator
+    backward: Operator
+    double_backward: Operator
 
 
-def _save_inputs(operator: torch.library.CustomOpDef) -> Save:
-    count = tensor_arguments(operator)
+def natively() -> bool:
+    """Whether a running backward pass of PyTorch's kernels may be theirs: it is not differentiated again."""
+    return not torch.is_grad_enabled() and chosen_backend() == "auto"
 
+
+def _save_inputs(count: int) -> Save:
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:count])
         ctx.options = inputs[count:]
@@ -172,23 +195,29 @@ def _functorch_function(
     )
 
 
-def _eager_function(
-    name: str,
-    run: Callable[..., Any],
-    save: Save,
-    derivative: Derivative,
-    results: int | None,
-) -> Any:
+def _saving(
+    run: Callable[..., Any], save: Save | None, count: int, results: int | None
+) -> Callable[..., Any]:
+    """``forward(ctx, *args)`` that runs ``run``; without ``save`` it saves the first ``count`` inputs."""
+
     def forward(ctx: Any, *args: Any) -> Any:
         output = run(*args)
-        save(ctx, args, output)
+        if save is None:
+            ctx.save_for_backward(*args[:count])
+            ctx.options = args[count:]
+            ctx.set_materialize_grads(False)
+        else:
+            save(ctx, args, output)
         return output if results is None else output[:results]
 
-    return type(
-        name,
-        (torch.autograd.Function,),
-        {"forward": staticmethod(forward), "backward": staticmethod(derivative)},
-    )
+    return forward
+
+
+def _eager_function(
+    name: str, forward: Callable[..., Any], derivative: Derivative
+) -> Callable[..., Any]:
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(derivative)}
+    return type(name, (torch.autograd.Function,), methods).apply
 
 
 def _watched(args: Sequence[Any]) -> bool:
@@ -225,6 +254,17 @@ def _is_ordinary(x: Tensor) -> bool:
     return ordinary
 
 
+def runs_eagerly() -> bool:
+    """Whether nothing but reverse-mode autograd is at work, and no formula: the question of every call."""
+    return not (
+        functorch_active()
+        or in_forward_mode()
+        or torch.compiler.is_compiling()
+        or tracing_state() is not None
+        or chosen_backend() == "reference"
+    )
+
+
 def uses_formula() -> bool:
     """Whether public functions use the reference's formula: in forward mode, and on its own backend."""
     return in_forward_mode() or chosen_backend() == "reference"
@@ -253,16 +293,15 @@ def batch_by_loop(
 ) -> tuple[Any, Any]:
     """A vmap rule that is right for every operator: one call per element, results stacked."""
 
-    def element(i: int) -> tuple[Any, ...]:
+    def element(i: int) -> Any:
         taken = (
             x.select(dim, i) if dim is not None and isinstance(x, Tensor) else x
             for x, dim in zip(args, in_dims, strict=True)
         )
-        result = call(*taken)
-        return result if isinstance(result, tuple) else (result,)
+        return call(*taken)
 
-    parts = zip(*map(element, range(size)), strict=True)
-    stacked: tuple[Any, ...] = tuple(map(torch.stack, parts))
-    if len(stacked) == 1:
-        return next(iter(stacked)), 0
+    results = [element(i) for i in range(size)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(map(torch.stack, zip(*results, strict=True)))
     return stacked, (0,) * len(stacked)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -126,6 +127,15 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
 def compile_ahead(dtype: torch.dtype) -> list[str]:
     """Names of the CPU backend's formulas that are now compiled for ``dtype``."""
     return import_module("diversevit_kernels.cpu.warmup").warmup(dtype)
+
+
+def cache_folder() -> Path:
+    """Return the user's cache folder, ``DIVERSEVIT_CACHE_DIR`` or the usual one; create it if it is missing.
+
+    Raises:
+        OSError: it cannot be created, or others could write there.
+    """
+    return import_module("diversevit_kernels.cpu.runtime.cache_folder").folder()
 
 
 def empty_cpu_cache() -> None:

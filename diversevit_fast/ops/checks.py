@@ -1,8 +1,16 @@
 """Argument checks that several operators share. Each failure is one line (see ``errors``)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from diversevit_kernels.common.torch_internals import likeness
+
+from .._torch_internals import dispatch_modes
 from ..errors import UsageError, usage_error
 
 
@@ -16,10 +24,32 @@ def check_tensor(name: str, x: object) -> Tensor:
         raise usage_error(name, "a tensor", type(x).__name__, "convert it with torch.as_tensor")
     if not x.is_floating_point():
         raise usage_error(name, "a floating dtype", x.dtype, f"convert it with {name}.float()")
-    if x.layout != torch.strided or x.is_nested:
-        layout = "nested" if x.is_nested else str(x.layout)
-        raise usage_error(name, "a dense strided tensor", layout, "convert it with to_dense()")
+    if x.is_nested:
+        hint = (
+            "PyTorch's nested tensors have one derivative: pack plain tensors for flash_attn_varlen_func of "
+            "diversevit_fast.integrations.flash_attn, or pad them and pass a mask"
+        )
+        raise usage_error(name, "a dense strided tensor", "nested", hint)
+    if x.layout != torch.strided:
+        raise usage_error(name, "a dense strided tensor", x.layout, "convert it with to_dense()")
     return x
+
+
+def as_plain_mask(
+    mask: CausalBias, is_causal: bool, device: torch.device
+) -> tuple[Tensor | None, bool]:
+    """The mask that PyTorch's ``CausalBias`` stands for, whose own numbers mean nothing; and whether it is causal.
+
+    Raises:
+        UsageError: ``is_causal`` besides.
+    """
+    if is_causal:
+        raise usage_error("is_causal", "False with a CausalBias", True, "leave it out")
+    more = mask.seq_len_kv - mask.seq_len_q
+    if mask.variant is CausalVariant.UPPER_LEFT or not more:
+        return None, True
+    seen = torch.ones(mask.seq_len_q, mask.seq_len_kv, dtype=torch.bool, device=device)
+    return seen.tril(more), False
 
 
 def check_alike(**tensors: Tensor | None) -> None:
@@ -54,3 +84,30 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def shape_error(name: str, wanted: str, x: Tensor, hint: str) -> UsageError:
     """Build the error for a tensor of the wrong shape."""
     return usage_error(name, f"shape {wanted}", list(x.shape), hint)
+
+
+class Passed:
+    """Calls that passed a function's checks; one like them is found by a comparison in C, which costs a fifth of these.
+
+    The first few kinds are kept, and none of their tensors. To be asked only where ``runs_eagerly()``.
+    """
+
+    MOST = 8
+
+    def __init__(self):
+        self._kinds: list[tuple[Any, Callable[..., bool], Any]] = []
+
+    def find(self, options: Any, *tensors: Any) -> Any:
+        """What was added with equal options and tensors like these, which differ from each other; else None."""
+        for kind, alike, kept in self._kinds:
+            if kind == options and alike(*tensors):
+                return kept
+        return None
+
+    def add(self, kept: Any, options: Any, *tensors: Tensor) -> None:
+        """Let ``find`` return ``kept``, for calls with these options and tensors like these."""
+        plain = all(type(x) in (Tensor, Parameter) for x in tensors)  # others' sizes may be symbols
+        if plain and len(self._kinds) < self.MOST and not dispatch_modes():
+            alike = likeness(tensors)
+            if alike(*tensors):
+                self._kinds.append((options, alike, kept))

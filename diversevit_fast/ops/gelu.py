@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from diversevit_kernels.common.contracts import GeluBackward, GeluDoubleBackward, GeluKernels
 
 from . import native, reference
-from .autograd import Native, Operator, by_formula, uses_formula
+from .autograd import Native, Operator, Orders, by_formula, natively, runs_eagerly, uses_formula
 from .backends import kernels
 from .checks import check_choice, check_tensor
 from .library import operator
@@ -42,6 +42,8 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         return handle_torch_function(gelu, (x,), x, approximate=approximate)
     check_tensor("x", x)
     check_choice("approximate", approximate, ("none", "tanh"))
+    if runs_eagerly():
+        return _forward.eagerly(x, approximate)
     if exporting_to_onnx():
         return F.gelu(x, approximate=approximate)
     if uses_formula():
@@ -89,9 +91,16 @@ def _forward_derivative(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     return _backward(*ctx.saved_tensors, dy, *ctx.options), None
 
 
-def _native_derivative(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-    if dy is None:
-        return None, None
+def _native_forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
+    ctx.save_for_backward(x)
+    ctx.options = (approximate,)
+    ctx.set_materialize_grads(False)
+    return native.gelu(x, approximate)
+
+
+def _native_backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+    if dy is None or not natively():
+        return _forward_derivative(ctx, dy)
     (x,), (approximate,) = ctx.saved_tensors, ctx.options
     return native.gelu_backward(x, dy, approximate), None
 
@@ -145,6 +154,7 @@ _forward = Operator(
     gelu_operator,
     derivative=_forward_derivative,
     batch=_batch_elementwise,
-    native=Native(native.takes_gelu, native.gelu, _native_derivative),
+    native=Native(native.takes_gelu, native.gelu, _native_forward, _native_backward),
 )
+ORDERS = Orders(_forward, _backward, _double_backward)
 decomposes(gelu_operator, reference.gelu_forward)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._torch_internals import function_of_aten
+
 _gelu = F.gelu
 _layer_norm = torch.native_layer_norm
-_gelu_backward = torch.ops.aten.gelu_backward.default
-_layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+_gelu_backward = function_of_aten(torch.ops.aten.gelu_backward.default)
+_layer_norm_backward = function_of_aten(torch.ops.aten.native_layer_norm_backward.default)
 
 
 def takes_gelu(*args: Any) -> bool:
@@ -44,7 +46,7 @@ def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y``, ``mean`` and ``rstd`` of LayerNorm; the last two have an axis of size 1 for each normalized one."""
-    return _layer_norm(x, x.shape[-axes:], weight, bias, eps)
+    return _layer_norm(x, _last_sizes(x, axes), weight, bias, eps)
 
 
 def takes_layer_norm_backward(x: Tensor, weight: Tensor | None, *rest: Any) -> bool:
@@ -65,7 +67,7 @@ def layer_norm_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``dx``, ``dw`` and ``db`` of LayerNorm; None for a gradient that is not asked for."""
     asked = [True, weight_grad, bias_grad]
-    return _layer_norm_backward(dy, x, x.shape[-axes:], mean, rstd, weight, weight, asked)
+    return _layer_norm_backward(dy, x, _last_sizes(x, axes), mean, rstd, weight, weight, asked)
 
 
 def layer_norm_backward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,3 +75,8 @@ def layer_norm_backward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     dx, *grads = layer_norm_gradients(x, *rest)
     dw, db = (x.new_empty(0) if g is None else g for g in grads)
     return dx, dw, db
+
+
+def _last_sizes(x: Tensor, axes: int) -> list[int]:
+    """The sizes of the last axes; PyTorch reads a list faster than a part of a shape."""
+    return [x.shape[-1]] if axes == 1 else list(x.shape[-axes:])

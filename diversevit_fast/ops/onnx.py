@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch_internals import ProxyTorchDispatchMode, overload_of, tracing_state
+from ..errors import UnsupportedError
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 """For ``ExportedProgram.run_decompositions``: what is left runs without this library."""
@@ -37,6 +38,19 @@ def decomposes(operator: torch.library.CustomOpDef, formula: Callable[..., Any])
 
     operator.register_torch_dispatch(ProxyTorchDispatchMode, traced)
     DECOMPOSITIONS[overload_of(operator)] = formula
+
+
+def refuse_dropout(dropout_p: float) -> None:
+    """Raise unless attention is exported without dropout, whose bits ONNX's operators do not draw.
+
+    Raises:
+        UnsupportedError: it is not.
+    """
+    if dropout_p:
+        raise UnsupportedError(
+            f"dropout_p: attention dropout cannot be exported to ONNX, got {dropout_p}; "
+            "export the model in evaluation mode, or pass 0.0"
+        )
 
 
 def exported_attention(

@@ -54,25 +54,25 @@ def gradients(
         UnsupportedError: a third derivative of f is asked for.
     """
     tensors = ctx.saved_tensors
-    wanted = _wanted(ctx, tensors)
+    asked = wanted(ctx, tensors)
     curved, pulled = (any(x is not None for x in given) for given in (u, v))
-    if curved and any(wanted[places.inputs]):
+    if curved and any(asked[places.inputs]):
         raise UnsupportedError(
             f"{name} is differentiable twice, not three times; run forward and backward inside "
             "dvf.use_backend('reference') for any order (plain PyTorch, N x N memory)"
         )
     dy, a = tensors[places.cotangents], tensors[places.directions]
     grads: list[Tensor | None] = [None] * len(tensors)
-    if pulled and any(wanted[places.inputs]):
+    if pulled and any(asked[places.inputs]):
         found = derivatives.second(v, a)  # (51)
-        grads[places.inputs] = _chosen(found, wanted[places.inputs])
-    if curved and any(wanted[places.cotangents]):
+        grads[places.inputs] = _chosen(found, asked[places.inputs])
+    if curved and any(asked[places.cotangents]):
         found = derivatives.along_two(a, u)  # (52)
-        grads[places.cotangents] = _chosen(found, wanted[places.cotangents])
-    if any(wanted[places.directions]):
-        of_gx = _chosen(derivatives.second(dy, u) if curved else (), wanted[places.directions])
-        of_gdy = _chosen(derivatives.first(*v) if pulled else (), wanted[places.directions])
-        grads[places.directions] = map(_sum, of_gx, of_gdy)  # (50)
+        grads[places.cotangents] = _chosen(found, asked[places.cotangents])
+    if any(asked[places.directions]):
+        of_gx = _chosen(derivatives.second(dy, u) if curved else (), asked[places.directions])
+        of_gdy = _chosen(derivatives.first(*v) if pulled else (), asked[places.directions])
+        grads[places.directions] = map(added, of_gx, of_gdy)  # (50)
     return *grads, *(None for _ in ctx.options)
 
 
@@ -99,7 +99,7 @@ def formula_along_two(f: Callable[..., Any], x: Tensors, a: Tensors, u: Tensors)
     return result if isinstance(result, tuple) else (result,)
 
 
-def _wanted(ctx: Any, tensors: Tensors) -> list[bool]:
+def wanted(ctx: Any, tensors: Tensors) -> list[bool]:
     """Tell for each tensor whether the running backward pass asks for its gradient.
 
     ``ctx.needs_input_grad`` says which have one, be it asked for or not.
@@ -122,5 +122,6 @@ def _chosen(grads: Tensors, wanted: Sequence[bool]) -> list[Tensor | None]:
     return [x if w else None for x, w in zip((*grads, *missing), wanted, strict=True)]
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def added(a: Any, b: Any) -> Any:
+    """The sum of two tensors, or the one that there is; None if there is none."""
     return a if b is None else b if a is None else a + b

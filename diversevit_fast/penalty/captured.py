@@ -44,17 +44,19 @@ class Recording:
         runs: those that are complete.
         batches: the batch size of each forward of the whole model.
         earlier: nodes of the graph that were there before the first tensor was captured.
+        resumed: a tensor was captured before what a checkpoint recomputes.
     """
 
     runs: list[Captured] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     earlier: set[Any] = field(default_factory=set)
+    resumed: bool = False
     _projections: list[tuple[ProjectionOutput, Tensor]] = field(default_factory=list)
 
     @property
     def begun(self) -> bool:
         """True once a tensor is captured: what runs after it may depend on it."""
-        return bool(self.runs or self._projections)
+        return self.resumed or bool(self.runs or self._projections)
 
     def note_inputs(self, tensors: Iterable[Any]) -> None:
         """Note what makes tensors that the first layer's surroundings are called with."""
@@ -70,7 +72,8 @@ class Recording:
         self, layer: AttentionLayer, roles: str, x: Tensor, weight: Tensor, out: Tensor
     ) -> None:
         """Record ``out``, a projection of the running layer's input ``x``."""
-        self._projections.append((ProjectionOutput(out, roles, weight, layer.rows_of(roles)), x))
+        rows, by_head = layer.rows_of(roles), out.ndim == x.ndim + 2
+        self._projections.append((ProjectionOutput(out, roles, weight, rows, by_head), x))
 
     def finish_layer(self, layer: AttentionLayer, tokens: int, heads: Tensor | None) -> None:
         """Record a run of ``layer``: its head output, or if None the projections of its input."""

@@ -1,5 +1,7 @@
 """Look for NaN and infinity in the logits of each step, without waiting for the GPU that computes them.
 
+Also for the float16 gradients of a step that a CUDA graph captures, which cannot be computed again.
+
 Logits on a CPU are looked at immediately. On a GPU the largest magnitude seen so far is kept in device memory and
 copied to pinned host memory, where it is read later: by the next step, which then reports an earlier one, or by
 whoever waits for it. NaN and infinity stay in it until they are reported, so none is lost in between, and it may be
@@ -7,28 +9,30 @@ read at any time. The same copies belong to a CUDA graph that captures the step,
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._torch_internals import functorch_active
-from ..errors import UsageError, usage_error
-from .graph_capture import in_graph
+from ..errors import UnsupportedError, UsageError, usage_error
+from . import graph_capture
 
 
 class _Largest(NamedTuple):
-    """The largest magnitude of any logit, on its device and as last copied to the host."""
+    """The largest magnitude seen, on its device and as last copied to the host, and what to say if it is not finite."""
 
     device: Tensor
     host: Tensor | None  # None if made inside a capture, which may not allocate pinned memory
+    refusal: Callable[[], Exception]
 
 
 class FiniteLogits:
     """Refuses logits that are not finite: of a CPU at once, of a GPU when their step has run."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[torch.device, torch.dtype], _Largest] = {}
+        self._seen: dict[Any, _Largest] = {}
 
     def note(self, logits: Tensor) -> None:
         """Look at the logits of a step; not inside ``torch.compile``.
@@ -44,13 +48,29 @@ class FiniteLogits:
             return
         logits = logits.detach()
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        seen = self._seen.get((logits.device, dtype))
-        if seen is None:
-            seen = self._seen[logits.device, dtype] = _nothing_seen(logits.device, dtype)
+        largest = None
         if logits.numel():
             largest = torch.linalg.vector_norm(logits, math.inf, dtype=dtype)
+        self._keep((logits.device, dtype), largest, _late_refusal)
+
+    def note_gradients(self, finite: Tensor, grad_scale: float) -> None:
+        """Look, later, whether the gradients of a captured step were ``finite``, a boolean tensor.
+
+        Args:
+            grad_scale: the factor that is too large if they were not.
+        """
+        largest = torch.where(finite, 0.0, math.inf).float()
+        self._keep((finite.device, grad_scale), largest, lambda: _overflow(grad_scale))
+
+    def _keep(self, key: Any, largest: Tensor | None, refusal: Callable[[], Exception]) -> None:
+        seen = self._seen.get(key)
+        if seen is None:
+            device, kind = key
+            dtype = kind if isinstance(kind, torch.dtype) else torch.float32
+            seen = self._seen[key] = _nothing_seen(device, dtype, refusal)
+        if largest is not None:
             torch.maximum(seen.device, largest, out=seen.device)
-        if seen.host is not None and (not in_graph() or seen.host.is_pinned()):
+        if seen.host is not None and (not graph_capture.in_graph() or seen.host.is_pinned()):
             seen.host.copy_(seen.device, non_blocking=True)
 
     def look(self) -> None:
@@ -58,28 +78,31 @@ class FiniteLogits:
 
         Raises:
             UsageError: logits of an earlier step were not finite.
+            UnsupportedError: nor were gradients.
         """
-        known = (x.host.item() for x in self._seen.values() if x.host is not None)
-        if not all(map(math.isfinite, known)) and not in_graph():
-            self._report()
+        if graph_capture.capturing():
+            return
+        for seen in reversed(self._seen.values()):  # gradients first: they spoil later logits
+            if seen.host is not None and not math.isfinite(seen.host.item()):
+                self._report(seen.refusal)
 
     def wait(self) -> None:
         """Wait for the steps that were started, and report.
 
         Raises:
             UsageError: logits of a step since the last report were not finite.
+            UnsupportedError: nor were gradients.
         """
-        if not all(math.isfinite(x.device.item()) for x in self._seen.values()):
-            self._report()
+        for seen in reversed(self._seen.values()):
+            if not math.isfinite(seen.device.item()):
+                self._report(seen.refusal)
 
-    def _report(self) -> None:
+    def _report(self, refusal: Callable[[], Exception]) -> None:
         for seen in self._seen.values():
             seen.device.zero_()
             if seen.host is not None:
                 seen.host.copy_(seen.device)  # after the copies under way
-        raise _refusal(
-            "NaN or infinity in an earlier step: on a GPU a step is looked at when it has run"
-        )
+        raise refusal()
 
 
 def _runs_apart(x: Tensor) -> bool:
@@ -87,9 +110,26 @@ def _runs_apart(x: Tensor) -> bool:
     return x.is_cuda or x.is_xpu
 
 
-def _nothing_seen(device: torch.device, dtype: torch.dtype) -> _Largest:
+def _nothing_seen(
+    device: torch.device, dtype: torch.dtype, refusal: Callable[[], Exception]
+) -> _Largest:
     zero = torch.zeros((), device=device, dtype=dtype)
-    return _Largest(zero, None if in_graph() else torch.zeros((), dtype=dtype, pin_memory=True))
+    if graph_capture.in_graph():
+        return _Largest(zero, None, refusal)
+    return _Largest(zero, torch.zeros((), dtype=dtype, pin_memory=_runs_apart(zero)), refusal)
+
+
+def _late_refusal() -> UsageError:
+    return _refusal(
+        "NaN or infinity in an earlier step: on a GPU a step is looked at when it has run"
+    )
+
+
+def _overflow(grad_scale: float) -> UnsupportedError:
+    return UnsupportedError(
+        f"float16: the gradients of the heads overflowed with grad_scale {grad_scale:g} in an earlier step of a CUDA "
+        "graph, whose penalty was NaN; use torch.autocast with bfloat16, or a smaller grad_scale"
+    )
 
 
 def _refusal(got: str) -> UsageError:

@@ -75,11 +75,15 @@ class InnerScale:
         self,
         tensors: list[Tensor],
         differentiate: Callable[[float | Tensor], list[list[Tensor | None]]],
+        note: Callable[[Tensor, float], None],
     ) -> tuple[list[list[Tensor | None]], float]:
         """Return ``differentiate(factor)`` and the factor, halved until nothing overflows.
 
         In a CUDA graph nothing is tried again. Gradients that overflow give a penalty of NaN, and if the factor
         is not fixed it is halved for the next replay.
+
+        Args:
+            note: called inside a graph with whether the gradients are finite, and the fixed factor.
 
         Raises:
             UnsupportedError: float16 gradients overflow with any factor, or with the fixed one; inside a
@@ -96,7 +100,7 @@ class InnerScale:
                 )
             return differentiate(self.value), self.value
         if graph_capture.capturing():
-            return self._apply_captured(differentiate), self.value
+            return self._apply_captured(differentiate, note), self.value
         self.state()
         while True:
             grads = differentiate(self.value)
@@ -116,10 +120,14 @@ class InnerScale:
         return grads, factor
 
     def _apply_captured(
-        self, differentiate: Callable[[float | Tensor], list[list[Tensor | None]]]
+        self,
+        differentiate: Callable[[float | Tensor], list[list[Tensor | None]]],
+        note: Callable[[Tensor, float], None],
     ) -> list[list[Tensor | None]]:
         if self.fixed is not None:
-            return differentiate(self.value)
+            grads = differentiate(self.value)
+            note(_finite(grads), self.value)
+            return grads
         if self._moved is None:
             raise UnsupportedError(
                 "float16: a CUDA graph cannot try another factor when gradients overflow; pass grad_scale=, "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..ops.backends import chosen_backend
 
 if TYPE_CHECKING:
     from .head_diversity import HeadDiversity
@@ -67,6 +68,22 @@ class ReplayedPenalty:
     def is_due(self) -> bool:
         """Whether the next step has the penalty."""
         return self.diversity is None or self.diversity.step % self.diversity.every == 0
+
+    def kind(self) -> tuple[Any, ...]:
+        """What the next step's graph depends on: the kernels, whether it has the penalty, and the options of that."""
+        one = self.diversity
+        if one is None:
+            return (chosen_backend(),)
+        return (
+            chosen_backend(),
+            self.is_due(),
+            one.every,
+            one.wrt,
+            one.granularity,
+            one.reduction,
+            one.target,
+            one.check_finite,
+        )
 
     def state(self) -> Any:
         """What ``restore`` takes, to leave no trace of steps in between."""

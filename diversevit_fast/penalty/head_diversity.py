@@ -1,18 +1,21 @@
 """HeadDiversity: the penalty on the gradients of a model's attention heads, for any training loop."""
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attachment.attachment import Attachment, Forward, batch_size
+from .._torch_internals import in_checkpoint
+from ..attachment.attachment import Attachment, Forward, Moment
 from ..attachment.attention_modules import AttentionLayer, blocks_from, choose_layers
+from ..attachment.call_arguments import batch_size
 from ..attachment.class_token import ClassTokenShortcut
-from ..attachment.graph_checks import depends_on, refuse_checkpointing
+from ..attachment.graph_checks import depends_on
 from ..attachment.indices import Integers
 from ..attachment.parallel import check_ddp_forward, is_ddp, keep_unsharded, unwrap
-from ..attachment.second_order import OPERATORS, call_second_order
+from ..attachment.replacements import OPERATORS, call_second_order
 from ..attachment.support import refuse
 from ..errors import UnsupportedError, usage_error
 from ..ops.checks import check_choice
@@ -44,6 +47,8 @@ class HeadDiversity(Attachment):
     Where only the class token of the last block is read (DiverseViT, and timm's VisionTransformer with
     ``global_pool="token"``, called as a whole, no hooks on that block), the last block is computed
     for the class token alone: the same logits and penalty, O(N d) attention.
+
+    Attention dropout of a model in training mode is part of the forward, and of its penalty.
 
     Two options reduce the cost and can be combined; the gradient stays right on average:
 
@@ -133,6 +138,7 @@ class HeadDiversity(Attachment):
         super().__init__(model, choose_layers(model, layers))
         refuse(self.layers, f"wrt={wrt!r}")
         self.wrt, self.granularity, self.reduction = wrt, granularity, reduction
+        self.keeps_heads = wrt == "output"
         self.target: Target = target
         self.num_heads = [layer.num_heads for layer in self.layers]
         if reduction == "pairs" and 1 in self.num_heads:
@@ -172,7 +178,7 @@ class HeadDiversity(Attachment):
         check_logits(logits)
         if self.check_finite:
             self._finite.note(logits)
-        score = prediction_score(logits, self.target)
+        score, weights = prediction_score(logits, self.target)
         earlier, samples = self._recording.earlier, None
         runs = self._recording.take_runs()
         if not len(score):
@@ -182,7 +188,7 @@ class HeadDiversity(Attachment):
             check_reached(self.layers, {run.layer for run in runs})
         else:
             runs, samples = self._checked(runs, score, earlier)
-        grads, scale = self._differentiate(score, runs)
+        grads, scale = self._differentiate(score, runs, weights)
         value, self.cosines = mean_penalty(
             grads, runs, self.layers, self.granularity, self.reduction, scale
         )
@@ -197,6 +203,7 @@ class HeadDiversity(Attachment):
 
         Raises:
             UsageError: logits of a step since the last report were not finite.
+            UnsupportedError: in a replay, float16 gradients overflowed with a fixed ``grad_scale``.
         """
         self._finite.wait()
 
@@ -217,12 +224,16 @@ class HeadDiversity(Attachment):
         return runs, samples
 
     def _differentiate(
-        self, score: Tensor, runs: list[Captured]
+        self, score: Tensor, runs: list[Captured], weights: Tensor | None
     ) -> tuple[list[HeadGradients], float]:
         """The gradients of all heads, and the factor they are scaled by, in a CUDA graph about."""
         tensors = [x for run in runs for x in run.tensors]
         with keep_unsharded(self.model):
-            return self._scale.apply(tensors, lambda factor: head_gradients(score, runs, factor))
+            return self._scale.apply(
+                tensors,
+                lambda factor: head_gradients(score, runs, factor, weights),
+                self._finite.note_gradients,
+            )
 
     def on_enter(self) -> bool:
         self._recording = Recording()
@@ -258,16 +269,17 @@ class HeadDiversity(Attachment):
         options: dict[str, Any],
     ) -> Tensor:
         q, k, v = qkv
-        tokens = q.shape[-2]
-        class_token_only = self._class_token.active and layer is self.layers[-1]
-        if class_token_only:
-            q = q[..., :1, :]
+        asked = tokens = q.shape[-2]
+        if self._class_token.active and layer is self.layers[-1]:
+            tokens = k.shape[-2]
+            q = q if asked == 1 else q[..., :1, :]
         heads = attend(q, k, v, **options)
         if self._capturing():
             if self.wrt == "output":
                 heads = self._with_graph(layer, heads)
             self._recording.finish_layer(layer, tokens, heads if self.wrt == "output" else None)
-        return heads.expand(*heads.shape[:-2], tokens, -1) if class_token_only else heads
+        answered = heads.shape[-2] == asked
+        return heads if answered else heads.expand(*heads.shape[:-2], asked, -1)
 
     def on_torch_function(
         self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -279,7 +291,7 @@ class HeadDiversity(Attachment):
     def _second_order(self) -> bool:
         """True if what runs now is differentiated twice, since it may depend on a captured tensor."""
         apart = self._split.with_rest and not self._split.entangled
-        return self._recording.begun and not apart
+        return (self._recording.begun and not apart) or super()._second_order()
 
     def _capturing(self) -> bool:
         """True if what runs now belongs to the penalty."""
@@ -287,11 +299,23 @@ class HeadDiversity(Attachment):
 
     def _with_graph(self, layer: AttentionLayer, x: Tensor) -> Tensor:
         """Return ``x``, or where a frozen model gave it no graph, a copy that starts one."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._resumed is None:
+            self._refuse_other_draws()
             self._split.check_reached(layer.name, len(x))
-            refuse_checkpointing()
             check_ddp_forward(self._in_ddp)
         return x if x.requires_grad else x.detach().requires_grad_()
+
+    @property
+    def runs_part(self) -> bool:
+        """Whether a block is running on some of the samples alone."""
+        return self._split.running
+
+    def _refuse_other_draws(self) -> None:
+        if self._split.fraction < 1 and in_checkpoint():
+            raise UnsupportedError(
+                "fraction: a block from the first chosen layer on runs inside activation checkpointing, which "
+                "would draw other samples when it recomputes; checkpoint only the blocks below, or use fraction=1"
+            )
 
     def _refuse_amortised(self) -> None:
         if self.every > 1 or self._split.fraction < 1:
@@ -307,19 +331,44 @@ class HeadDiversity(Attachment):
         self._finite = FiniteLogits()
         self._in_graph_step = False  # whether ``dvf.graph_step`` captures this step
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         own = {"_scale": copy(self._scale), "_split": copy(self._split)}
-        return {**super().__getstate__(), **own}
+        return {**super()._options(), **own}
+
+    def _moment(self) -> Moment:
+        if self._recording.begun:
+            self._refuse_other_draws()
+        now = {"begun": self._recording.begun, "class_token_only": self._class_token.active}
+        return super()._moment()._replace(**now)
+
+    def resume(self, moment: Moment) -> None:
+        super().resume(moment)
+        self._recording = Recording(resumed=moment.begun)
+        self._class_token.active = moment.class_token_only
+
+    def forget(self) -> None:
+        super().forget()
+        self._recording, self._class_token.active = Recording(), False
 
     def _wrap_all(self) -> None:
         """Also wrap the model (its batch size, its class-token shortcut) and the blocks to be split."""
         super()._wrap_all()
-        self._class_token.wrap(self, self.layers[-1])
+        self._class_token.wrap(self, self.layers[-1], self._capturing, self._unseen_finish)
         self.wrap(blocks_from(self.model, self.layers[0])[0], self._note_inputs)
         self.wrap(self.model, self._note_batch)
         if self._split.fraction < 1:
             for block in blocks_from(self.model, self.layers[0]):
                 self.wrap(block, self._split.wrapper_of(block))
+
+    def _unseen_finish(self) -> Callable[[int], None] | None:
+        """What notes a run of the last layer, given its tokens; None if more is needed than its projection.
+
+        What a checkpoint recomputes may end where the model's forward does not.
+        """
+        recomputed = self._resumed is not None or in_checkpoint()
+        if recomputed or self.wrt == "output" or self._split.fraction < 1:
+            return None
+        return lambda tokens: self._recording.finish_layer(self.layers[-1], tokens, None)
 
     def _note_inputs(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
         self._recording.note_inputs((*args, *kwargs.values()))

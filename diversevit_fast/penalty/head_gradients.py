@@ -19,9 +19,12 @@ HeadGradients = list[Tensor | None]
 
 
 def head_gradients(
-    score: Tensor, runs: Sequence[Captured], scale: float | Tensor = 1.0
+    score: Tensor,
+    runs: Sequence[Captured],
+    scale: float | Tensor = 1.0,
+    weights: Tensor | None = None,
 ) -> list[HeadGradients]:
-    """Differentiate ``sum(scale * score)`` with respect to every captured tensor.
+    """Differentiate ``sum(scale * weights * score)`` with respect to every captured tensor.
 
     On this thread: a GPU's own, which PyTorch would use, starts later, and waits for Python as this one does.
     """
@@ -29,7 +32,12 @@ def head_gradients(
     create_graph = torch.is_grad_enabled()
     here = nullcontext() if torch.compiler.is_compiling() else set_multithreading_enabled(False)
     on_device = isinstance(scale, Tensor)  # where a CUDA graph may not read it
-    weights = torch.ones_like(score) * scale if on_device else torch.full_like(score, scale)
+    if weights is None:
+        weights = torch.full_like(score, 1.0 if on_device else scale)
+    elif not on_device and scale != 1.0:
+        weights = weights * scale
+    if on_device:
+        weights = weights * scale
     with here:
         grads = torch.autograd.grad(
             score,

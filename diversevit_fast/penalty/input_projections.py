@@ -20,13 +20,14 @@ class ProjectionOutput:
     """The output of a linear layer that makes queries, keys or values, ``[B, N, len(roles) H d]``.
 
     ``roles`` are some of "qkv", in this order, made by the last ``rows`` rows of ``weight``. The output is
-    ``[B, H d]`` where the layer projects the first token alone.
+    ``[B, H d]`` where the layer projects the first token alone, and ``[B, N, len(roles), H, d]`` if ``by_head``.
     """
 
     tensor: Tensor
     roles: str
     weight: Tensor
     rows: int  # len(roles) H d, with H d those of a whole [B, H, N, d]
+    by_head: bool = False
 
 
 def input_projections(

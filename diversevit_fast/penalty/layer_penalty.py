@@ -101,6 +101,8 @@ def _by_head(grad: Tensor | None, part: ProjectionOutput, heads: int) -> tuple[T
     grad = torch.zeros_like(part.tensor) if grad is None else grad
     before = len(part.weight) - part.rows
     grad, weight = (grad[..., before:], part.weight[before:]) if before else (grad, part.weight)
+    if part.by_head:
+        return grad, weight.view(roles, heads, -1, weight.shape[-1])
     if grad.ndim == 2:  # the first token alone
         grad = grad.unsqueeze(1)
     elif grad.ndim > 3:  # tokens on a grid

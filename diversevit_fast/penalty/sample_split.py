@@ -37,6 +37,7 @@ class SampleSplit:
         generator: draws them; the global one of the batch's device if None.
 
     Attributes:
+        running: a module is running on the drawn samples or on the rest.
         with_rest: a module is running on the rest.
         entangled: the rest is computed from a tensor that depends on the drawn samples.
 
@@ -53,7 +54,7 @@ class SampleSplit:
             hint = "or leave it out"
             raise usage_error("generator", "a torch.Generator", type(generator).__name__, hint)
         self.fraction, self.generator = fraction, generator
-        self.with_rest = self.entangled = self._running = False
+        self.running = self.with_rest = self.entangled = False
         self._orders: dict[int, tuple[Tensor, Tensor]] = {}
         self._outside: list[Tensor] | None = None
         self._last: _Parts | None = None
@@ -86,12 +87,11 @@ class SampleSplit:
     def draw(self, orders: Sequence[Tensor]) -> None:
         """Draw the samples of the next replay, as the step itself would."""
         for order in orders:
-            drawn = torch.randperm(len(order), generator=self.generator)
-            order.copy_(drawn, non_blocking=True)
+            order.copy_(self._drawn_on_host(len(order), order.device), non_blocking=True)
 
     def check_reached(self, name: str, batch: int) -> None:
         """Refuse a layer that runs on the whole batch although its block should be split."""
-        if not self._running and self._count(batch) < batch:
+        if not self.running and self._count(batch) < batch:
             raise UnsupportedError(
                 f"fraction: {name} does not run inside its block's own forward; use fraction=1"
             )
@@ -123,7 +123,7 @@ class SampleSplit:
             )
 
         def run(_: nn.Module, forward: Callable[..., Tensor], args: tuple, kwargs: dict) -> Tensor:
-            if self._running or not torch.is_grad_enabled():
+            if self.running or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             x, others = args[0] if args else None, (*args[1:], *kwargs.values())
             if not isinstance(x, Tensor) or any(isinstance(other, Tensor) for other in others):
@@ -139,13 +139,13 @@ class SampleSplit:
     def _in_two(self, name: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         order, place = self._order_of(x)
         chosen, rest = self._parts_of(x, order)
-        self._running = True
+        self.running = True
         try:
             chosen_out = forward(chosen)
             self.with_rest = True
             rest_out = forward(rest)
         finally:
-            self._running = self.with_rest = False
+            self.running = self.with_rest = False
         if not isinstance(chosen_out, Tensor) or len(chosen_out) != len(chosen):
             raise UnsupportedError(
                 f"fraction: {name} does not return one tensor [B, ...]; use fraction=1"
@@ -184,7 +184,14 @@ class SampleSplit:
                 return torch.arange(batch, device=device)
             self._outside.append(torch.empty(batch, dtype=torch.int64, device=device))
             return self._outside[-1]
-        return torch.randperm(batch, device=source, generator=self.generator).to(device)
+        if source.type != "cpu":
+            return torch.randperm(batch, device=source, generator=self.generator).to(device)
+        return self._drawn_on_host(batch, device).to(device, non_blocking=True)
+
+    def _drawn_on_host(self, batch: int, device: torch.device) -> Tensor:
+        """A random order drawn by the CPU, in memory that a GPU copies from while Python goes on."""
+        order = torch.randperm(batch, device="cpu", generator=self.generator)
+        return order.pin_memory() if device.type in ("cuda", "xpu") else order
 
     def _count(self, batch: int) -> int:
         return min(batch, max(1, round(self.fraction * batch)))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..errors import usage_error
@@ -17,8 +18,13 @@ def check_target(target: Target) -> None:
         raise usage_error("target", wanted, repr(target), "check the spelling")
 
 
-def prediction_score(logits: Tensor, target: Target) -> Tensor:
-    """The score ``[B]`` of each sample whose gradient is taken, from logits ``[B, classes]``.
+def prediction_score(logits: Tensor, target: Target) -> tuple[Tensor, Tensor | None]:
+    """What is differentiated, from logits ``[B, classes]``: the scores ``[B]`` of samples, or a weighted sum.
+
+    The largest logits are the logits weighted by ones in their places: the gradient of that is the weights.
+
+    Returns:
+        The scores and None, or the logits and their weights.
 
     Args:
         target: ``"logit"``: each sample's largest logit (the paper's p*). ``"probability"``: its
@@ -29,14 +35,17 @@ def prediction_score(logits: Tensor, target: Target) -> Tensor:
     """
     check_logits(logits)
     if not callable(target):
-        return (logits if target == "logit" else logits.softmax(-1)).max(-1).values
+        if target == "probability":
+            return logits.softmax(-1).max(-1).values, None
+        largest = logits.detach().max(-1, keepdim=True).indices
+        return logits, torch.zeros_like(logits).scatter_(-1, largest, 1.0)
     score = target(logits)
     if not isinstance(score, Tensor) or score.shape != logits.shape[:1]:
         got = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
         raise usage_error(
             "target", f"a callable returning [{len(logits)}]", got, "one score a sample"
         )
-    return score
+    return score, None
 
 
 def check_logits(logits: Tensor) -> None:

@@ -46,3 +46,11 @@ def checked_count(name: str, value: Any) -> int:
         wanted = "a whole number of at least 1"
         raise usage_error(name, wanted, repr(value), "leave it out")
     return value
+
+
+def checked_weight(weight: Any) -> Any:
+    """A function or None."""
+    if weight is not None and not callable(weight):
+        hint = "a constant weight belongs into the loss"
+        raise usage_error("weight", "a function of no arguments or None", repr(weight), hint)
+    return weight

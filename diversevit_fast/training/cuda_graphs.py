@@ -48,7 +48,7 @@ class CudaRecorder:
         outside = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(outside)
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), _with_earlier_losses():
                 return job()
         finally:
             outside.wait_stream(self._stream)
@@ -66,18 +66,24 @@ class CudaRecorder:
         if _REGISTERS:
             for generator in generators:
                 graph.register_generator_state(generator)
-        failure: Exception | None = None
+        outside = torch.cuda.current_stream(self.device)
+        failure: BaseException | None = None
         results = None
         try:
-            with torch.cuda.graph(
-                graph, self._pool, self._stream, capture_error_mode="thread_local"
+            with (
+                _with_earlier_losses(),
+                torch.cuda.graph(
+                    graph, self._pool, self._stream, capture_error_mode="thread_local"
+                ),
             ):
                 try:
                     results = job()
-                except Exception as error:  # the end of the capture may raise another
+                except BaseException as error:  # the end of the capture may raise another
                     failure = error
-        except Exception as error:
+        except BaseException as error:
             failure = failure or error
+        finally:
+            torch.cuda.set_stream(outside)  # a capture that fails at its end stays on its own
         if failure is not None:
             raise failure
         return graph, results
@@ -86,6 +92,24 @@ class CudaRecorder:
 def recorder_for(device: torch.device) -> Recorder | None:
     """Return what records steps of that device, or None where steps are run as they are."""
     return CudaRecorder(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _with_earlier_losses() -> Iterator[None]:
+    """A context in which the loss of an earlier step, on another stream, may still be in somebody's hands.
+
+    It keeps nodes of autograd alive that belong to its stream, which a capture must not wait for.
+    """
+    override = getattr(torch.autograd.graph, "set_override_stale_capture_stream", None)  # 2.14
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+        if override is not None:
+            override(True)
+        try:
+            yield
+        finally:
+            if override is not None:
+                override(False)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +17,20 @@ from ..errors import UnsupportedError, usage_error
 from ..penalty.graph_capture import ReplayedPenalty
 from ..penalty.head_diversity import HeadDiversity
 from . import cuda_graphs
-from .arguments import checked_amp, checked_clip, checked_count, checked_diversity, checked_scaler
+from .arguments import (
+    checked_amp,
+    checked_clip,
+    checked_count,
+    checked_diversity,
+    checked_scaler,
+    checked_weight,
+)
 from .cuda_graphs import Recorder, Recording
 from .optimizers import DeviceOptions, check_for_graphs, check_optimizer, refuse_host_state
+from .reads import KeptTensors, NamesRead, TensorsRead
 from .refusals import refusal_of_wait
-from .snapshot import NewState, Snapshot
-from .update import Loss, Update
+from .snapshot import Snapshot
+from .update import Batch, Loss, Update
 from .watch import Watch
 
 
@@ -35,6 +43,7 @@ def graph_step(
     clip: float | None = None,
     scaler: torch.amp.GradScaler | None = None,
     accumulate: int = 1,
+    weight: Callable[[], float | Tensor] | None = None,
     generators: Iterable[torch.Generator] = (),
     max_graphs: int = 8,
 ) -> "GraphStep":
@@ -49,19 +58,21 @@ def graph_step(
     ...     value, logits = step(images, labels)
 
     ``step(*batch)`` clears the gradients, calls ``loss(*batch)`` under autocast, runs backward, clips, and takes the
-    optimizer's step. With parameters on a CPU that is all it does.
+    optimizer's step. With parameters on a CPU that is all it does. Arguments may have names.
 
     On a GPU the first batch of each signature is captured, and later ones are copied into the captured batch's memory
     (from the CPU too) and replayed. A signature is the shapes and dtypes of the batch, whether this step has the
-    penalty (``every``), which modules are in training mode, which parameters are trained, and the optimizer's
-    options. The learning rate may change at no cost with Adam, AdamW and any optimizer made with ``fused=True``;
-    where it is part of the signature, each new rate is a new capture. A capture is preceded by two steps of warm-up,
-    of which parameters, buffers, optimizer, generators, penalty and scaler keep no trace.
+    penalty (``every``), which modules are in training mode, which parameters are trained, the optimizer's options,
+    and the numbers that the loss itself mentions by name. The learning rate may change at no cost with Adam, AdamW and
+    any optimizer made with ``fused=True``; where it is part of the signature, each new rate is a new capture. A
+    capture is preceded by three steps of warm-up, of which parameters, buffers, optimizer, generators, penalty and
+    scaler keep no trace.
 
-    ``loss`` is Python, and replays do not run it: it must not depend on anything but its tensors and the
-    signature. What changes from step to step must be a tensor, written in place: a penalty's weight for instance,
-    ``weight = torch.tensor(0.0, device="cuda")`` in the loss and ``weight.fill_(100.0)`` before a step, or an
-    argument of the step. A loss that reads a tensor on the host (``.item()``) is refused.
+    ``loss`` is Python, and replays do not run it. What changes from step to step must be a tensor on the GPU, written
+    in place: a penalty's weight for instance, ``weight = torch.tensor(0.0, device="cuda")`` in the loss and
+    ``weight.fill_(100.0)`` before a step; or an argument of the step; or ``weight=``, below. A number in the closure of
+    ``loss``, in its globals, or an attribute of an object there is captured anew where it changes; one that a function
+    called by ``loss`` looks up is not noticed. A loss that reads a tensor on the host (``.item()``) is refused.
 
     Args:
         loss: returns a scalar tensor, or a tuple of it and anything made of tensors.
@@ -71,6 +82,8 @@ def graph_step(
         clip: the largest norm of all gradients together.
         scaler: a ``GradScaler``, for float16. On a GPU the optimizer must be made with ``fused=True``.
         accumulate: cut each batch into so many equal parts and add up their gradients; the loss is the mean of theirs.
+        weight: a function of no arguments, called before each step. ``loss`` gets its number as ``weight=``, a tensor:
+            for a penalty's weight that follows a schedule.
         generators: generators of the GPU that ``loss`` draws from, besides PyTorch's own and ``diversity``'s.
         max_graphs: how many captures are kept; the one not used for longest goes.
 
@@ -92,6 +105,7 @@ def graph_step(
         clip=checked_clip(clip),
         scaler=checked_scaler(scaler),
         accumulate=checked_count("accumulate", accumulate),
+        weight=checked_weight(weight),
         generators=tuple(generators),
         max_graphs=checked_count("max_graphs", max_graphs),
     )
@@ -99,7 +113,11 @@ def graph_step(
 
 @dataclass
 class _Graph:
-    """A captured step, the memory it reads and writes, and what it does to the penalty."""
+    """A captured step, the memory it reads and writes, and what it does to the penalty.
+
+    Attributes:
+        read: tensors of others that it reads.
+    """
 
     recording: Recording
     batch: list[Tensor]
@@ -108,6 +126,7 @@ class _Graph:
     draws: list[Tensor]
     steps: int
     outcome: Any
+    read: KeptTensors
 
 
 class GraphStep:
@@ -123,6 +142,7 @@ class GraphStep:
         clip: float | None,
         scaler: Any,
         accumulate: int,
+        weight: Callable[[], float | Tensor] | None,
         generators: tuple[torch.Generator, ...],
         max_graphs: int,
     ):
@@ -130,28 +150,48 @@ class GraphStep:
             hint = "loss(*batch) returns a scalar"
             raise usage_error("loss", "a function", type(loss).__name__, hint)
         check_optimizer(optimizer)
-        device = optimizer.param_groups[0]["params"][0].device
-        self._recorder: Recorder | None = cuda_graphs.recorder_for(device)
-        if self._recorder is not None:
-            device = check_for_graphs(optimizer, scaler)
         self._optimizer, self._penalty, self._scaler = optimizer, penalty, scaler
-        self._options = DeviceOptions(optimizer, None if self._recorder is None else device)
-        self._update = Update(loss, optimizer, device, amp, clip, scaler, accumulate, self._options)
-        self._device = device
+        self._make_update = lambda device, options: Update(
+            loss, optimizer, device, amp, clip, scaler, accumulate, options
+        )
         self._generators = tuple(dict.fromkeys((*generators, *penalty.generators())))
+        self._weight_of = weight
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
-        self._max_graphs, self._dropped = max_graphs, False
+        self._max_graphs = max_graphs
+        self._renewed, self._warned = 0, False
+        self._names = NamesRead(loss)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Begin anew on the device where the parameters are."""
+        self._device = _first_parameter(self._optimizer).device
+        self._recorder: Recorder | None = cuda_graphs.recorder_for(self._device)
+        if self._recorder is not None:
+            check_for_graphs(self._optimizer, self._scaler)
+        self._options = DeviceOptions(
+            self._optimizer, None if self._recorder is None else self._device
+        )
+        self._update = self._make_update(self._device, self._options)
+        self._graphs.clear()
         self._watch: Watch | None = None
 
-    def __call__(self, *batch: Any) -> Any:
+    def __call__(self, *batch: Any, **named: Any) -> Any:
         """Take a step on a batch, and return what the loss returned, detached."""
+        if _first_parameter(self._optimizer).device != self._device:
+            self._settle()
+        if self._weight_of is not None:
+            named["weight"] = self._weight_now()
         if self._recorder is None:
-            return self._update(batch)
+            return self._update((batch, named))
         if self._watch is None or not self._watch.is_same():
             self._start_over()
-        leaves, layout = tree_flatten(batch)
+        leaves, layout = tree_flatten((batch, named))
         key = self._signature(leaves, layout)
         graph = self._graphs.get(key)
+        if graph is not None and not graph.read.are_same():
+            del self._graphs[key]
+            self._renewed += 1
+            graph = None
         if graph is None:
             return self._first(key, leaves, layout)
         self._graphs.move_to_end(key)
@@ -162,6 +202,13 @@ class GraphStep:
     def graphs(self) -> int:
         """How many captured steps are kept; on a CPU none."""
         return len(self._graphs)
+
+    def _weight_now(self) -> Tensor:
+        assert self._weight_of is not None
+        value = self._weight_of()
+        if isinstance(value, Tensor):
+            return value
+        return torch.full((), value, dtype=torch.float32, device=self._device)
 
     def _start_over(self) -> None:
         """Forget all graphs: they hold addresses of what is no longer there."""
@@ -179,14 +226,20 @@ class GraphStep:
         return (
             described,
             layout,
-            self._penalty.is_due(),
+            self._penalty.kind(),
             self._watch.modes(),
+            self._names.values(),
             self._options.frozen(),
             torch.get_float32_matmul_precision(),
             torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
         )
 
     def _replay(self, graph: _Graph, leaves: list[Any]) -> Any:
+        assert self._watch is not None
+        if self._watch.has_gradients():
+            self._update.forget_gradients()
         _copy_into(graph.batch, leaves)
         self._penalty.before_replay(graph.draws)
         graph.recording.replay()
@@ -201,19 +254,38 @@ class GraphStep:
         batch = tree_unflatten(
             [next(places) if isinstance(x, Tensor) else x for x in leaves], layout
         )
-        graph, new, modules = self._capture(batch, memory)
+        graph, modules = self._capture(batch, memory)
         assert self._watch is not None
-        if not modules <= set(self._watch.modules):  # the other graphs do not know of all
+        new_ones = modules.difference(self._watch.modules)
+        if new_ones:  # the other graphs do not know of them
             self._graphs.clear()
-            self._watch = Watch(self._optimizer, [*self._watch.modules, *modules])
-        self._graphs[self._signature(leaves, layout)] = graph
-        self._drop_oldest()
-        if not new:
+            self._watch = Watch(self._optimizer, [*self._watch.modules, *new_ones])
+        if graph is not None:
+            self._keep(graph, leaves, layout)
             return self._replay(graph, leaves)
-        assert self._recorder is not None
-        result = self._recorder.run(lambda: self._update(batch))  # makes the optimizer's state
-        new.take_over()
-        return _copied(result)
+        before = self._snapshot()
+        try:
+            assert self._recorder is not None
+            _copy_into(memory, leaves)  # the loss may have written there
+            result = _copied(self._recorder.run(lambda: self._update(batch)))
+            self._watch.note_state()
+            graph, _ = self._capture(batch, memory)
+        except BaseException:
+            before.undo()
+            self._watch.note_state()
+            raise
+        if graph is not None:
+            self._keep(graph, leaves, layout)
+        return result
+
+    def _snapshot(self) -> Snapshot:
+        assert self._watch is not None
+        known = (self._device, self._watch.modules, self._generators)
+        return Snapshot(self._optimizer, self._penalty, self._scaler, *known)
+
+    def _keep(self, graph: _Graph, leaves: list[Any], layout: Any) -> None:
+        self._graphs[self._signature(leaves, layout)] = graph  # which names what is known by now
+        self._drop_oldest()
 
     def _memory_for(self, key: Any, leaves: list[Any]) -> list[Tensor]:
         """Memory for a batch: that of a graph for batches like it, or new."""
@@ -223,30 +295,26 @@ class GraphStep:
         tensors = (x for x in leaves if isinstance(x, Tensor))
         return [torch.empty_like(x, device=self._device, requires_grad=False) for x in tensors]
 
-    def _capture(
-        self, batch: tuple[Any, ...], memory: list[Tensor]
-    ) -> tuple[_Graph, NewState, set[nn.Module]]:
+    def _capture(self, batch: Batch, memory: list[Tensor]) -> tuple[_Graph | None, set[nn.Module]]:
         """Warm up and capture a step without a trace.
 
         Returns:
-            The graph; the optimizer's state that it uses and that does not exist yet; all modules that ran.
+            The graph, and all modules that ran. There is no graph where the optimizer has made state: that is its
+            own to make, in a step like any other. A graph is captured after it, when there is no such step any
+            more whose memory would be needed beside the graph's.
         """
         recorder, penalty, due = self._recorder, self._penalty, self._penalty.is_due()
+        read = TensorsRead()
         assert recorder is not None
-        assert self._watch is not None
-        snapshot = Snapshot(
-            self._optimizer,
-            penalty,
-            self._scaler,
-            self._device,
-            self._watch.modules,
-            self._generators,
-        )
+        snapshot = self._snapshot()
         try:
-            steps = self._warm_up(recorder, batch, snapshot)
+            steps = self._warm_up(recorder, batch, snapshot, read)
             skips = self._scaler is not None
             with penalty.captured(self._device, skips=skips):
                 recorder.rehearse(lambda: self._update(batch))
+            if snapshot.has_new_state():
+                snapshot.restore()
+                return None, snapshot.modules
             penalty.rewind(snapshot.penalty_state)
             snapshot.restore_draws()
             with penalty.captured(self._device, skips=skips) as draws:
@@ -258,34 +326,48 @@ class GraphStep:
                     "GPU, or outside and pass them to the step as a tensor"
                 )
             outcome = penalty.outcome()
-        except Exception as error:
-            snapshot.restore()
+        except BaseException as error:
+            snapshot.undo()
             refusal = refusal_of_wait(error, self._optimizer)
             if refusal is not None:
                 raise refusal from error
             raise
-        graph = _Graph(recording, memory, results, due, draws, steps, outcome)
-        return graph, snapshot.restore(), snapshot.modules
+        kept = KeptTensors(snapshot.others(read.alive()), self._device)
+        graph = _Graph(recording, memory, results, due, draws, steps, outcome, kept)
+        snapshot.restore()
+        return graph, snapshot.modules
 
-    def _warm_up(self, recorder: Recorder, batch: tuple[Any, ...], snapshot: Snapshot) -> int:
-        """Run the step uncaptured, so that all is compiled and allocated; return the steps that the penalty counted."""
-        with _modules_noted(snapshot):
+    def _warm_up(
+        self, recorder: Recorder, batch: Batch, snapshot: Snapshot, read: TensorsRead
+    ) -> int:
+        """Run the step uncaptured, twice: watched, to know what it uses, and as it is, so that all is compiled.
+
+        Returns:
+            The steps that the penalty counted in one.
+        """
+        names = self._names.values()
+        with _modules_noted(snapshot), read:
             recorder.run(lambda: self._update(batch))
         steps = self._penalty.rewind(snapshot.penalty_state)
         self._penalty.check_count(steps)
         refuse_host_state(self._optimizer)
+        snapshot.note_warm()
+        recorder.run(lambda: self._update(batch))
+        self._penalty.rewind(snapshot.penalty_state)
+        snapshot.refuse_replaced()
+        self._names.keep_unchanged(names)
         return steps
 
     def _drop_oldest(self) -> None:
-        if len(self._graphs) <= self._max_graphs:
-            return
-        self._graphs.popitem(last=False)
-        if not self._dropped:
-            self._dropped = True
+        if len(self._graphs) > self._max_graphs:
+            self._graphs.popitem(last=False)
+            self._renewed = self._max_graphs + 1
+        if self._renewed > self._max_graphs and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"graph_step: more than {self._max_graphs} kinds of steps, each captured anew when it comes up again; "
-                "use batches of one size, an optimizer made with fused=True if its learning rate changes, or "
-                "max_graphs=",
+                "use batches of one size, an optimizer made with fused=True if its learning rate changes, a tensor "
+                "on the GPU for a number that does, or max_graphs=",
                 stacklevel=4,
             )
 
@@ -295,6 +377,8 @@ def _modules_noted(snapshot: Snapshot) -> Iterator[None]:
     """A context in which every module that is called is first kept in the snapshot."""
 
     def note(module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():  # inside a compiled module, which is noted as a whole
+            return
         if is_ddp(module) or fsdp_modules(module):
             raise UnsupportedError(
                 "model: a CUDA graph of a step under DDP or FSDP is not supported; write the step by hand"
@@ -333,3 +417,7 @@ def _constant(x: Any) -> Any:
         hint = "make it a tensor"
         raise usage_error("batch", "tensors and constants", type(x).__name__, hint) from None
     return type(x), x
+
+
+def _first_parameter(optimizer: torch.optim.Optimizer) -> Tensor:
+    return next(p for group in optimizer.param_groups for p in group["params"])

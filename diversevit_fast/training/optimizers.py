@@ -75,7 +75,7 @@ class DeviceOptions:
         for group in self.optimizer.param_groups:
             rate = None
             if "lr" in group and not _on_device(group["lr"]) and self._takes_tensor(group):
-                rate = torch.zeros((), device=self.device)
+                rate = torch.zeros((), device=self.device, dtype=torch.float32)
             self._rates.append(rate)
             self._known.append(None)
             if group.get("capturable") is None and not group.get("fused"):
@@ -98,7 +98,7 @@ class DeviceOptions:
     def frozen(self) -> tuple[Any, ...]:
         """The options that a graph records as they are: another value needs another graph."""
         return tuple(
-            _by_value(value)
+            by_value(value)
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True)
             for name, value in group.items()
             if name != "params" and (name != "lr" or rate is None)
@@ -127,6 +127,12 @@ class DeviceOptions:
         return bool(group.get("fused")) or type(self.optimizer) in _TENSOR_RATE
 
 
+def options_of(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Any]:
+    """Every option of an optimizer but its parameters, by group and name."""
+    groups = enumerate(optimizer.param_groups)
+    return {(i, name): x for i, group in groups for name, x in group.items() if name != "params"}
+
+
 def refuse_host_state(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that counts on the host, where replays do not count.
 
@@ -147,7 +153,8 @@ def _on_device(x: Any) -> bool:
     return isinstance(x, Tensor) and x.device.type != "cpu"
 
 
-def _by_value(value: Any) -> Any:
+def by_value(value: Any) -> Any:
+    """An option in a form that can be compared: tensors on the host by value, on a device by identity."""
     if isinstance(value, Tensor):
         return id(value) if _on_device(value) else value.tolist()
-    return tuple(map(_by_value, value)) if isinstance(value, (list, tuple)) else value
+    return tuple(map(by_value, value)) if isinstance(value, (list, tuple)) else value

@@ -12,6 +12,8 @@ from ..errors import usage_error
 from .optimizers import DeviceOptions
 
 Loss = Callable[..., Any]
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a step was called with: arguments by position and by name."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Update:
     accumulate: int
     options: DeviceOptions
 
-    def __call__(self, batch: tuple[Any, ...]) -> Any:
+    def __call__(self, batch: Batch) -> Any:
         """Take a step; gradients are gone after it.
 
         Returns:
@@ -43,15 +45,15 @@ class Update:
         """
         self.forget_gradients()
         values, extras = [], []
-        for part in self._parts(batch):
+        for positional, named in self._parts(batch):
             with self._autocast():
-                result = self.loss(*part)
+                result = self.loss(*positional, **named)
             value, *rest = result if isinstance(result, tuple) else (result,)
             _check_results(value, rest)
             extras.append(_detached(rest))
             values.append(value.detach())
             value = value if self.accumulate == 1 else value / self.accumulate
-            (value if self.scaler is None else self.scaler.scale(value)).backward()
+            self._backward(value if self.scaler is None else self.scaler.scale(value))
             del result, value, rest
         self._apply()
         self.forget_gradients()
@@ -66,6 +68,17 @@ class Update:
 
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, value: Tensor) -> None:
+        """Run backward; in a graph for the optimizer's parameters alone.
+
+        The graph would add to gradients of others where they are now, and go on writing there when they are freed.
+        """
+        if self.options.device is None:
+            value.backward()
+            return
+        trained = [p for p in self.parameters() if p.requires_grad]
+        value.backward(inputs=trained or None)
 
     def _apply(self) -> None:
         if self.clip is not None:
@@ -88,7 +101,7 @@ class Update:
             return torch.autocast(kind, dtype, enabled=outside, cache_enabled=False)
         return torch.autocast(kind, self.amp, cache_enabled=not outside)
 
-    def _parts(self, batch: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    def _parts(self, batch: Batch) -> list[Batch]:
         if self.accumulate == 1:
             return [batch]
         leaves, layout = tree_flatten(batch)
