@@ -56,9 +56,14 @@ class Dominoes(Dataset[tuple[Tensor, int, int]]):
         image_size: ``(H, W)`` in pixels.
         class_names, group_names: two labels, four groups.
         split, correlation: the split's name, and how often digit and label agree.
+        independent: how many different things of each of the two ``kinds`` the images show, by the kind's name
+            (``"digits"``, ``"photographs"``), which is what a standard error has to count: images that repeat
+            one of them are not independent.
     """
 
     num_classes = 2
+    kinds = ("digits", "photographs")
+    digit_names = ("0", "1")
 
     def __init__(
         self,
@@ -73,14 +78,23 @@ class Dominoes(Dataset[tuple[Tensor, int, int]]):
     ):
         self.split, self.correlation, self.class_names = split, correlation, class_names
         pairs = pair(digits.classes, photos.classes, correlation, stream(generator, split), samples)
-        self.images = torch.cat([digits.images[pairs.digit], photos.images[pairs.photo]], dim=2)
+        self.images = self._joined(digits.images[pairs.digit], photos.images[pairs.photo])
         self.labels = photos.classes[pairs.photo]
         self.digits = digits.classes[pairs.digit]
         self.groups = 2 * self.labels + self.digits
         self.digit_index = digits.index[pairs.digit]
         self.photo_index = photos.index[pairs.photo]
+        shown = (self.digit_index, self.photo_index)
+        counts = (len(index.unique()) for index in shown)
+        self.independent = dict(zip(self.kinds, counts, strict=True))
         self.image_size = (self.images.shape[2], self.images.shape[3])
-        self.group_names = tuple(f"{name} + {digit}" for name in class_names for digit in (0, 1))
+        self.group_names = tuple(
+            f"{name} + {digit}" for name in class_names for digit in self.digit_names
+        )
+
+    def _joined(self, digits: Tensor, photos: Tensor) -> Tensor:
+        """Make the split's images of those of its pairs."""
+        return torch.cat([digits, photos], dim=2)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -146,7 +160,7 @@ def stream(generator: torch.Generator | None, name: str) -> torch.Generator:
 
     The seed is ``generator.initial_seed()`` (0 for None); its state is neither read nor advanced.
     The names in use are the splits, for flips and pairing; ``sources``, for cutting the sources
-    in parts; and ``patches/train``, ``patches/val``, ``patches/test`` for ``DigitsPhotos``.
+    in parts; and ``cells``, ``patches/train``, ``patches/val``, ``patches/test`` for ``DigitsPhotos``.
     """
     if not (generator is None or isinstance(generator, torch.Generator)):
         got = type(generator).__name__
@@ -222,9 +236,14 @@ def batches(
     count = len(dataset)
     order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
     return (
-        (dataset.images[rows].float() / 255, dataset.labels[rows], dataset.groups[rows])
+        (_floats(dataset.images[rows]), dataset.labels[rows], dataset.groups[rows])
         for rows in order.split(batch_size)
     )
+
+
+def _floats(images: Tensor) -> Tensor:
+    """Return bytes as float32 in [0, 1], and what holds fractions already as float32."""
+    return images.float() if images.is_floating_point() else images.float() / 255
 
 
 def _shuffled(indices: Tensor, generator: torch.Generator) -> Tensor:

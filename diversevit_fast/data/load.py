@@ -3,15 +3,31 @@
 import os
 import reprlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import usage_error
+from . import garments_places
 from .digits_photos import DigitsPhotos
-from .dominoes import SPLITS, Dominoes, role_of
+from .dominoes import IMAGE_SIZE, SPLITS, Dominoes, role_of
+from .garments_places import GarmentsPlaces
+from .group_images import check_img_size, check_memory, folder_images
 from .mnist_cifar import MNISTCIFAR, PREPARE
 
-NAMES = ("digits-photos", "mnist-cifar")
+NAMES = ("digits-photos", "mnist-cifar", "garments-places", "folder")
+FIXED_SIZES: Mapping[str, tuple[int, int]] = {
+    "digits-photos": IMAGE_SIZE,
+    "mnist-cifar": IMAGE_SIZE,
+    "garments-places": (32, 32),
+}
+"""Height and width in pixels where they are known before the data are read."""
+
+_PREPARED = {
+    "mnist-cifar": (MNISTCIFAR, PREPARE),
+    "garments-places": (GarmentsPlaces, garments_places.PREPARE),
+}
 
 
 def load_splits(
@@ -22,17 +38,23 @@ def load_splits(
     correlation: float | None = None,
     samples: int | Mapping[str, int] | None = None,
     download: bool = False,
-) -> dict[str, Dominoes]:
+    metadata: str | os.PathLike[str] | None = None,
+    img_size: int | None = None,
+) -> dict[str, Any]:
     """Build the five ``SPLITS`` of a data set from one seed.
 
     Args:
-        name: ``digits-photos`` or ``mnist-cifar``.
-        source: where MNIST-CIFAR's images are (``MNISTCIFAR``); digits-photos takes none.
+        name: ``digits-photos``, ``mnist-cifar``, ``garments-places``, or ``folder``: images whose groups a CSV file
+            names.
+        source: where the images are (``MNISTCIFAR``, ``GarmentsPlaces``, ``folder_images``); digits-photos takes none.
         seed: 0 to 2**63 - 1.
-        correlation: of train, val_id and test_id; None is 0.9. The ``*_ood`` splits keep 0.5.
+        correlation: of train, val_id and test_id; None is 0.9. The ``*_ood`` splits keep 0.5. A folder has its own.
         samples: images per split: one number for all, or a number by split; None is the default
             size of each split.
         download: let torchvision download into ``source``.
+        metadata: the CSV file of a folder; see ``folder_images``.
+        img_size: height and width in pixels to which images are resized, once and bilinearly, without keeping their
+            aspect ratio; None keeps the data set's own size.
 
     Raises:
         UsageError: a bad argument, or a source that is missing or damaged.
@@ -43,18 +65,37 @@ def load_splits(
         raise usage_error(
             "seed", "an integer from 0 to 2**63 - 1", reprlib.repr(seed), "pass such a number"
         )
-    if name == "mnist-cifar" and source is None:
-        raise usage_error("source", "an .npz file or a torchvision folder", "None", PREPARE)
+    if name in _PREPARED and source is None:
+        hint = _PREPARED[name][1]
+        raise usage_error("source", "an .npz file or a torchvision folder", "None", hint)
+    if name == "folder" and source is None:
+        hint = "name the folder that holds the images and their CSV file"
+        raise usage_error("source", "a folder of images", "None", hint)
     if name == "digits-photos" and source is not None:
         raise usage_error(
-            "source", "nothing for digits-photos", source, "leave it out, or name mnist-cifar"
+            "source", "nothing for digits-photos", source, "leave it out, or name other data"
         )
+    if name != "folder" and metadata is not None:
+        raise usage_error(
+            "metadata", f"nothing for {name}", metadata, "leave it out, or name folder"
+        )
+    check_img_size(img_size)
     if isinstance(samples, Mapping):
         for split in samples:
             role_of(split)
         sizes: dict[str, int | None] = dict(samples)
     else:
         sizes = {} if samples is None else dict.fromkeys(SPLITS, samples)
+    if name == "folder":
+        for option, given in (("correlation", correlation is not None), ("download", download)):
+            if given:
+                hint = "leave it out: a folder has the images that its CSV file lists"
+                raise usage_error(option, "nothing for folder", correlation or download, hint)
+        generator = torch.Generator().manual_seed(seed)
+        assert source is not None
+        return folder_images(
+            source, metadata, img_size=img_size, samples=sizes, generator=generator
+        )
 
     def load(split: str) -> Dominoes:
         generator = torch.Generator().manual_seed(seed)
@@ -62,7 +103,7 @@ def load_splits(
         size = sizes.get(split)
         if source is None:
             return DigitsPhotos(split, correlation=agreement, samples=size, generator=generator)
-        return MNISTCIFAR(
+        return _PREPARED[name][0](
             source,
             split,
             correlation=agreement,
@@ -71,4 +112,12 @@ def load_splits(
             download=download,
         )
 
-    return {split: load(split) for split in SPLITS}
+    splits = {split: load(split) for split in SPLITS}
+    if img_size is not None:
+        check_memory(sum(map(len, splits.values())), (img_size, img_size))
+        for split in splits.values():
+            split.images = F.interpolate(
+                split.images, (img_size, img_size), mode="bilinear", antialias=True
+            )
+            split.image_size = (img_size, img_size)
+    return splits

@@ -5,45 +5,30 @@ automobile (label 0) or a truck (label 1). Train images come from the train sour
 sources are cut in validation (20 %) and test (80 %).
 """
 
-import lzma
 import os
 import pickle
-import reprlib
 import struct
-import tokenize
-import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..errors import UsageError, require, usage_error
-from ..files import FileError, reading, write_atomically, writing
+from ..errors import require, usage_error
 from .dominoes import Dominoes, Pool, check_samples, correlation_of, part_of, role_of, stream
+from .npz_sources import check_form, check_labels, keys_of, read_npz, write_npz
 
 SHARES = {"train": (0.0, 1.0), "val": (0.0, 0.2), "test": (0.2, 1.0)}
 AUTOMOBILE, TRUCK = 1, 9  # among CIFAR-10's ten classes
 IMAGE_SHAPES = {"mnist": (28, 28), "cifar": (32, 32, 3)}
-KEYS = tuple(
-    f"{name}_{part}_{what}"
-    for name in IMAGE_SHAPES
-    for part in ("train", "test")
-    for what in ("images", "labels")
-)
-DAMAGED_NPZ = (  # what zipfile and numpy raise for broken files, found by breaking them
-    *(OSError, EOFError, ValueError, RuntimeError, SyntaxError),
-    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error, struct.error),
-    *(ArithmeticError, LookupError, TypeError, lzma.LZMAError),
-)
+KEYS = keys_of(IMAGE_SHAPES)
 DAMAGED_FOLDER = (  # the same for torchvision; a failed download is an OSError
     *(OSError, EOFError, ValueError, RuntimeError, AssertionError, LookupError),
     *(ArithmeticError, AttributeError, TypeError, ImportError, zlib.error, struct.error),
     pickle.PickleError,
 )
-MOST_IMAGES = 10**6  # of one array: CIFAR-10 and MNIST have 60,000 each
 PREPARE = "make one with diversevit_fast.data.prepare_mnist_cifar(root, out, download=True)"
 
 
@@ -131,92 +116,18 @@ def prepare_mnist_cifar(
         for part in ("train", "test")
         for field, array in _from_torchvision(root, part, download, "root")._asdict().items()
     }
-    try:
-        with writing(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, lambda file: np.savez_compressed(file, **arrays))
-    except FileError as refused:
-        got = f"{out} ({refused.reason})"
-        raise usage_error("out", "a writable path", got, "pick another") from None
+    write_npz(out, arrays)
     return out
 
 
 def _read(source: Path, part: str, download: bool) -> Sources:
     if source.is_file():
-        return _from_npz(source, part)
+        return Sources(*read_npz(source, part, IMAGE_SHAPES, PREPARE))
     if source.is_dir() or (download and source.suffix != ".npz"):
         return _from_torchvision(source, part, download, "source")
     wanted = "an .npz file or a torchvision folder"
     got = f"{source}, which {'is neither' if source.exists() else 'does not exist'}"
     raise usage_error("source", wanted, got, PREPARE)
-
-
-def _from_npz(path: Path, part: str) -> Sources:
-    wanted = [key for key in KEYS if part in key.split("_")]
-    with reading(path), path.open("rb") as file:
-        archive = zipfile.is_zipfile(file)
-    if not archive:
-        raise usage_error("source", "an .npz archive", f"{path}, no whole zip archive", PREPARE)
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            absent = [key for key in KEYS if key not in stored]
-            if absent:
-                keys, missing = ", ".join(KEYS), ", ".join(absent)
-                raise usage_error("source", f"arrays {keys}", f"no {missing}", PREPARE)
-            for key in wanted:
-                _check_form("source", key, *_header(stored.zip, key))
-            arrays = [stored[key] for key in wanted]
-    except UsageError:
-        raise
-    except MemoryError:
-        with reading(path):  # not the file's fault either
-            raise
-    except DAMAGED_NPZ as broken:
-        if isinstance(broken, OSError) and broken.errno:
-            with reading(path):  # the system's fault, not the file's
-                raise
-        raise usage_error(
-            "source", "a readable .npz archive", f"{path} ({broken})", PREPARE
-        ) from None
-    sources = Sources(*arrays)
-    _check_labels("source", f"mnist_{part}", sources.mnist_images, sources.mnist_labels)
-    _check_labels("source", f"cifar_{part}", sources.cifar_images, sources.cifar_labels)
-    return sources
-
-
-def _header(archive: Any, key: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Read the shape and dtype of an array in an ``.npz`` from its header alone."""
-    with archive.open(f"{key}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0}
-        shape, _, dtype = read.get(version, np.lib.format.read_array_header_2_0)(file)
-    if dtype.hasobject:
-        raise ValueError(f"{key} holds Python objects, which are not loaded")
-    return shape, dtype
-
-
-def _check_form(argument: str, key: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    tail = IMAGE_SHAPES[key.partition("_")[0]] if key.endswith("images") else ()
-    if dtype != np.uint8 or len(shape) != 1 + len(tail) or shape[1:] != tail:
-        listed = ", ".join(["n", *map(str, tail)])
-        got = f"{dtype} {reprlib.repr(list(shape))}"
-        raise usage_error(argument, f"{key} as uint8 [{listed}]", got, PREPARE)
-    if not 0 <= shape[0] <= MOST_IMAGES:
-        wanted = f"at most {MOST_IMAGES} items in {key}"
-        raise usage_error(argument, wanted, reprlib.repr(shape[0]), PREPARE)
-
-
-def _check_labels(argument: str, name: str, images: np.ndarray, labels: np.ndarray) -> None:
-    if len(images) != len(labels):
-        got = f"{len(images)} images and {len(labels)} labels"
-        raise usage_error(argument, f"as many {name}_images as {name}_labels", got, PREPARE)
-    if labels.size and labels.max() > 1:
-        got = f"values up to {labels.max()}"
-        raise usage_error(argument, f"{name}_labels of 0 or 1", got, PREPARE)
-    counts = np.bincount(labels, minlength=2)
-    if counts.min() == 0:
-        got = f"{counts[0]} and {counts[1]}"
-        raise usage_error(argument, f"{name} images of both classes", got, PREPARE)
 
 
 def _from_torchvision(root: Path, part: str, download: bool, argument: str) -> Sources:
@@ -235,7 +146,8 @@ def _from_torchvision(root: Path, part: str, download: bool, argument: str) -> S
         ("mnist", mnist.data.numpy(), digit_classes),
         ("cifar", cifar.data, photo_classes),
     ):
-        _check_form(argument, f"{name}_{part}_images", images.shape, images.dtype)
+        key = f"{name}_{part}_images"
+        check_form(argument, key, images.shape, images.dtype, IMAGE_SHAPES, PREPARE)
         if labels.shape != images.shape[:1]:
             got = f"{len(images)} images and labels {list(labels.shape)}"
             raise usage_error(argument, f"as many labels as images in {name}", got, PREPARE)
@@ -246,6 +158,6 @@ def _from_torchvision(root: Path, part: str, download: bool, argument: str) -> S
         cifar.data[photos],
         (photo_classes[photos] == TRUCK).astype(np.uint8),
     )
-    _check_labels(argument, f"mnist_{part}", sources.mnist_images, sources.mnist_labels)
-    _check_labels(argument, f"cifar_{part}", sources.cifar_images, sources.cifar_labels)
+    check_labels(argument, f"mnist_{part}", sources.mnist_images, sources.mnist_labels, PREPARE)
+    check_labels(argument, f"cifar_{part}", sources.cifar_images, sources.cifar_labels, PREPARE)
     return sources
