@@ -13,20 +13,22 @@ from torch import Tensor, nn
 
 from ..errors import UsageError, usage_error
 from ..files import FileError, reading, writing
-from ..models import DiverseViT
 from .config import Settings
 from .metrics import COLUMNS, EVALUATED, SELECTED, Row
+from .models import Architecture, architecture_of, number_of_heads
+from .recipe import make_optimizer, moments
 from .run_files import DamagedError, out_of_memory, read_sealed, write_sealed
 
 _FORMAT = 2
 _NAMES = ("method", "seed", "epoch", "split", "heads")  # of a row
 _NUMBERS = ("accuracy", "worst_group", "loss")  # in every row
 _UNSEALED = 1  # the format that had no checksum
-_NOT_DECISIVE = (
+NOT_DECISIVE = (
     "methods",
     "seeds",
     "download",
     "tensorboard",
+    "workers",
     "fsdp",
     "graph",
 )  # no effect on one training's numbers but for rounding
@@ -49,14 +51,16 @@ class State:
 
     Attributes:
         trained: what the steps call: ``model``, or what trains it on several ranks.
+        architecture: builds and saves the model.
         rows: its rows of ``metrics.csv`` so far.
         best: ``"epoch"`` of the selected head and the ``"weights"`` of that epoch.
         cosines: ``"before"`` training and ``"after"`` the last epoch, each H x H.
     """
 
-    model: DiverseViT
+    model: nn.Module
     trained: nn.Module
     optimizer: torch.optim.Optimizer
+    architecture: Architecture
     epoch: int = 0
     rows: list[Row] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
@@ -67,13 +71,10 @@ class State:
         """Create new weights and optimizer; every method of a seed starts from the same weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(task.seed)
-            model = DiverseViT(
-                image_size=tuple(dataset.image_size),
-                num_classes=dataset.num_classes,
-                **settings.model,
-            )
+            architecture = architecture_of(settings, dataset)
+            model = architecture.build()
         model.to(device)
-        return cls(model, model, adam(model, settings, task))
+        return cls(model, model, make_optimizer(model, settings, task.method), architecture)
 
     def finish_epoch(self, rows: list[Row], cosines: list[list[float]]) -> None:
         """Advance to the next epoch, and keep its weights if it holds the selected head so far."""
@@ -104,12 +105,14 @@ class State:
         content = read(path)
         self.accept(content, settings, task, path)
         model, optimizer = content.get("model"), content.get("optimizer")
-        moments = optimizer.get("state") if isinstance(optimizer, dict) else None
+        held = optimizer.get("state") if isinstance(optimizer, dict) else None
         fresh = self.optimizer.state_dict()["param_groups"]
-        if not _alike(model, self.model.state_dict()) or not _alike(moments, self._moments()):
+        if not _alike(model, self.model.state_dict()) or not _alike(
+            held, moments(self.model, settings)
+        ):
             raise foreign(path, "one that does not fit")
         self.model.load_state_dict(model)
-        self.optimizer.load_state_dict({"state": moments, "param_groups": fresh})
+        self.optimizer.load_state_dict({"state": held, "param_groups": fresh})
 
     def history(self, settings: Settings, task: Task) -> dict[str, Any]:
         """Return all of a checkpoint except weights and optimizer state."""
@@ -133,24 +136,17 @@ class State:
             raise foreign(path, "another format")
         held: list[Any] = [content.get(k) for k in ("run", "epoch", "rows", "best", "cosines")]
         run, epoch, rows, best, cosines = held
-        if not isinstance(run, str) or run != _identity(settings, task):
+        if not _is_identity(run, settings, task):
             raise foreign(path, "the checkpoint of another run")
         if (
             not _is_epoch(epoch, settings.epochs)
-            or not _are_rows(rows, task, epoch, heads := self.model.config["num_heads"])
+            or not _are_rows(rows, task, epoch, heads := number_of_heads(self.model))
             or not _alike(best, {"epoch": 1, "weights": self.model.state_dict()})
             or not _is_epoch(best["epoch"], epoch)
             or not _alike(cosines, dict.fromkeys(("before", "after"), [[0.0] * heads] * heads))
         ):
             raise foreign(path, "one that does not fit")
         self.epoch, self.rows, self.best, self.cosines = epoch, rows, best, cosines
-
-    def _moments(self) -> dict[int, dict[str, Tensor]]:
-        """Return an example of the optimizer's state of each parameter after a step."""
-        return {
-            i: {"step": torch.zeros(()), "exp_avg": p.detach(), "exp_avg_sq": p.detach()}
-            for i, p in enumerate(self.model.parameters())
-        }
 
 
 def _alike(value: Any, pattern: Any) -> bool:
@@ -198,11 +194,6 @@ def _is_row(row: Any) -> bool:
         and all(type(row.get(k)) is COLUMNS[k] for k in (*_NAMES, *_NUMBERS))
         and all(math.isfinite(row[k]) for k in _NUMBERS)
     )
-
-
-def adam(model: nn.Module, settings: Settings, task: Task) -> torch.optim.Optimizer:
-    """Return the optimizer of ``task`` for the parameters of ``model``."""
-    return torch.optim.Adam(model.parameters(), lr=settings.base_lr(task.method))
 
 
 def write_content(path: Path, content: dict[str, Any]) -> None:
@@ -266,5 +257,42 @@ def foreign(path: Path, got: str, what: str = "it") -> UsageError:
 
 
 def _identity(settings: Settings, task: Task) -> str:
-    decisive = {k: v for k, v in settings.to_json().items() if k not in _NOT_DECISIVE}
+    decisive = {k: v for k, v in settings.to_json().items() if k not in NOT_DECISIVE}
     return json.dumps({"task": str(task), **decisive}, sort_keys=True)
+
+
+def _is_identity(run: Any, settings: Settings, task: Task) -> bool:
+    """Return True if ``run`` is what ``_identity`` returns, or did before settings were added.
+
+    A setting that an older version did not have was what its default says now.
+    """
+    try:
+        stored = json.loads(run)
+    except (RecursionError, TypeError, ValueError):
+        return False
+    wanted, defaults = (json.loads(_identity(s, task)) for s in (settings, Settings()))
+    return isinstance(stored, dict) and {**defaults, "task": None, **stored} == wanted
+
+
+def progress_of(
+    content: Any, settings: Settings, task: Task, path: Path
+) -> tuple[list[Row], dict[str, Any], int]:
+    """Return rows, cosines and epoch of a ``history`` read from ``path``, to be looked at alone.
+
+    Raises:
+        UsageError: it is none, or another run's.
+    """
+    if not isinstance(content, dict) or not _is_identity(content.get("run"), settings, task):
+        raise foreign(path, "the checkpoint of another run")
+    held: list[Any] = [content.get(name) for name in ("rows", "cosines", "epoch")]
+    rows, cosines, epoch = held
+    after = cosines.get("after") if isinstance(cosines, dict) else None
+    heads = len(after) if isinstance(after, list) else 0
+    square = [[0.0] * heads] * heads
+    if (
+        not _is_epoch(epoch, settings.epochs)
+        or not _are_rows(rows, task, epoch, heads)
+        or not _alike(cosines, dict.fromkeys(("before", "after"), square))
+    ):
+        raise foreign(path, "one that does not fit")
+    return rows, cosines, epoch

@@ -1,6 +1,5 @@
 """The commands of ``diversevit``, as a typer app; ``cli.main`` turns errors into one line."""
 
-import os
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import usage_error
-from ..files import writing
 from . import options as o
 from .config import MOST_SEEDS, is_path
+from .data_commands import data_app
+from .run_files import check_new
+from .sweep_commands import sweep
 
 _BY_RANKS = ("run", "train")  # commands that torchrun's ranks can share
 
@@ -21,7 +22,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
@@ -41,15 +41,24 @@ def run(
     ctx: typer.Context,
     data: o.Data = None,
     source: o.Source = None,
+    metadata: o.Metadata = None,
+    img_size: o.ImgSize = None,
     download: o.Download = None,
     correlation: o.Correlation = None,
     samples: o.Samples = None,
     preset: o.Preset = None,
     config: o.Config = None,
+    architecture: o.Model = None,
+    pretrained: o.Pretrained = None,
+    freeze_below: o.FreezeBelow = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     lr: o.Lr = None,
     erm_lr: o.ErmLr = None,
+    optimizer: o.Optimizer = None,
+    weight_decay: o.WeightDecay = None,
+    amp: o.Amp = None,
+    augment: o.Augment = None,
     penalty_weight: o.PenaltyWeight = None,
     wrt: o.Wrt = None,
     granularity: o.Granularity = None,
@@ -59,6 +68,7 @@ def run(
     seeds: o.Seeds = None,
     seed: o.Seed = None,
     threads: o.Threads = None,
+    workers: o.Workers = None,
     device: o.Device = None,
     tensorboard: o.TensorBoard = None,
     fsdp: o.Fsdp = None,
@@ -72,7 +82,7 @@ def run(
             raise usage_error("resume", "the folder of a run", repr(resume), "name it")
         given = [name for name, value in ctx.params.items() if value is not None]
         if len(given) > 1:
-            others = ", ".join(f"--{name.replace('_', '-')}" for name in given if name != "resume")
+            others = ", ".join(o.spelling(name) for name in given if name != "resume")
             raise usage_error(
                 "resume", "no other option", others, "the run folder holds the settings"
             )
@@ -96,14 +106,23 @@ def train(
     seed: Annotated[int, typer.Option(help="Initial weights and order of batches.")] = 0,
     data: o.Data = None,
     source: o.Source = None,
+    metadata: o.Metadata = None,
+    img_size: o.ImgSize = None,
     download: o.Download = None,
     correlation: o.Correlation = None,
     samples: o.Samples = None,
     preset: o.Preset = None,
     config: o.Config = None,
+    architecture: o.Model = None,
+    pretrained: o.Pretrained = None,
+    freeze_below: o.FreezeBelow = None,
     epochs: o.Epochs = None,
     batch_size: o.BatchSize = None,
     lr: o.Lr = None,
+    optimizer: o.Optimizer = None,
+    weight_decay: o.WeightDecay = None,
+    amp: o.Amp = None,
+    augment: o.Augment = None,
     penalty_weight: o.PenaltyWeight = None,
     wrt: o.Wrt = None,
     granularity: o.Granularity = None,
@@ -130,18 +149,33 @@ def evaluate(
     weights: o.Weights,
     data: o.Data = None,
     source: o.Source = None,
+    metadata: o.Metadata = None,
+    img_size: o.ImgSize = None,
     download: o.Download = None,
     correlation: o.Correlation = None,
     samples: o.Samples = None,
     config: o.DataConfig = None,
+    num_heads: o.NumHeads = None,
+    image_size: o.ImageSize = None,
+    corrupt: o.Corrupt = False,
+    out: o.CorruptOut = None,
 ) -> None:
     """Accuracy of all heads and of each head of the last layer alone, on every split."""
-    from .trained_model import load_model, show_evaluation, splits_for
+    from .corrupted import check_corrupted, evaluate_corrupted, show_corrupted, write_rows
+    from .model_files import load_model, sizes_of
+    from .trained_model import show_evaluation, splits_for
+
+    file = check_corrupted(corrupt, out)
 
     options = _settings_of(ctx)
-    model = load_model(weights)
-    splits, named = splits_for(Path(weights), options, config, model)
-    show_evaluation(model, splits, f"{weights} on {named}")
+    model = load_model(weights, config, sizes_of(num_heads, image_size))
+    splits, named = splits_for(weights, options, config, model)
+    if not corrupt:
+        return show_evaluation(model, splits, f"{weights} on {named}")
+    rows = evaluate_corrupted(model, splits, said=lambda line: typer.echo(line, err=True))
+    if file is not None:
+        write_rows(rows, file)
+    show_corrupted(rows, f"{weights} on {named}")
 
 
 @app.command()
@@ -149,42 +183,191 @@ def select_heads(
     ctx: typer.Context,
     weights: o.Weights,
     search: Annotated[str, typer.Option(help="single, greedy or exhaustive.")] = "single",
-    score: Annotated[str, typer.Option(help="accuracy, worst_group or confidence.")] = "accuracy",
+    score: Annotated[
+        str | None,
+        typer.Option(help="accuracy (default), worst_group or confidence, on OOD validation."),
+    ] = None,
+    criterion: o.Criterion = None,
+    labels: o.Labels = None,
+    list_criteria: o.ListCriteria = None,
     save: Annotated[
         str | None, typer.Option(help="New file for the model without the other heads.")
     ] = None,
     data: o.Data = None,
     source: o.Source = None,
+    metadata: o.Metadata = None,
+    img_size: o.ImgSize = None,
     download: o.Download = None,
     correlation: o.Correlation = None,
     samples: o.Samples = None,
     config: o.DataConfig = None,
+    num_heads: o.NumHeads = None,
+    image_size: o.ImageSize = None,
 ) -> None:
-    """Choose heads of the last layer on OOD validation; say what they reach on the test sets."""
-    from .trained_model import SCORES, SEARCHES, load_model, save_pruned, show_selection, splits_for
+    """Choose heads of the last layer on validation data; say what they reach on the test sets."""
+    from .criteria import check_criterion
+    from .model_files import load_model, sizes_of
+    from .trained_model import SCORES, SEARCHES, Rule, save_pruned, show_selection, splits_for
 
-    for name, value, words in (("search", search, SEARCHES), ("score", score, SCORES)):
+    if criterion is not None and score is not None:
+        raise usage_error("criterion", "--score or --criterion", "both", "drop one")
+    rule = Rule(search, score or "accuracy", criterion, labels)
+    for name, value, words in (("search", search, SEARCHES), ("score", rule.score, SCORES)):
         if value not in words:
             raise usage_error(
                 name, f"one of {', '.join(words)}", reprlib.repr(value), "check the spelling"
             )
+    if criterion is not None:
+        check_criterion(criterion, search, labels)
+    elif labels is not None:
+        raise usage_error("labels", "--criterion few_labels", "no criterion", "name it")
     if save is not None:
-        _check_new("save", save)
+        check_new("save", save)
     options = _settings_of(ctx)
-    model = load_model(weights)
-    splits, named = splits_for(Path(weights), options, config, model)
-    best = show_selection(model, splits, f"{weights} on {named}", search, score)
+    model = load_model(weights, config, sizes_of(num_heads, image_size))
+    splits, named = splits_for(weights, options, config, model)
+    best = show_selection(model, splits, f"{weights} on {named}", rule)
     if save is not None:
         save_pruned(model, best, save)
         typer.echo(save)
 
 
-@app.command()
-def report(folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
-    """Draw the pictures and write report.html again from the files of a finished run."""
-    from .report import write_report
+app.command(name="sweep")(sweep)
 
-    typer.echo(write_report(Path(folder)))
+
+@app.command()
+def probe(
+    ctx: typer.Context,
+    weights: Annotated[
+        str,
+        typer.Argument(metavar="WEIGHTS|RUN", help="A .safetensors file, or the folder of a run."),
+    ],
+    layers: Annotated[str, typer.Option(help="last or all.")] = "last",
+    split: Annotated[
+        str, typer.Option(help="Probed images: val_id, val_ood, test_id or test_ood.")
+    ] = "test_ood",
+    data: o.Data = None,
+    source: o.Source = None,
+    metadata: o.Metadata = None,
+    img_size: o.ImgSize = None,
+    download: o.Download = None,
+    correlation: o.Correlation = None,
+    samples: o.Samples = None,
+    config: o.DataConfig = None,
+    num_heads: o.NumHeads = None,
+    image_size: o.ImageSize = None,
+) -> None:
+    """What each head uses, holds and attends to: a table, and CSV and JSON files beside the weights."""
+    from .model_files import load_model, sizes_of
+    from .show_probes import check_probe_options, show_probes
+
+    files = check_probe_options(weights, layers, split)
+    ctx.params.pop("layers")  # of the probes, not the setting of a training
+    sizes = sizes_of(num_heads, image_size)
+
+    def load(file: Path) -> Any:
+        return load_model(str(file), config, sizes)
+
+    show_probes(files, load, _settings_of(ctx), config, layers, split)
+
+
+@app.command()
+def predict(
+    weights: o.Weights,
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")
+    ],
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the last layer: numbers such as 0,2, or selected (by the run); default: all."
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    config: o.DataConfig = None,
+    num_heads: o.NumHeads = None,
+    image_size: o.ImageSize = None,
+) -> None:
+    """Class and probability of images in files, by all heads or by some."""
+    from . import predict as p
+    from .model_files import config_beside, load_model, sizes_of
+
+    if as_json and as_csv:
+        raise usage_error("csv", "--json or --csv", "both", "drop one")
+    paths = p.find_images(images)
+    model = load_model(weights, config, sizes_of(num_heads, image_size))
+    names = p.class_names(config_beside(weights, config), model)
+    found, resized = p.predict(model, paths, p.heads_of(heads, model, weights), names)
+    shown = p.as_json if as_json else p.as_csv if as_csv else p.as_table
+    typer.echo(shown(found), nl=False)
+    if resized:
+        height, width = model.config["image_size"]
+        counted = f"{resized} of {len(found)} images resized to {height} x {width} pixels"
+        typer.echo(f"{counted} (height x width), as the model takes", err=True)
+
+
+@app.command()
+def selection_study(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    out: Annotated[
+        str, typer.Option(help="Folder for results and tables; continued if it exists.")
+    ],
+    epoch: Annotated[
+        str, typer.Option(help="Weights: best (the selected head's epoch) or last.")
+    ] = "best",
+    id_split: Annotated[
+        str, typer.Option(help="ID data that rules look at: val_id or train.")
+    ] = "val_id",
+    label_noise: Annotated[
+        float, typer.Option(help="Fraction of wrong labels among the ID data.")
+    ] = 0.0,
+    shift: Annotated[
+        bool, typer.Option(help="--no-shift: in-distribution data in place of the OOD data.")
+    ] = True,
+) -> None:
+    """Compare rules that choose heads with few OOD labels or none, over the models of runs."""
+    from .selection_study import Conditions, study
+
+    folder = study(runs, out, Conditions(epoch, id_split, label_noise, shift), typer.echo)
+    typer.echo((folder / "selection.md").read_text(encoding="utf-8"))
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of runs, finished or not.")
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(help="New .html file; needed for several runs, whose trainings it joins."),
+    ] = None,
+) -> None:
+    """Write report.html of a finished run again; or a page of several runs, or of one that goes on.
+
+    Such a page, and a .csv file beside it, lie outside of the runs' folders, in which nothing is changed:
+    of one run that goes on in RUN-so-far.html. Runs are joined if they differ in seeds or methods alone.
+    """
+    from rich.console import Console
+
+    from .report import write_page, write_report
+    from .several import join, read_run
+    from .summary import show_trainings
+
+    if out is None and len(folders) > 1:
+        raise usage_error("out", "the page of several runs", "none", "name it: --out all.html")
+    if out is not None:
+        if not is_path(out) or Path(out).suffix != ".html":
+            raise usage_error("out", "a name that ends in .html", repr(out), "name it so")
+        check_new("out", out)
+        check_new("out", str(Path(out).with_suffix(".csv")))
+    trainings = join([read_run(folder) for folder in folders])
+    if out is None and (Path(folders[0]) / "metrics.csv").exists():
+        typer.echo(write_report(Path(folders[0])))
+        return
+    page = Path(out) if out else Path(folders[0]).with_name(f"{trainings.name}-so-far.html")
+    write_page(trainings, page)
+    show_trainings(trainings, page, Console())
 
 
 @app.command()
@@ -196,43 +379,14 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-@data_app.command()
-def prepare(
-    root: Annotated[str, typer.Option(help="torchvision's data folder.")],
-    out: Annotated[str, typer.Option(help="The .npz file to write.")],
-    download: Annotated[bool, typer.Option("--download", help="Fetch what is missing.")] = False,
-) -> None:
-    """Write MNIST-CIFAR's images to one file that later runs take as --source."""
-    from ..data import prepare_mnist_cifar
-
-    if not is_path(root):
-        raise usage_error("root", "torchvision's data folder", repr(root), "name it")
-    _check_new("out", out)
-    typer.echo(prepare_mnist_cifar(root, out, download=download))
-
-
-def _check_new(option: str, name: str) -> None:
-    """Raise if the file exists, or if its folder cannot be written to."""
-    path, hint = Path(name), "choose another name"
-    if not is_path(name):
-        raise usage_error(option, "a new file", repr(name), hint)
-    with writing(path):
-        try:
-            os.lstat(path)
-        except FileNotFoundError:
-            pass
-        else:
-            raise usage_error(option, "a new file", f"{name}, which exists", hint)
-        if path.parent.exists() and not os.access(path.parent, os.W_OK | os.X_OK):
-            raise usage_error(option, "a folder to write into", path.parent, "choose another")
-
-
 def _settings_of(ctx: typer.Context) -> dict[str, Any]:
     """Return the options that are settings, with layers as numbers where possible."""
     from .config import Settings
 
     names = Settings.__dataclass_fields__
     given = {k: v for k, v in ctx.params.items() if k in names and k != "seeds" and v is not None}
+    if "augment" in given:
+        given["augment"] = tuple(part.strip() for part in given["augment"].split(","))
     if "layers" in given and given["layers"] not in ("last", "all"):
         try:
             given["layers"] = tuple(int(part) for part in given["layers"].split(","))

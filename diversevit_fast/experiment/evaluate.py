@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import batches
+from ..heads.evaluation import evaluating
 from ..penalty.head_diversity import HeadDiversity
 from .metrics import EVALUATED, Row
+from .models import head_logits
 
 _BATCH = 256  # evaluation keeps no graph, so larger than a training batch
 
@@ -25,20 +27,28 @@ def evaluate_splits(
 
 
 @torch.no_grad()
-def evaluate(model: Any, dataset: Any, split: str) -> list[Row]:
+def evaluate(model: Any, dataset: Any, split: str, *, each_head: bool = True) -> list[Row]:
     """Return rows ``{"split", "heads", "accuracy", "worst_group", "loss"}``, one per choice of heads.
 
     Args:
-        model: a ``models.DiverseViT``; anything with ``head_logits`` as documented there.
-        dataset: a data set of ``diversevit_fast.data``.
+        model: what an ``Architecture`` builds or a weight file holds; it is evaluated in evaluation mode.
+        dataset: a data set of ``diversevit_fast.data``, or a split of tokens for a model of the last block.
         split: the name that goes into the rows.
+        each_head: also each head of the last layer alone; without, the forward is the model's own.
     """
+    with evaluating(model):
+        return _evaluate(model, dataset, split, each_head)
+
+
+def _evaluate(model: Any, dataset: Any, split: str, each_head: bool) -> list[Row]:
     device = next(model.parameters()).device
     hits: list[Tensor] = []
     losses: list[Tensor] = []
     groups: list[Tensor] = []
     for images, labels, group in batches(dataset, _BATCH):
-        logits = model.head_logits(images.to(device)).cpu()  # [1 + H, b, classes]
+        images = images.to(device)
+        logits = head_logits(model, images) if each_head else model(images)[None]
+        logits = logits.cpu()  # [1 + H, b, classes]
         hits.append(logits.argmax(-1) == labels)
         expanded = labels.expand(logits.shape[:2])
         losses.append(F.cross_entropy(logits.transpose(1, 2), expanded, reduction="none"))
@@ -70,7 +80,7 @@ def likeness(model: nn.Module, diversity: HeadDiversity, images: Tensor) -> tupl
         The penalty, and an H x H nested list: the mean over samples and over the tokens that have a
         gradient of the absolute cosine of every pair of heads.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), evaluating(model):
         with diversity:
             logits = model(images)
         penalty = diversity.penalty(logits).item()

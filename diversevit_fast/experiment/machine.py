@@ -3,6 +3,8 @@
 import os
 import platform
 import reprlib
+import shutil
+import subprocess
 import threading
 import warnings
 from collections.abc import Mapping
@@ -12,13 +14,13 @@ from typing import Any
 
 import torch
 
-from ..data.dominoes import IMAGE_SIZE, Dominoes
+from ..data.load import FIXED_SIZES
 from ..errors import usage_error
 from ..models import DiverseViT
 from ..models.restore import skeleton
 from ..models.sizes import training_bytes
 from ..ops import backends
-from .config import Settings
+from .config import DIVERSEVIT, Settings
 
 PACKAGES = (
     "diversevit-fast",
@@ -48,6 +50,22 @@ def version_of(package: str) -> str | None:
 def versions() -> dict[str, str | None]:
     """Return the versions of Python and the packages by name."""
     return {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that this package lies in, with ``+`` where tracked files differ from it."""
+    git, here = shutil.which("git"), Path(__file__).parent
+    if git is None:
+        return None
+
+    def ask(*words: str) -> str | None:
+        asked = subprocess.run([git, "-C", str(here), *words], capture_output=True, text=True)
+        return asked.stdout.strip() if asked.returncode == 0 else None
+
+    if ask("ls-files", "--error-unmatch", Path(__file__).name) is None:  # installed, or a copy
+        return None
+    head = ask("rev-parse", "--short", "HEAD")
+    return head and head + ("+" if ask("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def changes(what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -92,17 +110,27 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def check_model(settings: Settings, device: torch.device, samples: int = 1) -> None:
+def check_model(settings: Settings, device: torch.device, data: Any = None) -> None:
     """Raise if training the model can never fit the device's memory, before allocating anything.
 
     Args:
-        samples: of the training data, as far as they are known.
+        data: the training data; None before they are read, when the size of a folder's images may not be known.
 
     Raises:
         UsageError: sizes that make no model, or the device's whole memory is less than the least it takes.
     """
-    given = {"image_size": IMAGE_SIZE, "num_classes": Dominoes.num_classes}
-    config = skeleton(DiverseViT, {**given, **settings.model}).config
+    if settings.architecture != DIVERSEVIT:
+        return  # timm's models are of known sizes, and built before anything is written
+    if data is not None:
+        size, classes, samples = data.image_size, data.num_classes, len(data.labels)
+    else:
+        resized = None if settings.img_size is None else (settings.img_size, settings.img_size)
+        size, classes, samples = resized or FIXED_SIZES.get(settings.data), 2, 1
+        if size is None:
+            return
+    config = skeleton(
+        DiverseViT, {"image_size": size, "num_classes": classes, **settings.model}
+    ).config
     needed = training_bytes(config, min(settings.batch_size, samples))
     there = _memory_of(device)
     if there is not None and needed > there:

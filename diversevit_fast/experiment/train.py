@@ -9,6 +9,7 @@ among its own samples.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,12 +22,13 @@ from ..errors import UsageError, usage_error
 from ..files import path_exists
 from ..penalty.head_diversity import HeadDiversity
 from ..training.graph_step import graph_step
-from .checkpoint import State, Task, adam
+from .checkpoint import State, Task
 from .config import Settings
 from .distributed import OneProcess
 from .evaluate import evaluate_splits, likeness
 from .late import read_late, to_device
 from .metrics import EVALUATED, Row
+from .recipe import Augmentation, amp_dtype, autocast, make_optimizer
 
 _DECAYS = (0.7, 0.8)  # fractions of the epochs after which the learning rate falls tenfold
 _RANK_SEEDS = 100_003  # more than epochs; a generator looks at 32 bits of its seed, so not far more
@@ -114,7 +116,7 @@ def _open_checkpoint(
         raise ranks.agreed(usage_error("checkpoint", "one that ranks wrote", path, hint))
     if ranks.launched:
         state.trained = ranks.distribute(state.model, settings.fsdp)
-        state.optimizer = adam(state.trained, settings, task)
+        state.optimizer = make_optimizer(state.trained, settings, task.method)
     sharded.restore(state, settings, task, folder, ranks, note)
     return lambda: sharded.save(state, settings, task, folder, ranks)
 
@@ -197,18 +199,21 @@ def training_step(
     images: Tensor,
     labels: Tensor,
     share: tuple[int, int],
+    cast: Callable[[], Any] = nullcontext,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update the weights by one batch; waits for nothing that the device computes.
 
     Args:
         images, labels: on the device.
         share: how many of the samples count, and of how many of the whole batch.
+        cast: returns the context of the forward.
 
     Returns:
         Without graphs, on the device: cross-entropy, unweighted penalty (0 without ``weight``), and
         which samples were hit ``[B]``.
     """
-    whole, loss, penalty, hits = _objective(state.trained, diversity, images, labels, weight)
+    with cast():
+        whole, loss, penalty, hits = _objective(state.trained, diversity, images, labels, weight)
     state.optimizer.zero_grad(set_to_none=True)
     ranks.backward(whole, *share)
     state.optimizer.step()
@@ -226,13 +231,21 @@ def stepper(
     diversity = regulariser.diversity
     if ranks.launched or not settings.graph:
         return lambda images, labels, share: training_step(
-            state, diversity, weight, ranks, images, labels, share
+            state,
+            diversity,
+            weight,
+            ranks,
+            images,
+            labels,
+            share,
+            lambda: autocast(settings, ranks.device),
         )
 
     def loss(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         return _objective(state.trained, diversity, images, labels, weight)
 
-    step = graph_step(loss, state.optimizer, diversity=diversity if weight else None)
+    penalised = diversity if weight else None
+    step = graph_step(loss, state.optimizer, diversity=penalised, amp=amp_dtype(settings))
     return lambda images, labels, share: step(images, labels)[1:]
 
 
@@ -255,6 +268,7 @@ def _train_epoch(
     order = shuffler(task.seed, state.epoch + 1)
     done = state.epoch * math.ceil(len(dataset.labels) / settings.batch_size)
     regulariser.start_epoch(order, done, ranks.rank)
+    augment = Augmentation(settings.augment, order)
     hits, members = torch.zeros(2, len(dataset.group_names), dtype=torch.float64)
     sums = {"loss": 0.0, "penalty": 0.0}
     steps = 0
@@ -262,7 +276,7 @@ def _train_epoch(
 
     def taken() -> Iterator[tuple[Sequence[Tensor], tuple[Tensor, int, int]]]:
         for batch in batches(dataset, settings.batch_size, generator=order):
-            (images, labels, groups), kept = ranks.share(*batch)
+            (images, labels, groups), kept = ranks.share(augment(batch[0]), *batch[1:])
             images, labels = to_device(images, ranks.device), to_device(labels, ranks.device)
             share = kept, len(batch[0])
             yield (

@@ -1,46 +1,51 @@
-"""Load a trained model and its data for ``evaluate`` and ``select-heads``, and print their tables."""
+"""Load the data of a trained model for ``evaluate`` and ``select-heads``, and print their tables."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..data import batches, load_splits
-from ..errors import require, usage_error
+from ..errors import usage_error
+from ..heads.criteria import head_criteria
 from ..heads.pruning import keep_heads, prune_heads
 from ..heads.selection import HeadChoice, select_heads
-from ..models import DiverseViT
-from .config import is_path, read_config, resolve
+from .config import read_config, resolve
+from .criteria import choose
 from .evaluate import evaluate, evaluate_splits
 from .metrics import EVALUATED, Row
+from .model_files import config_beside
+from .models import AnyModel
+from .tables import new_table, print_table
 
 SEARCHES = ("single", "greedy", "exhaustive")
 SCORES = ("accuracy", "worst_group", "confidence")
 _SHOWN = 10  # choices of heads listed by ``select-heads``
 _LEGEND = "accuracy (accuracy of the worst group)"
-_DATA_KEYS = ("data", "source", "correlation", "samples", "data_seed", "download")
+_DATA_KEYS = (
+    *("data", "source", "metadata", "img_size"),
+    *("correlation", "samples", "data_seed", "download"),
+)
 
 
-def load_model(path: str) -> DiverseViT:
-    """Load the model in a ``.safetensors`` file, in evaluation mode.
+@dataclass(frozen=True)
+class Rule:
+    """How ``select-heads`` chooses: by ``score``, unless there is a ``criterion`` of a head table."""
 
-    Raises:
-        UsageError: another file, or weights that are not float32 or not finite.
-    """
-    model = DiverseViT.load(path).eval()
-    for name, tensor in model.state_dict().items():
-        if tensor.dtype != torch.float32:
-            hint = "save them in that dtype"
-            raise usage_error("weights", "tensors of dtype torch.float32", f"{tensor.dtype}", hint)
-        if not tensor.isfinite().all():
-            hint = "take those of another training"
-            raise usage_error("weights", "finite numbers", f"NaN or infinity in {name}", hint)
-    return model
+    search: str
+    score: str = "accuracy"
+    criterion: str | None = None
+    labels: int | None = None  # that few_labels sees
+
+    @property
+    def data(self) -> str:
+        """The data that are looked at, in words."""
+        if self.criterion is None:
+            return "OOD validation"
+        return f"validation: {head_criteria()[self.criterion].needs}"
 
 
 def splits_for(
-    weights: Path, options: Mapping[str, Any], config: str | None, model: DiverseViT
+    weights: str, options: Mapping[str, Any], config: str | None, model: AnyModel
 ) -> tuple[Mapping[str, Any], str]:
     """Return the data to evaluate ``weights`` on, and their name.
 
@@ -50,21 +55,11 @@ def splits_for(
     Raises:
         UsageError: the data are missing or do not fit the model.
     """
-    if config is not None and not is_path(config):
-        raise usage_error("config", "a JSON file", repr(config), "name one, or leave it out")
-    beside = weights.parent / "config.json"
-    if config is None and "data" not in options and beside.exists():
-        config = str(beside)
+    if config is not None or "data" not in options:
+        config = config_beside(weights, config)
     filed = {} if config is None else read_config(config)
     settings = resolve({**{k: filed[k] for k in _DATA_KEYS if k in filed}, **options})
-    splits = load_splits(
-        settings.data,
-        source=settings.source,
-        seed=settings.data_seed,
-        correlation=settings.correlation,
-        samples=settings.samples,
-        download=settings.download,
-    )
+    splits = load_splits(settings.data, **settings.data_arguments())
     data, hint = splits["test_id"], "give the weights' own data"
     images = (data.images.shape[1], *data.image_size)
     wished = (model.config["channels"], *model.config["image_size"])
@@ -75,48 +70,54 @@ def splits_for(
     return splits, settings.data + (f" (as in {config})" if config else "")
 
 
-def show_evaluation(model: DiverseViT, splits: Mapping[str, Any], title: str) -> None:
+def show_evaluation(model: AnyModel, splits: Mapping[str, Any], title: str) -> None:
     """Print accuracy and worst-group accuracy of every choice of heads on every split."""
     rows = [row for rows in evaluate_splits(model, splits).values() for row in rows]
-    table = _table("heads", *EVALUATED)
+    table = new_table("heads", *EVALUATED)
     for heads in dict.fromkeys(row["heads"] for row in rows):
         at = {row["split"]: row for row in rows if row["heads"] == heads}
         table.add_row(heads, *(_cell(at[split]) for split in EVALUATED))
-    _print(title, table, f"{_LEGEND}; a number: that head alone")
+    print_table(title, table, f"{_LEGEND}; a number: that head alone")
 
 
 def show_selection(
-    model: DiverseViT, splits: Mapping[str, Any], title: str, search: str, score: str
+    model: AnyModel, splits: Mapping[str, Any], title: str, rule: Rule
 ) -> HeadChoice:
-    """Rank choices of heads on OOD validation; print them and what the best does on the tests."""
-    loader = list(batches(splits["val_ood"], 256))
-    wanted: Any = score  # select_heads checks the word
-    choices = select_heads(model, loader, layers="last", search=search, score=wanted)
-    table = _table("heads", score)
+    """Rank choices of heads on validation data; print them and what the best does on the tests."""
+    if rule.criterion is None:
+        loader = list(batches(splits["val_ood"], 256))
+        wanted: Any = rule.score  # select_heads checks the word
+        choices = select_heads(model, loader, layers="last", search=rule.search, score=wanted)
+        notes: list[str] = []
+    else:
+        choices, notes = choose(model, splits, rule.criterion, rule.search, rule.labels)
+    errors = choices[0].error is not None
+    table = new_table("heads", rule.criterion or rule.score, *["± error"] * errors)
     for choice in choices[:_SHOWN]:
-        table.add_row(_heads(choice), f"{choice.score:.3f}")
-    note = f"the best {_SHOWN} of {len(choices)}" if len(choices) > _SHOWN else ""
-    _print(f"{title}, OOD validation", table, note)
+        error = [] if choice.error is None else [f"{choice.error:.3f}"]
+        table.add_row(_heads(choice), f"{choice.score:.3f}", *error)
+    shown = f"the best {_SHOWN} of {len(choices)}" if len(choices) > _SHOWN else ""
+    print_table(f"{title}, {rule.data}", table, "\n".join([*notes, shown]))
     best = choices[0]
     tests = EVALUATED[2:]
-    table = _table("heads", *tests)
+    table = new_table("heads", *tests)
     with keep_heads(model, best.kept):
         selected = [_with_all_heads(model, splits[split], split) for split in tests]
     whole = [_with_all_heads(model, splits[split], split) for split in tests]
     table.add_row(f"selected: {_heads(best)}", *map(_cell, selected))
     table.add_row("all", *map(_cell, whole))
-    _print("Test sets", table, _LEGEND)
+    print_table("Test sets", table, _LEGEND)
     return best
 
 
-def save_pruned(model: DiverseViT, choice: HeadChoice, path: str) -> None:
+def save_pruned(model: AnyModel, choice: HeadChoice, path: str) -> None:
     """Write the model without the heads that were not chosen."""
     prune_heads(model, choice.kept)
     model.save(path)
 
 
-def _with_all_heads(model: DiverseViT, dataset: Any, split: str) -> Row:
-    return evaluate(model, dataset, split)[0]
+def _with_all_heads(model: AnyModel, dataset: Any, split: str) -> Row:
+    return evaluate(model, dataset, split, each_head=False)[0]
 
 
 def _cell(row: Row) -> str:
@@ -125,17 +126,3 @@ def _cell(row: Row) -> str:
 
 def _heads(choice: HeadChoice) -> str:
     return ", ".join(str(head) for heads in choice.kept.values() for head in heads)
-
-
-def _table(*columns: str) -> Any:
-    table = require("rich.table", extra="train").Table(box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    return table
-
-
-def _print(title: str, table: Any, note: str) -> None:
-    console = require("rich.console", extra="train").Console()
-    console.print(title, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    console.print(table)
-    console.print(note, highlight=False, soft_wrap=True)

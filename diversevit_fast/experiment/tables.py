@@ -1,0 +1,21 @@
+"""Tables on the terminal."""
+
+from typing import Any
+
+from ..errors import require
+
+
+def new_table(*columns: str) -> Any:
+    """Make an empty table, the first column to the left and the others to the right."""
+    table = require("rich.table", extra="train").Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def print_table(title: str, table: Any, note: str) -> None:
+    """Print a table between a title and a note."""
+    console = require("rich.console", extra="train").Console()
+    console.print(title, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console.print(table)
+    console.print(note, highlight=False, soft_wrap=True)
