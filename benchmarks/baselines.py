@@ -1,6 +1,9 @@
 """Baselines of the benchmarks: PyTorch's own operators in place of ours, and the published way to the penalty."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -19,7 +22,7 @@ class Stock(TorchFunctionMode):
         if func is dvf.attention:
             return self.attention(*args[:3])
         if func is dvf.attention_qkvpacked:
-            return self.attention(*args[0].permute(2, 0, 3, 1, 4)).transpose(1, 2)
+            return _packed(self.attention, args[0], kwargs.get("queries"))
         if func is dvf.gelu:
             return F.gelu(args[0], approximate=kwargs.get("approximate", "none"))
         if func is dvf.layer_norm:
@@ -30,12 +33,31 @@ class Stock(TorchFunctionMode):
         return F.scaled_dot_product_attention(q, k, v)
 
 
+def _packed(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor], qkv: Tensor, queries: int | None = None
+) -> Tensor:
+    """``dvf.attention_qkvpacked`` by an attention of three tensors."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return attention(q[:, :, :queries], k, v).transpose(1, 2)
+
+
 class TwiceDifferentiableStock(Stock):
     """``Stock`` with unfused attention, the only one of PyTorch's that has a double backward."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v)
+
+
+def plain_modules() -> Any:
+    """A context in which modules of ``dvf.nn`` call PyTorch's operators, at no cost per call: training without us."""
+
+    def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+        return F.gelu(x, approximate=approximate)
+
+    packed = partial(_packed, F.scaled_dot_product_attention)
+    theirs = {"attention_qkvpacked": packed, "gelu": gelu, "layer_norm": F.layer_norm}
+    return mock.patch.multiple(dvf.nn, **theirs)
 
 
 def published_penalty(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +69,8 @@ def published_penalty(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     attention = model.blocks[-1].attn
     seen: dict[str, Tensor] = {}
     handle = attention.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
-    with TwiceDifferentiableStock(), dvf.capture_heads(model, layers="last") as heads:
+    unfused = sdpa_kernel(SDPBackend.MATH)  # for models that call PyTorch's attention themselves
+    with unfused, TwiceDifferentiableStock(), dvf.capture_heads(model, layers="last") as heads:
         logits = model(images)
     handle.remove()
     (g,) = torch.autograd.grad(logits.max(-1).values.sum(), heads[0], create_graph=True)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.orders import ORDERS
+from benchmarks.critics import CRITICS
+from benchmarks.orders import BWD, DOUBLE_BWD, FWD, ORDERS
 from benchmarks.registry import IMPLEMENTATIONS
 from benchmarks.runner import Case
 from benchmarks.steps import STEPS, StepSpec, step_implementations
@@ -52,10 +53,39 @@ def operator_cases(
         for dtype in dtypes
         for order in ORDERS
     ]
+    return cases_of(specs)
+
+
+def anchor_cases(operator: str) -> list[Case]:
+    """Return the rows of a GPU whose shapes others published figures for (``anchors``)."""
+    cases = cases_of(anchor_specs(operator)) if DEVICE == "cuda" else []
+    return [case for case in cases if not case.implementation.compiled]
+
+
+def anchor_specs(operator: str) -> list[OperatorSpec]:
+    half = torch.bfloat16
+    attention, norm = ((32, 32, 512, 64),) * 3, ((16384, 4096), (4096,), (4096,))
+    specs = [
+        *(OperatorSpec("attention", attention, half, order, "cuda") for order in (FWD, BWD)),
+        OperatorSpec("attention", ((512, 12, 512, 64),) * 3, half, DOUBLE_BWD, "cuda", causal=True),
+        *(OperatorSpec("layer_norm", norm, half, order, "cuda") for order in (FWD, BWD)),
+    ]
+    return [spec for spec in specs if spec.operator == operator]
+
+
+def issue_cases(tiny: bool = False) -> list[Case]:
+    """Return the rows of the shape in pytorch/pytorch#116350, a gradient penalty of attention in float16."""
+    shape = (2, 3, 7, 8) if tiny else (32, 8, 128, 64)
+    cases = cases_of([OperatorSpec("attention", (shape,) * 3, torch.float16, DOUBLE_BWD, DEVICE)])
+    return [case for case in cases if not case.implementation.compiled]
+
+
+def cases_of(specs: Sequence[OperatorSpec]) -> list[Case]:
+    """Return a row per group and implementation that serves its order."""
     return [
         Case(spec, one)
         for spec in specs
-        for one in IMPLEMENTATIONS[operator]
+        for one in IMPLEMENTATIONS[spec.operator]
         if one.serves(spec.order) and (not one.compiled or _compiles(spec))
     ]
 
@@ -78,7 +108,21 @@ def step_cases(step: str, tiny: bool = False) -> list[Case]:
     return [Case(spec, one) for spec in specs for one in step_implementations(step)]
 
 
+def critic_cases(names: Sequence[str] = tuple(CRITICS), tiny: bool = False) -> list[Case]:
+    """Return the rows of the R1 step of critics."""
+    specs = [
+        StepSpec(
+            *("R1 step", 2 if tiny else CRITICS[name].batches[DEVICE], tiny, DEVICE),
+            **{"dtype": dtype, "critic": name},
+        )
+        for name in names
+        for dtype in DTYPES
+    ]
+    return [Case(spec, one) for spec in specs for one in step_implementations("R1 step")]
+
+
 def all_cases(tiny: bool = False) -> list[Case]:
     """Return every default row."""
     operators = [case for name in IMPLEMENTATIONS for case in operator_cases(name, tiny=tiny)]
-    return operators + [case for step in STEPS for case in step_cases(step, tiny=tiny)]
+    steps = [case for step in STEPS if step != "R1 step" for case in step_cases(step, tiny=tiny)]
+    return [*operators, *issue_cases(tiny), *steps, *critic_cases(tiny=tiny)]

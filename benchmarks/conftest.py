@@ -4,12 +4,14 @@
     python -m benchmarks.report benchmarks/results/<device>.json
 
 ``--long`` adds 1025 tokens, ``--rounds N`` changes how often each row runs, ``--benchmark-disable`` only checks.
+``--processor-time`` is for a CPU that others use as well, on one thread.
 """
 
 import pytest
 import torch
 
-from benchmarks.runner import Case, ReplayClock, Runner, machine
+from benchmarks.runner import Case, ReplayClock, Runner, extra_info, machine
+from benchmarks.timing import processor_seconds_of, seconds_of
 
 CLOCK = ReplayClock()
 
@@ -17,6 +19,9 @@ CLOCK = ReplayClock()
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="benchmarks: also 1025 tokens")
     parser.addoption("--rounds", type=int, help="benchmarks: timed runs per row (5; GPU: 20)")
+    parser.addoption(
+        "--processor-time", action="store_true", help="benchmarks: processor time on a CPU"
+    )
 
 
 def pytest_configure(config):
@@ -44,12 +49,16 @@ def runner(request):
         case = getattr(item, "callspec", None) and item.callspec.params.get("case")
         if isinstance(case, Case) and not item.get_closest_marker("skip"):
             groups.setdefault(case.spec.group, []).append(case)
-    return Runner(groups, request.config.getoption("--rounds"))
+    clock = processor_seconds_of if request.config.getoption("--processor-time") else seconds_of
+    return Runner(groups, request.config.getoption("--rounds"), clock)
 
 
 @pytest.fixture(scope="session")
-def machine_info():
-    return machine("cpu" if not torch.cuda.is_available() else "cuda")
+def machine_info(request):
+    told = machine("cpu" if not torch.cuda.is_available() else "cuda")
+    if request.config.getoption("--processor-time"):
+        told["clock"] = "processor time"
+    return told
 
 
 @pytest.fixture
@@ -57,24 +66,11 @@ def measure(runner, benchmark, machine_info):
     """A function that checks and measures one row, and hands its times to pytest-benchmark."""
 
     def measured(case: Case) -> None:
-        like = case.spec.device
-        reason = case.implementation.missing(torch.empty(0, device=like))
-        if reason:
-            pytest.skip(reason)
         found = runner.outcome(case, timed=benchmark.enabled)
+        if found.refused:
+            pytest.skip(found.refused)
         benchmark.group = case.spec.group
-        benchmark.extra_info.update(
-            machine_info,
-            workload=case.spec.workload,
-            shape=getattr(case.spec, "shapes", [[getattr(case.spec, "batch", 0)]])[0],
-            dtype=str(case.spec.dtype).removeprefix("torch."),
-            order=case.spec.order,
-            implementation=case.implementation.name,
-            first_order_only=case.implementation.first_order_only,
-            peak_bytes=found.peak_bytes,
-        )
-        if case.implementation.compiled:
-            benchmark.extra_info["compile_seconds"] = round(found.first_call_seconds, 1)
+        benchmark.extra_info.update(machine_info, **extra_info(case, found))
         CLOCK.load(found.seconds)
         benchmark.pedantic(lambda: None, rounds=max(1, len(found.seconds)))
 

@@ -6,11 +6,14 @@ row of that order.
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import dropwhile, takewhile
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,6 +23,7 @@ from benchmarks.orders import DOUBLE_BWD
 from diversevit_fast.ops import reference
 
 Job = Callable[[], tuple[Tensor, ...]]
+FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -43,25 +47,60 @@ class Implementation:
         return not (self.first_order_only and order == DOUBLE_BWD)
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if is_causal:
+        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(above, float("-inf"))
+    return scores.softmax(-1) @ v
 
 
-def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(q, k, v)
+def _sdpa(*backends: SDPBackend) -> Callable[..., Tensor]:
+    """PyTorch's attention by these of its kernels and no other."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+        with sdpa_kernel(list(backends)):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+    return attention
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        return F.scaled_dot_product_attention(q, k, v)
+def _pinned(name: str, backend: SDPBackend, in_warnings: str) -> Implementation:
+    """One of PyTorch's fused kernels, on a GPU; it is left out, with PyTorch's reason, where PyTorch refuses it."""
+    attention = _sdpa(backend)
+
+    def missing(like: Tensor) -> str | None:
+        if not like.is_cuda:
+            return f"{name} needs a GPU"
+        x = like.detach()[:1].requires_grad_()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                attention(x, x, x).sum().backward()
+            except RuntimeError as refusal:
+                said = [str(one.message).partition(" (Triggered")[0] for one in told]
+                return f"{name}: {_reason(said, in_warnings) or refusal}"
+        return None
+
+    return Implementation(name, attention, first_order_only=True, missing=missing)
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
+def _reason(said: list[str], kernel: str) -> str:
+    """What PyTorch's warnings say of one kernel: those that follow its heading, up to the next one's."""
+    mine = dropwhile(lambda one: not one.startswith(kernel), said)
+    next(mine, None)
+    return " ".join(takewhile(lambda one: "not used because" not in one, mine))
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    from xformers.ops import (  # pyright: ignore[reportMissingImports]
+        LowerTriangularMask,
+        memory_efficient_attention,
+    )
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return memory_efficient_attention(q, k, v).transpose(1, 2)
+    bias = LowerTriangularMask() if is_causal else None
+    return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)
 
 
 def _liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -108,8 +147,11 @@ IMPLEMENTATIONS: dict[str, list[Implementation]] = {
     "attention": [
         Implementation("ours", dvf.attention),
         Implementation("eager", eager_attention),
-        Implementation("SDPA math", _math),
-        Implementation("SDPA fused", _fused, first_order_only=True),
+        Implementation("SDPA math", _sdpa(SDPBackend.MATH)),
+        Implementation("SDPA fused", _sdpa(FLASH, EFFICIENT), first_order_only=True),
+        _pinned("SDPA flash", FLASH, "Flash"),
+        _pinned("SDPA efficient", EFFICIENT, "Memory efficient"),
+        _pinned("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION, "cuDNN"),
         Implementation(
             "xformers", _xformers, first_order_only=True, missing=_gpu_package("xformers")
         ),

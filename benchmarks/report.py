@@ -4,22 +4,23 @@
     python -m benchmarks.report benchmarks/results/<device>.json [--readme]
 
 Prints Markdown: a table per operator or step, times over ours, and the conditions. Writes the same and a picture per
-table next to the JSON file, and the JSON file anew with what the tables show and no more. ``--readme`` puts a summary
-of one line per group between the markers of that device in ``docs/benchmarks.md``, and the eight rows of
-``front_page`` between those of ``README.md``.
+table next to the JSON file, and the JSON file anew with what the tables show and no more; what ``tools.measure_gpu``
+recorded stays as it is. ``--readme`` puts a summary of one line per group between the markers of that device in
+``docs/benchmarks.md``, and the eight rows of ``front_page`` between those of ``README.md``.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import front_page, records
+from . import anchors, front_page, records
 from .orders import FWD
+from .peaks import peak_of
 from .records import ReportError, Row
 
 ROOT = Path(__file__).parents[1]
-CONDITIONS = ("device", "cores", "threads", "torch", "triton", "cuda", "python", "commit")
+CONDITIONS = ("device", "cores", "threads", "torch", "triton", "cuda", "python", "commit", "clock")
 
 
 def markers(device: str) -> tuple[str, str]:
@@ -32,6 +33,8 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for workload in dict.fromkeys(row.workload for row in rows):
         parts += [f"### {workload.replace('_', ' ')}", "", *_table(rows, workload), ""]
+    if published := anchors.table(rows):
+        parts += ["### published figures", "", *published, ""]
     parts.append(conditions(rows))
     return "\n".join(parts) + "\n"
 
@@ -42,7 +45,7 @@ def summary(rows: Sequence[Row], full: str) -> str:
     Args:
         full: where all rows and their spreads are, for the last line.
     """
-    told = [row for row in rows if row.order != FWD]
+    told = [row for row in rows if row.order != FWD and row.times]
     others = list(dict.fromkeys(row.label for row in told if row.implementation != "ours"))
     lines = [
         f"| forward and gradients | ours | {' | '.join(others)} | eager's memory |",
@@ -50,10 +53,10 @@ def summary(rows: Sequence[Row], full: str) -> str:
     ]
     for group in dict.fromkeys(row.group for row in told):
         found = {row.label: row for row in told if row.group == group}
-        ratios = {name: row.ratio for name, row in found.items() if row.ratio is not None}
+        ratios = {name: ratio for name, row in found.items() if (ratio := _told(row)) is not None}
         cells = [
             group.replace("_", " "),
-            f"{1e3 * found['ours'].median:.3g} ms" if "ours" in found else "",
+            f"{1e3 * _seconds(found['ours']):.3g} ms" if "ours" in found else "",
             *(f"{ratios[name]:.2f}" if name in ratios else "" for name in others),
             _memory_ratio(found),
         ]
@@ -62,7 +65,18 @@ def summary(rows: Sequence[Row], full: str) -> str:
         "Columns show time relative to this library (2.0: this library is twice as fast); the last column "
         f"shows eager's peak memory relative to ours. Every row, with spreads: `{full}`."
     )
+    if any("device_seconds" in row.info for row in told):
+        note = f"Operators: the device's time. Steps: a single step's, with the host. {note}"
     return "\n".join([*lines, "", f"{note} {conditions(rows)}"]) + "\n"
+
+
+def _seconds(row: Row) -> float:
+    """The time that a summary shows: the device's own where it was measured."""
+    return row.info.get("device_seconds") or row.median
+
+
+def _told(row: Row) -> float | None:
+    return row.ratio if row.device_ratio is None else row.device_ratio
 
 
 def _memory_ratio(found: dict[str, Row]) -> str:
@@ -73,31 +87,71 @@ def _memory_ratio(found: dict[str, Row]) -> str:
     return f"{eager / ours:.1f}" if eager and ours else ""
 
 
-def _table(rows: Sequence[Row], workload: str) -> list[str]:
-    lines = [
-        "| shape, dtype, order | implementation | median | p20 - p80 | x ours | peak memory |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if row.workload != workload:
-            continue
-        low, high = row.fifths
-        compile_time = row.info.get("compile_seconds")
-        label = row.label + (f" (compiled in {compile_time:.0f} s)" if compile_time else "")
-        cells = [
-            row.group.removeprefix(f"{workload} "),
-            label,
-            f"{1e3 * row.median:.3g} ms",
-            f"{1e3 * low:.3g} - {1e3 * high:.3g}",
-            "" if row.ratio is None else f"{row.ratio:.2f}",
-            _size(row.info.get("peak_bytes")),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+def _label(row: Row) -> str:
+    compile_time = row.info.get("compile_seconds")
+    return row.label + (f" (compiled in {compile_time:.0f} s)" if compile_time else "")
+
+
+def _times(row: Row) -> str:
+    low, high = row.fifths
+    return f"{1e3 * low:.3g} - {1e3 * high:.3g}"
+
+
+def _device(row: Row) -> str:
+    seconds = row.info.get("device_seconds")
+    return "" if seconds is None else f"{_microseconds(seconds)} ({row.info['device_how']})"
+
+
+def _microseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e6 * seconds:.4g} us"
+
+
+def _rate(row: Row, work: str) -> str:
+    """FLOPs or bytes by second of the device, and as a share of what its data sheet promises."""
+    done, seconds = row.info.get(work), row.info.get("device_seconds")
+    if not (done and seconds):
+        return ""
+    peak = peak_of(row.info["device"])
+    most = peak and (peak.flops(row.info["dtype"]) if work == "flops" else peak.bandwidth)
+    rate = done / seconds
+    shown = f"{rate / 1e12:.3g} T" if work == "flops" else f"{rate / 1e9:.0f} G"
+    return shown + (f" ({rate / most:.0%})" if most else "")
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def _size(n: int | None) -> str:
     return "" if n is None else f"{n / 2**20:.1f} MiB"
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "implementation": _label,
+    "device": _device,
+    "device x ours": lambda row: _ratio(row.device_ratio),
+    "host": lambda row: _microseconds(row.info.get("host_seconds")),
+    "FLOP/s (of peak)": lambda row: _rate(row, "flops"),
+    "B/s (of peak)": lambda row: _rate(row, "bytes"),
+    "median": lambda row: f"{1e3 * row.median:.3g} ms",
+    "p20 - p80": _times,
+    "x ours": lambda row: _ratio(row.ratio),
+    "peak memory": lambda row: _size(row.info.get("peak_bytes")),
+    "largest batch": lambda row: row.info.get("largest_batch", ""),
+}
+"""Column -> its cell of a row. A column without any content is left out."""
+
+
+def _table(rows: Sequence[Row], workload: str) -> list[str]:
+    mine = [row for row in rows if row.workload == workload]
+    timed = [row for row in mine if row.times]
+    cells = {name: [cell(row) for row in timed] for name, cell in _COLUMNS.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    lines = [f"| shape, dtype, order | {' | '.join(cells)} |", f"|---|{'---|' * len(cells)}"]
+    for row, *shown in zip(timed, *cells.values(), strict=True):
+        lines.append(f"| {row.group.removeprefix(f'{workload} ')} | {' | '.join(shown)} |")
+    refused = {f"{row.info['dtype']}, {row.info['refused']}": None for row in mine if not row.times}
+    return [*lines, *(f"\nLeft out: {reason}." for reason in refused)]
 
 
 def conditions(rows: Sequence[Row]) -> str:
@@ -111,11 +165,24 @@ def conditions(rows: Sequence[Row]) -> str:
         raise ReportError("the rows were measured under different conditions; record them again")
     (values,) = seen
     told = [f"{k} {v}" for k, v in zip(CONDITIONS, values, strict=True) if v != "None"]
-    rounds = sorted({len(row.times) for row in rows})
+    rounds = sorted({len(row.times) for row in rows if row.times})
     spread = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
-    return (
+    return _of_the_device(rows) + (
         f"Median of {spread} interleaved rounds in one process; {', '.join(told)}. Peak memory is above "
         "what was there before, from a run of its own. Every row passed its check against float64 eager first."
+    )
+
+
+def _of_the_device(rows: Sequence[Row]) -> str:
+    """What has to be known to read the columns of a GPU; nothing where there are none."""
+    if not any("device_seconds" in row.info for row in rows):
+        return ""
+    chip = rows[0].info["device"]
+    shares = "as shares of the data sheet's" if peak_of(chip) else f"no data sheet known of {chip}"
+    return (
+        "Device: the GPU's own time of one run among many, without the host. Host: until a call returns, the "
+        f"GPU idle. FLOP/s and B/s: least work (`benchmarks/work.py`) by the device's time, {shares}. Other times "
+        "are of single calls, both together, the L2 cache cold. "
     )
 
 
@@ -196,7 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rows = records.read(options.results)
         tables = markdown(rows)
-        records.write(options.results, rows)
+        if not records.is_measured(options.results):
+            records.write(options.results, rows)
         page = options.results.with_suffix(".md")
         page.write_text(tables, encoding="utf-8")
         if options.readme:

@@ -18,14 +18,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.fake_gpu import launch as fake_gpu
+from benchmarks.gpu_timing import device_time, host_seconds, single_call_seconds
+from benchmarks.records import FAKE
 from benchmarks.registry import Implementation, Job
 from benchmarks.steps import StepSpec, StepWorkload
 from benchmarks.timing import conditions, interleaved, seconds_of
+from benchmarks.work import flops, moved_bytes
 from benchmarks.workloads import OperatorSpec, OperatorWorkload
 from diversevit_kernels.cpu.runtime import allocator
 
-FLUSH_BYTES = 256 << 20
-"""More than any GPU's L2 cache: written between rounds, so that each begins cold."""
+OURS = "ours"
 
 
 class Case(NamedTuple):
@@ -41,12 +44,14 @@ class Case(NamedTuple):
 
 @dataclass
 class Outcome:
-    """The result of one implementation of a group: why it failed, or its times and memory."""
+    """The result of one implementation of a group: why it failed or was refused, or its times and memory."""
 
     failure: BaseException | None = None
+    refused: str | None = None
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     first_call_seconds: float = 0.0
+    gpu: dict[str, Any] = field(default_factory=dict)  # what rows of a GPU have besides
 
 
 def workload_of(spec: OperatorSpec | StepSpec) -> OperatorWorkload | StepWorkload:
@@ -58,6 +63,8 @@ def checked(
 ) -> tuple[Job, float]:
     """Return the implementation's job, after its results passed the correctness check, and seconds of its first call.
 
+    On the fake GPU, which computes nothing, there is no check; nor is what is measured there ever a result.
+
     Raises:
         AssertionError: wrong results.
     """
@@ -65,15 +72,21 @@ def checked(
     begun = time.perf_counter()
     results = job()
     taken = time.perf_counter() - begun
-    workload.check(implementation, results)
+    if not fake_gpu.here():
+        workload.check(implementation, results)
     return job, taken
 
 
 class Runner:
     """Measures the groups of a session, each when its first row is asked for."""
 
-    def __init__(self, groups: Mapping[str, Sequence[Case]], rounds: int | None = None):
-        self.groups, self.rounds = groups, rounds
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[Case]],
+        rounds: int | None = None,
+        on_cpu: Callable[[Callable[[], object]], float] = seconds_of,
+    ):
+        self.groups, self.rounds, self.on_cpu = groups, rounds, on_cpu
         self._measured: dict[str, dict[str, Outcome]] = {}
 
     def outcome(self, case: Case, timed: bool = True) -> Outcome:
@@ -92,22 +105,32 @@ class Runner:
 
     def _measure(self, cases: Sequence[Case], timed: bool) -> dict[str, Outcome]:
         workload = workload_of(cases[0].spec)
-        able = [c.implementation for c in cases if c.implementation.missing(workload.like) is None]
-        outcomes = {one.name: Outcome() for one in able}
+        every = [c.implementation for c in cases]
+        outcomes = {one.name: Outcome(refused=one.missing(workload.like)) for one in every}
         jobs: dict[str, Job] = {}
-        for one in able:
+        for one in every:
+            found = outcomes[one.name]
+            if found.refused:
+                continue
             try:
-                jobs[one.name], taken = checked(workload, one)
-                outcomes[one.name].first_call_seconds = taken
+                jobs[one.name], found.first_call_seconds = checked(workload, one)
+            except torch.cuda.OutOfMemoryError:
+                found.refused = f"{one.name}: out of memory"
             except Exception as failure:
-                outcomes[one.name].failure = failure
+                if one.name != OURS and isinstance(failure, NotImplementedError):
+                    found.refused = f"{one.name}: {str(failure).splitlines()[0]}"
+                else:
+                    found.failure = failure
         if not timed:
             return outcomes
         device = torch.device(cases[0].spec.device)
         rounds = self.rounds or (20 if device.type == "cuda" else 5)
-        clock = gpu_seconds if device.type == "cuda" else seconds_of
+        clock = single_call_seconds if device.type == "cuda" else self.on_cpu
         for name, seconds in interleaved(jobs, rounds, clock).items():
             outcomes[name].seconds = seconds
+        if device.type == "cuda":
+            for name, job in jobs.items():
+                outcomes[name].gpu = gpu_details(workload, job)
         if isinstance(workload, StepWorkload) and workload.spec.graph:
             return outcomes  # a replay allocates nothing: its memory is the graph's
         for name, job in jobs.items():
@@ -115,15 +138,14 @@ class Runner:
         return outcomes
 
 
-def gpu_seconds(job: Callable[[], object]) -> float:
-    """Return the seconds between two events around ``job``, the L2 cache overwritten before."""
-    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    job()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+def gpu_details(workload: OperatorWorkload | StepWorkload, job: Job) -> dict[str, Any]:
+    """Return host time, and of an operator the device's time and what the operator has to do."""
+    found: dict[str, Any] = {"host_seconds": host_seconds(job)}
+    if isinstance(workload, OperatorWorkload):
+        seconds, how = device_time(job)
+        found |= {"device_seconds": seconds, "device_how": how}
+        found |= {"flops": flops(workload.spec), "bytes": moved_bytes(workload.spec)}
+    return found
 
 
 def peak_bytes(job: Callable[[], Any], device: torch.device) -> int | None:
@@ -168,6 +190,23 @@ class ReplayClock:
         return self._ticks.pop(0) if self._ticks else 0.0
 
 
+def extra_info(case: Case, found: Outcome) -> dict[str, Any]:
+    """Return what a row tells besides its times."""
+    spec, one = case.spec, case.implementation
+    compiled = {"compile_seconds": round(found.first_call_seconds, 1)} if one.compiled else {}
+    return {
+        "workload": spec.workload,
+        "shape": getattr(spec, "shapes", [[getattr(spec, "batch", 0)]])[0],
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "order": spec.order,
+        "implementation": one.name,
+        "first_order_only": one.first_order_only,
+        "peak_bytes": found.peak_bytes,
+        **found.gpu,
+        **compiled,
+    }
+
+
 def machine(device: str) -> dict[str, object]:
     """Return the device, versions and commit that a row belongs to."""
     try:
@@ -175,6 +214,7 @@ def machine(device: str) -> dict[str, object]:
     except ImportError:
         triton = None
     name = torch.cuda.get_device_name() if device == "cuda" else conditions()["cpu"]
+    name = FAKE if fake_gpu.here() else name
     return {
         **conditions(),
         **{"device": name, "triton": triton, "cuda": torch.version.cuda},

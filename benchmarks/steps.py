@@ -1,4 +1,4 @@
-"""Training steps to measure: the paper's setting, and a penalty on every layer of a small ViT.
+"""Training steps to measure: the paper's setting, a penalty on every layer of a small ViT, and R1 of critics.
 
 A job is loss and backward, under autocast for bfloat16. Parameters are not updated, so every round computes the same.
 The correctness check compares loss and gradient with PyTorch's own operators in float64.
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 import diversevit_fast as dvf
 from benchmarks.baselines import Stock, TwiceDifferentiableStock, published_penalty
+from benchmarks.critics import ATTENTION, CRITICS, r1
+from benchmarks.gpu_timing import captured
 from benchmarks.orders import DOUBLE_BWD
 from benchmarks.registry import Implementation, Job
 from diversevit_fast.models import DiverseViT
@@ -30,13 +32,14 @@ WEIGHT = 100
 class StepSpec(NamedTuple):
     """One group of rows: a training step at a batch size and dtype."""
 
-    step: str  # "paper step" or "all-layers step"
+    step: str  # "paper step", "all-layers step" or "R1 step"
     batch: int
     tiny: bool
     device: str
     order: str = DOUBLE_BWD
     dtype: torch.dtype = torch.float32
     graph: bool = False  # whether the step is captured once as a CUDA graph, and replayed
+    critic: str = ""  # of the R1 step, by its name in ``CRITICS``
 
     @property
     def workload(self) -> str:
@@ -44,7 +47,7 @@ class StepSpec(NamedTuple):
 
     @property
     def group(self) -> str:
-        model = f" {self.vit}" if self.step == "all-layers step" else ""
+        model = f" {self.vit}" if self.step == "all-layers step" else f" {self.critic}".rstrip()
         kind = str(self.dtype).removeprefix("torch.")
         how = " CUDA graph" if self.graph else ""
         return f"{self.step}{model} batch {self.batch} {kind}{how}"
@@ -111,6 +114,9 @@ STEPS: dict[str, dict[str, tuple[LossOf, LossOf]]] = {
         "erm": (erm, erm),
         "eager": (_eager_on_all_layers, _eager_on_all_layers),
     },
+    "R1 step": {
+        name: (r1(name), r1("eager" if name == "eager" else "SDPA math")) for name in ATTENTION
+    },
 }
 """Step -> implementation -> its loss, and its reference: the loss by PyTorch alone, taken in float64."""
 
@@ -151,7 +157,7 @@ class StepWorkload:
     def check(self, implementation: Implementation, results: tuple[Tensor, ...]) -> None:
         """Compare loss and gradient with the implementation's reference: they may differ by 0.1 %.
 
-        In bfloat16 twice the reference's own error in that dtype is allowed in addition.
+        In bfloat16 by its rounding, 0.4 %, and twice the reference's own error in that dtype.
 
         Raises:
             AssertionError: a result is not finite, or wrong.
@@ -160,37 +166,21 @@ class StepWorkload:
         if loss_of not in self._references:
             self._references[loss_of] = self._reference(loss_of)
         exact, budgets = self._references[loss_of]
-        for error, budget in zip(_errors(results, exact), budgets, strict=True):
+        for error, budget in zip(relative_errors(results, exact), budgets, strict=True):
             assert error <= budget, f"{implementation.name}: {error:.1e} off its reference"
 
     def _reference(self, loss_of: LossOf) -> tuple[tuple[Tensor, ...], list[float]]:
         """Results in float64, and the relative error allowed of each."""
         exact = _step(loss_of(self._double), self._double, self.images.double(), self.labels)
         half = self.spec.dtype == torch.bfloat16
-        rounding = _errors(self._run(loss_of(self.model)), exact) if half else [0.0] * len(exact)
-        return exact, [1e-3 + 2 * own for own in rounding]
+        rounding = (
+            relative_errors(self._run(loss_of(self.model)), exact) if half else [0.0] * len(exact)
+        )
+        floor = torch.finfo(torch.bfloat16).eps / 2 if half else 1e-3
+        return exact, [floor + 2 * own for own in rounding]
 
 
-def captured(job: Job) -> Job:
-    """Capture ``job`` as a CUDA graph, whose replay spares Python's part. Results are overwritten."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # kernels are compiled and libraries set up before a capture
-            job()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = job()
-
-    def replay() -> tuple[Tensor, ...]:
-        graph.replay()
-        return results
-
-    return replay
-
-
-def _errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
+def relative_errors(results: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> list[float]:
     """Return the relative error of each result."""
     pairs = zip(results, exact, strict=True)
     return [float((got.double() - right).norm() / right.norm()) for got, right in pairs]
@@ -200,6 +190,10 @@ def _model(spec: StepSpec) -> tuple[nn.Module, tuple[int, int]]:
     if spec.step == "paper step":
         small = {"dim": 32, "depth": 2, "num_heads": 2, "head_dim": 8, "mlp_dim": 32}
         return DiverseViT(**(small if spec.tiny else {})), (64, 32)  # pyright: ignore[reportArgumentType]
+    if spec.critic:
+        critic = CRITICS[spec.critic]
+        depth, side = (2, 32) if spec.tiny else (critic.depth, critic.side)
+        return critic.make(depth, side), (side, side)
     side = 32 if spec.tiny else 224
     import timm
 

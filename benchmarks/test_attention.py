@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.cases import LONG_TOKENS, TOKENS, operator_cases
+from benchmarks.cases import LONG_TOKENS, TOKENS, anchor_cases, issue_cases, operator_cases
 
-ROWS = operator_cases("attention", TOKENS)
+ROWS = [*operator_cases("attention", TOKENS), *anchor_cases("attention")]
 LONG = operator_cases("attention", LONG_TOKENS)
 
 
@@ -16,4 +16,9 @@ def test_attention(measure, case):
 @pytest.mark.long
 @pytest.mark.parametrize("case", LONG, ids=lambda case: case.id)
 def test_long_attention(measure, case):
+    measure(case)
+
+
+@pytest.mark.parametrize("case", issue_cases(), ids=lambda case: case.id)
+def test_gradient_penalty_of_the_public_issue(measure, case):
     measure(case)

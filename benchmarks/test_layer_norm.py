@@ -2,9 +2,11 @@
 
 import pytest
 
-from benchmarks.cases import operator_cases
+from benchmarks.cases import anchor_cases, operator_cases
+
+ROWS = [*operator_cases("layer_norm"), *anchor_cases("layer_norm")]
 
 
-@pytest.mark.parametrize("case", operator_cases("layer_norm"), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.id)
 def test_layer_norm(measure, case):
     measure(case)

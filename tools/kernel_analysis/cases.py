@@ -1,8 +1,8 @@
 """The calls that the compile report compiles: every operator's host functions at sizes of vision transformers.
 
 Tensors are on the meta device, laid out as in a model: q, k, v are views of one qkv projection, outputs
-and their cotangents are laid out as [B, N, H, d]. Every head width gets the plain case, short (197 tokens: all keys in
-one tile) and long (1025: streamed); everything else is compiled at head width 64.
+and their cotangents are laid out as [B, N, H, d]. Every head width gets the plain case, short (50 and 197 tokens: all
+keys in one tile) and long (1025: streamed); everything else is compiled at head width 64.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 _B, _H = 8, 12
 _SHORT, _LONG = 197, 1025
+_FIFTY = 50  # a ViT with patches of 32 pixels: fewer than a tile of 64
+_FEW = 17  # keys that a step of a row program holds, though it would walk more
 _SIZES = ((_B, _SHORT), (64, _SHORT), (_B, _LONG))
+_PLAIN_SIZES = (*_SIZES, (_B, _FIFTY), (64, _FIFTY))
 """Batch and tokens: at a batch of 64 the heads alone fill every chip, which changes the launch choice."""
 _BINDING_WIDTH = 128
 """Up to this head width registers and tensor cores are checked; beyond, the kernel must only compile."""
@@ -65,7 +68,7 @@ def _by_token(B: int, H: int, N: int, d: int, dtype: torch.dtype) -> Tensor:
 
 
 def _attention(dtype: torch.dtype, d: int, quick: bool) -> _Cases:
-    for B, n in _SIZES:
+    for B, n in _PLAIN_SIZES:
         q, k, v = _projected(B, n, d, dtype)
         yield from _attention_case(f"plain B={B} N={n}", q, k, v)
     if not quick:
@@ -81,17 +84,22 @@ def _attention(dtype: torch.dtype, d: int, quick: bool) -> _Cases:
         yield from _attention_case(f"bool mask {at}", q, k, v, mask=keys)
         bias = _empty(1, _H, n, n, dtype=dtype)
         yield from _attention_case(f"additive mask {at}", q, k, v, mask=bias, mask_grad=True)
+        yield from _attention_case(f"dropout {at}", q, k, v, dropout_p=0.1)
         if quick:
             continue
+        bias = _empty(1, _H, 1, n, dtype=dtype)
+        yield from _attention_case(f"bias of keys {at}", q, k, v, mask=bias, mask_grad=True)
         few_k, few_v = (_by_token(B, _H // 3, n, d, dtype) for _ in range(2))
         yield from _attention_case(f"4 key heads {at}", q, few_k, few_v)
         yield from _attention_case(f"class token {at}", q[:, :, :1], k, v)
+        yield from _attention_case(f"class token, dropout {at}", q[:, :, :1], k, v, dropout_p=0.1)
         for given in ((True, False, False), (False, True, False), (False, False, True)):
             name = f"only {('ddq', 'ddk', 'ddv')[given.index(True)]} {at}"
             every = _attention_case(name, q, k, v, given=given)
             yield from (case for case in every if case[0] == "double_backward")
-    q, k, v = _projected(1, _SHORT, d, dtype)
-    yield from _attention_case(f"plain B=1 N={_SHORT}", q, k, v)
+    for B, n in ((1, _SHORT), (_B, _FEW)):
+        q, k, v = _projected(B, n, d, dtype)
+        yield from _attention_case(f"plain B={B} N={n}", q, k, v)
 
 
 def _projected(B: int, N: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,6 +116,7 @@ def _attention_case(
     mask: Tensor | None = None,
     is_causal: bool = False,
     mask_grad: bool = False,
+    dropout_p: float = 0.0,
     given: tuple[bool, bool, bool] = (True, True, True),
 ) -> _Cases:
     """Yield the three orders; ``given`` says which of ddq, ddk, ddv exist."""
@@ -117,13 +126,15 @@ def _attention_case(
     softmax = _empty(B, H, 2, n, dtype=torch.float32)
     dd = [x if one else None for x, one in zip((dq, dk, dv), given, strict=True)]
     ddmask = mask if mask_grad else None
+    seed = _empty(1, dtype=torch.int64) if dropout_p else None
     options: dict[str, Any] = {"is_causal": is_causal, "scale": q.shape[-1] ** -0.5}
+    options["dropout_p"] = dropout_p
     more = {**options, "mask_grad": mask_grad}
-    yield "forward", name, lambda f: f(q, k, v, mask, **options)
-    yield "backward", name, lambda f: f(q, k, v, mask, o, softmax, do, **more)
+    yield "forward", name, lambda f: f(q, k, v, mask, seed, **options)
+    yield "backward", name, lambda f: f(q, k, v, mask, seed, o, softmax, do, **more)
     yield (
         *("double_backward", name),
-        lambda f: f(q, k, v, mask, o, softmax, do, dq, *dd, ddmask, **more),
+        lambda f: f(q, k, v, mask, seed, o, softmax, do, dq, *dd, ddmask, **more),
     )
 
 

@@ -49,8 +49,8 @@ OPERATORS: dict[str, Operator] = {
     "attention": Operator(
         inputs=dict.fromkeys("qkv", (1, 1, "N", WIDTH)),
         constants={
-            **{"mask": None, "ddmask": None},
-            **{"is_causal": False, "scale": WIDTH**-0.5, "mask_grad": False},
+            **{"mask": None, "seed": None, "ddmask": None},
+            **{"is_causal": False, "scale": WIDTH**-0.5, "dropout_p": 0.0, "mask_grad": False},
         },
         results={
             "forward": ("o", "softmax"),

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from benchmarks import peaks
 from tools.kernel_analysis import RESULTS
 
 ORDERS = ("forward", "backward", "double_backward")
@@ -37,9 +38,8 @@ class Peak(NamedTuple):
 
 
 PEAKS = {
-    "A100": Peak("sm_80", 312e12, 2.0e12),
-    "H100 SXM": Peak("sm_90", 989e12, 3.35e12),
-    "B200": Peak("sm_100", 2250e12, 8.0e12),
+    chip: Peak(architecture, peaks.PEAKS[chip].half, peaks.PEAKS[chip].bandwidth)
+    for chip, architecture in {"A100": "sm_80", "H100 SXM": "sm_90", "B200": "sm_100"}.items()
 }
 BATCH, HEADS = 64, 12
 """Predicted times are for so many samples, and heads where the count is per head."""

@@ -10,7 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define RESERVED (1ull << 42)
+#define RESERVED (1ull << 45) /* addresses are given once: what a process may ask for in all */
 #define SEGMENT (2ull << 20)
 #define CAPACITY (139ull << 30) /* an H200's */
 

@@ -1,0 +1,28 @@
+"""The command line of programs that keep what a page needs of a finished run."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def keep_run(
+    program: str,
+    description: str | None,
+    result_of: Callable[[Path, str, float], Any],
+    file: Path,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Write ``result_of(run, commit, cpu_seconds)`` to ``file``, if the command line names a run."""
+    parser = argparse.ArgumentParser(f"python -m tools.docs.{program}", description=description)
+    parser.add_argument("run", nargs="?", type=Path)
+    parser.add_argument("--commit")
+    parser.add_argument("--cpu-seconds", type=float)
+    given = parser.parse_args(arguments)
+    if given.run is None:
+        return
+    if given.commit is None or given.cpu_seconds is None:
+        parser.error("a run needs --commit and --cpu-seconds")
+    result = result_of(given.run, given.commit, given.cpu_seconds)
+    file.write_text(json.dumps(result) + "\n", encoding="utf-8")
