@@ -1,7 +1,7 @@
-"""Blocks below the regularised layer, checkpointed to save memory or compiled to save time.
+"""Blocks checkpointed to save memory, the regularised one too, or those below it compiled to save time.
 
 python examples/checkpointed.py
-python examples/checkpointed.py --below compile
+python examples/checkpointed.py --compile-below
 """
 
 import argparse
@@ -20,8 +20,12 @@ from torch.utils.data import DataLoader
 import diversevit_fast as dvf
 
 
-def checkpoint_below(model: nn.Module, blocks: list[nn.Module]) -> None:
-    """Recompute ``blocks`` in backward; parameters keep their names in ``state_dict``."""
+def checkpoint_blocks(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """Recompute ``blocks`` in backward; parameters keep their names in ``state_dict``.
+
+    The switches of timm (``model.set_grad_checkpointing()``) and transformers (``gradient_checkpointing_enable()``) do
+    the same; ``torch.utils.checkpoint`` needs ``use_reentrant=False``.
+    """
 
     def wrap(module: nn.Module) -> nn.Module:
         return checkpoint_wrapper(module, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
@@ -53,15 +57,15 @@ def train(model: nn.Module, loader: DataLoader, *, weight: float = 10.0) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--below", choices=("checkpoint", "compile"), default="checkpoint")
+    parser.add_argument("--compile-below", action="store_true", help="instead of checkpoints")
     parser.add_argument("--backend", default="inductor", help="aot_eager: no code is generated")
     options = parser.parse_args()
     model = tiny.vit().to("cuda" if torch.cuda.is_available() else "cpu")
-    below = list(model.blocks)[:-1]  # the last block and the head are differentiated twice
-    if options.below == "compile":
-        compile_below(below, options.backend)
+    blocks = list(model.blocks)
+    if options.compile_below:
+        compile_below(blocks[:-1], options.backend)  # the last block is differentiated twice
     else:
-        checkpoint_below(model, below)
+        checkpoint_blocks(model, blocks)
     train(model, DataLoader(tiny.dataset(), batch_size=8))
 
 
