@@ -2,6 +2,7 @@
 
 import ast
 import re
+import weakref
 from functools import partial
 
 import pytest
@@ -104,6 +105,8 @@ def test_operators():
     assert internals.overload_of(operator) is torch.ops.diversevit.gelu.default
     assert internals.name_of(operator) == "gelu"
     torch.testing.assert_close(internals.function_of(operator)(x, "none"), F.gelu(x))
+    aten = internals.function_of_aten(torch.ops.aten.gelu.default)
+    assert torch.equal(aten(x, approximate="tanh"), F.gelu(x, approximate="tanh"))
     double_backward = torch.library.custom_op(
         "diversevit_test::some",
         lambda x, y, n: x,
@@ -224,6 +227,7 @@ HERE = {"diversevit_fast._torch_internals", "diversevit_kernels.common.torch_int
 OF_OTHERS = {
     *("_asdict", "_fields", "_make", "_replace"),  # public, of named tuples
     "_attn_implementation",  # transformers'
+    "_fast_norm",  # timm's
     *("_bias", "_create_block_mask"),  # xformers'
 }
 NOT_ON_OTHERS = {"_buffers", "_modules", "_name", "_parameters", "_version"}
@@ -291,3 +295,18 @@ def test_no_other_module_names_a_private_part(module):
 )
 def test_it_would_be_seen(line):
     assert set(names_of_others(ast.parse(line)))
+
+
+def test_tensors_like_others():
+    x, y = torch.ones(2, 3), torch.ones(3, 2).T
+    alike = kernels_internals.likeness([x, y])
+    assert alike(x.clone(), torch.zeros(3, 2).T)
+    others = [x[:1], x.double(), torch.ones(3, 2).T, x.clone().requires_grad_(), None]
+    others += [torch.nn.Parameter(x, False), torch._neg_view(x), torch.ones(2, 3, device="meta"), y]
+    assert not any(alike(other, y) for other in others)
+    assert not alike(y, x)
+    with torch.autocast("cpu"):
+        assert not alike(x.clone(), y)
+    kept = weakref.ref(x)
+    del x, others
+    assert kept() is None

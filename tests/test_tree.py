@@ -28,9 +28,11 @@ ALLOWED = {
     "training": {"attachment", "penalty"},
     "nn": {"ops", "penalty"},
     "heads": {"attachment", "ops", "weight_files"},
+    "probes": {"attachment", "heads", "ops"},
     "models": {"attachment", "heads", "nn", "weight_files"},
     "data": set(),
-    "experiment": {"attachment", "data", "heads", "models", "ops", "penalty", "training"},
+    "experiment": {"attachment", "data", "heads", "models", "ops", "penalty", "probes", "training"}
+    | {"weight_files"},
 }
 
 
@@ -111,7 +113,8 @@ OUTSIDE = {
     "benchmarks": ("benchmarks",),
     "tools/interpreter": ("tools.interpreter",),
     "tools/kernel_analysis": ("benchmarks", "tools.interpreter", "tools.kernel_analysis"),
-    "tools/docs": ("tools.docs",),
+    "tools/docs": ("tools.docs", "tools.pilot"),
+    "tools/pilot": ("tools.pilot",),
     "tests": ("tests",),
     "tests/benchmarks": ("benchmarks", "tests"),
     "tests/docs": ("benchmarks", "tests", "tools"),

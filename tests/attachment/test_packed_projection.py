@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import diversevit_fast as dvf
-from diversevit_fast.attachment import attachment
+from diversevit_fast.attachment import packed_projection
 from diversevit_fast.attachment.packed_projection import PackedAttention, may_pack, packed_attention
 from tests.helpers.vits import images_for, timm_vit
 
@@ -91,8 +91,10 @@ def test_parts_changed_in_between_are_three_tensors(change):
 def test_a_mask_is_for_three_tensors():
     packed, mask = PackedAttention(projected().view(2, 9, 3, 4, 8)), torch.randn(9, 9)
     assert torch.equal(packed(*packed.parts, mask), dvf.attention(*packed.parts, mask))
-    with pytest.raises(dvf.UnsupportedError, match="dropout_p"):
-        packed(*packed.parts, dropout_p=0.5)
+    torch.manual_seed(0)
+    found = packed(*packed.parts, dropout_p=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(found, dvf.attention(*packed.parts, dropout_p=0.5))
 
 
 def _step(model, images):
@@ -121,11 +123,11 @@ def test_a_stock_model(library, monkeypatch):
         seen.append(packed_attention(*qkv))
         return seen[-1]
 
-    monkeypatch.setattr(attachment, "packed_attention", watched)
+    monkeypatch.setattr(packed_projection, "packed_attention", watched)
     got = _step(model, images)
     assert seen
     assert None not in seen
-    monkeypatch.setattr(attachment, "packed_attention", lambda *_: None)
+    monkeypatch.setattr(packed_projection, "packed_attention", lambda *_: None)
     assert all(map(torch.equal, got, _step(model, images)))
 
 

@@ -81,12 +81,18 @@ class TestCheckpointing:
         model.patch_embed.proj.register_forward_hook(lambda _m, _i, out: out)
         assert_same(by_backward(model, loss_of(model)), expect)
 
-    @system("checkpointing around or above the layer", "refused")
-    @pytest.mark.parametrize("reentrant", [True, False])
-    def test_around_the_layer_is_refused(self, reentrant):
+    @system("checkpointing (non-reentrant) around, above and inside the layers", "right")
+    def test_around_the_layer(self, ask, expect):
         model = vit()
-        checkpointed(model.blocks, reentrant)
-        with pytest.raises(UnsupportedError, match="checkpoint only the blocks below"):
+        checkpointed(model.blocks, reentrant=False)
+        assert_same(ask(model, loss_of(model)), expect)
+
+    @system("reentrant checkpointing of the layer, or above it", "refused")
+    @pytest.mark.parametrize("blocks", [slice(2, 3), slice(0, 3)], ids=["last", "all"])
+    def test_reentrant_around_the_layer_is_refused(self, blocks):
+        model = vit()
+        checkpointed(model.blocks[blocks], reentrant=True)
+        with pytest.raises(UnsupportedError, match="pass use_reentrant=False"):
             loss_of(model)
 
 
@@ -206,6 +212,32 @@ class TestContexts:
         assert_same(
             by_grad(model, F.cross_entropy(logits, labels_for(images)) + 100 * penalty), expect
         )
+
+    @system("attention maps (`capture_heads(maps=)`)", "right")
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_maps_beside_the_penalty(self, expect, inside):
+        model = vit()
+        diversity, heads = dvf.HeadDiversity(model), dvf.capture_heads(model, maps=[2, 0])
+        with heads if inside else diversity, diversity if inside else heads:
+            logits = model(images_for(model))
+        penalty = diversity.penalty(logits)
+        loss = F.cross_entropy(logits, labels_for(logits)) + 100 * penalty
+        by_map = torch.autograd.grad(logits.sum(), heads.maps[-1], retain_graph=True)
+        assert by_map[0].abs().max() > 1e-6
+        assert_same(by_grad(model, loss), expect)
+
+    @system("attention dropout, in training mode", "right")
+    @pytest.mark.parametrize("around", [False, True], ids=["", "checkpointed"])
+    def test_attention_dropout(self, ask, around):
+        model = timm_vit(global_pool="avg", class_token=False, attn_drop_rate=0.4).train()
+        if around:
+            checkpointed(model.blocks, reentrant=False)
+        found = []
+        for backend in ("auto", "reference"):
+            torch.manual_seed(5)
+            with dvf.use_backend(backend):
+                found.append(ask(model, loss_of(model, layers="all")))
+        assert_same(*found)
 
     def test_an_exception_inside_restores(self, expect):
         model = vit()
@@ -393,6 +425,18 @@ def test_ddp_called_past():
 @system("FSDP2 (fully_shard), with and without resharding after forward", "right")
 def test_fsdp2():
     ranks.run("fsdp2")
+
+
+@system("DDP and FSDP2 with checkpointing (non-reentrant) of every block", "right")
+def test_checkpointed_on_ranks():
+    ranks.run("ddp_checkpointed", "fsdp2_checkpointed")
+
+
+@system(
+    "`second_order` and a gradient by the images under DDP and FSDP2, also checkpointed", "right"
+)
+def test_gradient_penalty_on_ranks():
+    ranks.run("ddp_gradient_penalty", "fsdp2_gradient_penalty")
 
 
 @system("DDP(static_graph=True), FSDP1, FSDP2 of blocks without a root, DataParallel", "refused")

@@ -34,6 +34,7 @@ TINY: dict[str, Any] = {
     "samples": 32,
     "epochs": 1,
     "threads": 1,
+    "workers": 1,
 }
 TINY |= {"batch_size": 16, "model": SMALL}
 FEW: dict[str, Any] = {ERM: {}, "last, every 4": {"layers": "last", "every": 4}}

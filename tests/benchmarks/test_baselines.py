@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import diversevit_fast as dvf
-from benchmarks.baselines import Stock, TwiceDifferentiableStock, published_penalty
+from benchmarks.baselines import Stock, TwiceDifferentiableStock, plain_modules, published_penalty
 from tests.helpers import published
 from tests.helpers.vits import assert_same, diverse_vit, gradients, images_for, timm_vit
 
@@ -56,6 +56,17 @@ def test_stock_operators_run_in_place_of_ours(stock, make, wrap):
     assert plain.functions >= OURS - ATTENTION
     assert plain.functions & ATTENTION
     assert not plain.functions & {F.scaled_dot_product_attention}
+    assert replaced.functions >= STOCK
+    assert not replaced.functions & OURS
+    torch.testing.assert_close(theirs, ours)
+
+
+def test_plain_modules_call_stock_operators_without_a_mode():
+    model = diverse_vit()
+    images = images_for(model)
+    ours = model(images)
+    with Called() as replaced, plain_modules():
+        theirs = model(images)
     assert replaced.functions >= STOCK
     assert not replaced.functions & OURS
     torch.testing.assert_close(theirs, ours)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from benchmarks import records, report, steps
-from benchmarks.cases import all_cases, operator_cases, step_cases
+from benchmarks import critics, records, report, steps
+from benchmarks.cases import all_cases, critic_cases, operator_cases, step_cases
 from benchmarks.orders import BWD, DOUBLE_BWD, FWD
 from benchmarks.registry import IMPLEMENTATIONS, Implementation
 from benchmarks.runner import (
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.id)
 def test_every_row_runs_and_passes_its_check(case):
-    if case.spec.workload == "all-layers step":
+    if case.spec.workload == "all-layers step" or getattr(case.spec, "critic", "") == "ViT-S":
         pytest.importorskip("timm")
     workload = workload_of(case.spec)
     if reason := case.implementation.missing(workload.like):
@@ -99,6 +100,45 @@ def test_the_check_of_steps_bites(monkeypatch):
     monkeypatch.setitem(losses, "ours", (losses["erm"][0], losses["ours"][1]))
     with pytest.raises(AssertionError, match="ours"):
         checked(workload, ours.implementation)
+
+
+@pytest.mark.parametrize("wrong", ["no penalty", "no second order"])
+def test_the_check_of_r1_steps_bites(monkeypatch, wrong):
+    (ours, *_) = critic_cases(["encoder-1024x256"], tiny=True)
+    workload = workload_of(ours.spec)
+    checked(workload, ours.implementation)
+
+    def loss_of(critic):
+        right = critics.r1("SDPA math")(critic)
+
+        def loss(images, labels):
+            if wrong == "no penalty":
+                return F.softplus(-critic(images)).mean()
+            plain = F.softplus(-critic(images)).mean()
+            return plain + (right(images, labels) - plain).detach()
+
+        return loss
+
+    losses = steps.STEPS["R1 step"]
+    monkeypatch.setitem(losses, "ours", (loss_of, losses["ours"][1]))
+    with pytest.raises(AssertionError, match="ours"):
+        checked(workload, ours.implementation)
+
+
+def test_what_a_critic_runs_in_is_what_the_row_says(monkeypatch):
+    """Ours, PyTorch's composite, or products and a softmax of their own."""
+    model, images = critics.Encoder(64, 1, 1, 32), torch.rand(1, 3, 32, 32)
+
+    def calls(name: str) -> set[str]:
+        with torch.profiler.profile() as seen:
+            critics.r1(name)(model)(images, images)
+        return {event.name for event in seen.events()}
+
+    ours, math, eager = (calls(name) for name in ("ours", "SDPA math", "eager"))
+    assert any(name.startswith("diversevit::attention") for name in ours)
+    assert "aten::_scaled_dot_product_attention_math" in math - eager
+    assert "aten::softmax" in eager
+    assert not any(name.startswith("diversevit::") for name in math | eager)
 
 
 def test_a_wrong_implementation_has_no_number_and_the_others_do():

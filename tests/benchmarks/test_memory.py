@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import torch.utils.checkpoint
 
 from benchmarks import timing
 from benchmarks.scripts import memory
-from benchmarks.scripts.memory import ATTENTION, MEASURES, ROWS, STEP, Size
+from benchmarks.scripts.memory import ATTENTION, CHECKPOINTS, MASK, MEASURES, ROWS, STEP, Size
 
 TINY = Size(batch=2, tokens=1025, tiny=True)
 RECORDED = Path(__file__).parents[2] / "benchmarks/results/memory.json"
@@ -15,12 +17,55 @@ RECORDED = Path(__file__).parents[2] / "benchmarks/results/memory.json"
 
 def test_attention_of_eager_keeps_scores_and_ours_none():
     """At 1025 tokens a matrix of scores of 12 heads has 48 MiB, and q 3."""
-    ours, eager = (
-        memory.peak(ATTENTION, name, TINY, MEASURES["peak"]) for name in ("ours", "eager")
+    (ours, seconds), (eager, _) = (
+        memory.measured(ATTENTION, name, TINY, MEASURES["peak"]) for name in ("ours", "eager")
     )
+    assert seconds > 0
     scores = 12 * 1025**2 * 4
     assert eager > 4 * scores
     assert ours < scores
+
+
+def test_a_trained_mask_is_kept_once_and_eager_keeps_scores_of_all_heads():
+    """Its gradients of both orders have its own size, 4 MiB at 1025 tokens; a matrix of scores 12 times that."""
+    ours, eager = (
+        memory.measured(MASK, name, TINY, MEASURES["peak"])[0] for name in ("ours", "eager")
+    )
+    mask = 1025**2 * 4
+    assert eager > 4 * 12 * mask
+    assert ours < 12 * mask
+
+
+@pytest.mark.parametrize("workload", [name for name in ROWS if name not in (STEP, ATTENTION, MASK)])
+def test_every_row_of_steps_leaves_no_gradient(workload, monkeypatch):
+    pytest.importorskip("timm")
+    made = []
+    plain = memory._without_gradients
+    monkeypatch.setattr(
+        memory, "_without_gradients", lambda model, job: made.append(model) or plain(model, job)
+    )
+    for name in ROWS[workload]:
+        job = memory.job_of(workload, name, TINY)
+        seen = []
+        next(made[-1].parameters()).register_hook(lambda grad, seen=seen: seen.append(grad))
+        job()
+        assert seen
+        assert all(p.grad is None for p in made[-1].parameters())
+
+
+def test_checkpoints_are_there_where_the_row_says_so(monkeypatch):
+    pytest.importorskip("timm")
+    ran = []
+    plain = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        "torch.utils.checkpoint.checkpoint", lambda *a, **k: ran.append(1) or plain(*a, **k)
+    )
+    counts = {}
+    for name in ROWS[CHECKPOINTS]:
+        ran.clear()
+        memory.job_of(CHECKPOINTS, name, TINY)()
+        counts[name] = len(ran)
+    assert [bool(n) for n in counts.values()] == [False, True, False, True], counts
 
 
 def test_a_step_is_measured_without_what_it_leaves(monkeypatch):
@@ -44,41 +89,67 @@ def test_a_step_is_measured_without_what_it_leaves(monkeypatch):
 
 def test_a_process_that_fails_is_one_line():
     with pytest.raises(RuntimeError, match=r"^attention, nobody: StopIteration$"):
-        memory.peak(ATTENTION, "nobody", TINY, {})
+        memory.measured(ATTENTION, "nobody", TINY, {})
 
 
-def test_table_and_file_hold_every_row(monkeypatch, tmp_path, capsys):
-    asked = []
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """What processes were asked for, where none runs: ours takes thrice what the first does."""
+    calls = []
 
-    def peak(workload, name, size, environment):
-        asked.append((workload, name, size, dict(environment)))
+    def measured(workload, name, size, environment):
+        calls.append((workload, name, size, dict(environment)))
         first = name == ROWS[workload][0]
-        return (2 << 20) * (1 if first else 3) * (1 if environment else 4)
+        return (2 << 20) * (1 if first else 3) * (1 if environment else 4), 1.5
 
-    monkeypatch.setattr(memory, "peak", peak)
+    monkeypatch.setattr(memory, "measured", measured)
     monkeypatch.setattr(timing, "RESULTS", tmp_path)
-    assert memory.main(["--batch", "2", "--tokens", "1025", "--tiny"]) == 0
-    pairs = [(workload, name) for workload, names in ROWS.items() for name in names]
-    environments = list(MEASURES.values())
-    assert asked == [(*pair, TINY, env) for env in environments for pair in pairs]
+    return calls
+
+
+SMALL = ["--batch", "2", "--tokens", "1025", "--tiny"]
+
+
+def test_table_and_file_hold_every_row(asked, tmp_path, capsys):
+    assert memory.main(SMALL) == 0
+    peak, resident = MEASURES.values()
+    assert asked == [
+        (workload, name, TINY, env)
+        for workload, names in ROWS.items()
+        for env in ((peak, resident) if workload in memory.RESIDENT else (peak,))
+        for name in names
+    ]
     stored = json.loads((tmp_path / "memory.json").read_text())
     assert stored["peak"][STEP] == {"erm": 2 << 20, "ours": 6 << 20, "eager": 6 << 20}
     assert stored["resident"][ATTENTION] == {"eager": 8 << 20, "ours": 24 << 20}
+    assert stored["seconds"][ATTENTION] == {"eager": 1.5, "ours": 1.5}
     assert (stored["batch"], stored["tokens"], stored["tiny"]) == TINY
     header, *lines, path = capsys.readouterr().out.splitlines()
-    assert header.split() == ["peak", "MiB", "ratio", "resident", "MiB", "ratio"]
-    assert lines[1].split() == ["all-layers", "step", "ours", "6", "3.00", "24", "3.00"]
-    assert len(lines) == len(pairs)
+    assert header.split() == ["seconds", "peak", "MiB", "ratio", "resident", "MiB", "ratio"]
+    assert lines[1].split() == ["all-layers", "step", "ours", "1.5", "6", "3.00", "24", "3.00"]
+    assert len(lines) == sum(map(len, ROWS.values()))
     assert path == str(tmp_path / "memory.json")
+
+
+def test_one_workload_alone_leaves_the_others(asked, tmp_path, capsys):
+    path = tmp_path / "memory.json"
+    assert memory.main([*SMALL, "--workload", MASK]) == 0
+    assert memory.main([*SMALL, "--workload", STEP]) == 0
+    assert set(json.loads(path.read_text())["peak"]) == {MASK, STEP}
+    assert {workload for workload, *_ in asked} == {MASK, STEP}
+    before = path.read_text()
+    asked.clear()
+    assert memory.main([*SMALL[:2], "--workload", STEP]) == 1  # other sizes
+    assert "leave --workload out" in capsys.readouterr().err
+    assert (asked, path.read_text()) == ([], before)
 
 
 def test_the_recorded_file_is_of_this_program():
     stored = json.loads(RECORDED.read_text())
-    assert {
-        "batch": stored["batch"],
-        "tokens": stored["tokens"],
-        "tiny": stored["tiny"],
-    } == Size()._asdict()
+    assert {key: stored[key] for key in Size._fields} == Size()._asdict()
     for measure in MEASURES:
-        assert {w: tuple(found) for w, found in stored[measure].items()} == ROWS
-        assert all(n > 0 for found in stored[measure].values() for n in found.values())
+        assert {w: tuple(found) for w, found in stored[measure].items()}.items() <= ROWS.items()
+    assert set(stored["resident"]) == set(memory.RESIDENT)
+    assert {MASK, CHECKPOINTS} <= stored["seconds"].keys()
+    for what in (*MEASURES, "seconds"):
+        assert all(n > 0 for found in stored[what].values() for n in found.values())

@@ -136,16 +136,16 @@ def run_accelerate(model: nn.Module) -> None:
     module.train(accelerator, model, optimizer, DataLoader(data(), batch_size=4))
 
 
-def run_below(how: str):
-    def run(model: VisionTransformer) -> None:
-        module, below = recipe("checkpointed"), list(model.blocks)[:-1]
-        if how == "compile":
-            module.compile_below(below, "aot_eager")
-        else:
-            module.checkpoint_below(model, below)
-        module.train(model, DataLoader(data(), batch_size=8))
+def run_checkpointed(model: VisionTransformer) -> None:
+    module = recipe("checkpointed")
+    module.checkpoint_blocks(model, list(model.blocks))
+    module.train(model, DataLoader(data(), batch_size=8))
 
-    return run
+
+def run_compiled_below(model: VisionTransformer) -> None:
+    module = recipe("checkpointed")
+    module.compile_below(list(model.blocks)[:-1], "aot_eager")
+    module.train(model, DataLoader(data(), batch_size=8))
 
 
 def run_lightning(model: nn.Module) -> None:
@@ -162,8 +162,8 @@ RUNS = {
     "compiled-loss": lambda model: recipe("compiled_loss").train(
         model, DataLoader(data(), batch_size=8), backend="aot_eager"
     ),
-    "checkpointed": run_below("checkpoint"),
-    "compiled-below": run_below("compile"),
+    "checkpointed": run_checkpointed,
+    "compiled-below": run_compiled_below,
 }
 
 

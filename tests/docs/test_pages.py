@@ -63,7 +63,8 @@ def test_commands_exist():
 
 def test_options_by_themselves_exist():
     """An option that a page names without its command belongs to a command, of ours or of one named there."""
-    params = [p for name in ("run", "train") for p in command(name).params]
+    names = [c.name or c.callback.__name__.replace("_", "-") for c in app.registered_commands]
+    params = [p for name in names for p in command(name).params]
     ours = {o for p in params for o in (*p.opts, *p.secondary_opts)}
     others = {"--readme"}
     for page in ("README.md", *(name for name in PAGES if name.startswith("docs/"))):
@@ -137,7 +138,7 @@ def test_the_import_rules_of_contributing_are_those_of_the_tree():
 def test_variables_of_the_environment_exist():
     sources = "\n".join(
         path.read_text("utf-8")
-        for folder in ("diversevit_fast", "kernels", "benchmarks")
+        for folder in ("diversevit_fast", "kernels", "benchmarks", "tests")
         for path in sorted((ROOT / folder).rglob("*.py"))
     )
     for page in PAGES:

@@ -42,6 +42,23 @@ def test_memory_table_is_the_recorded_result():
             assert f"| {label} | {n / 2**20:.0f} MiB | {n / base:.2f} |" in BENCHMARKS, label
 
 
+def test_masks_and_checkpoints_cost_what_was_recorded():
+    """The sentences of two other pages."""
+    peaks, seconds = recorded("memory")["peak"], recorded("memory")["seconds"]
+    mask, page = "attention with a trained mask", " ".join(PAGES["docs/second_order.md"].split())
+    for who in ("ours", "eager"):
+        assert f"{_size(peaks[mask][who])} beyond" in page, who
+        assert f"{seconds[mask][who]:.0f} s" in page, who
+    page = " ".join(PAGES["docs/design/training_systems.md"].split())
+    for name, n in peaks["checkpointed step"].items():
+        told = f"{_size(n)} and {seconds['checkpointed step'][name]:.1f} s"
+        assert told in page, (name, told)
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.1f} GiB" if n >= 2**32 else f"{n / 2**20:.0f} MiB"
+
+
 def test_selection_is_the_recorded_result():
     found = recorded("selection")
     assert (found["choices"], found["batch"]) == (63, 8)
@@ -55,7 +72,7 @@ def test_amortised_table_is_the_recorded_result():
     assert f"\n\n{table(recorded('amortised'))}\n\n" in BENCHMARKS
 
 
-@pytest.mark.parametrize("device", ["cpu", "h200"])
+@pytest.mark.parametrize("device", ["cpu", "h200", "second_order"])
 def test_benchmark_summary_is_the_recorded_result(device):
     rows = records.read(ROOT / f"benchmarks/results/{device}.json")
     told = between(BENCHMARKS, device)

@@ -172,11 +172,11 @@ class TestSizes:
         assert least <= sum(storages.values()) <= 4 * least
 
     def test_a_model_beyond_reason_is_never_begun(self):
-        begun = time.perf_counter()
+        begun = time.process_time()
         for sizes in ({"dim": 10**12}, {"depth": 10**6}, {"dim": 2**20, "mlp_dim": 2**20}):
             with pytest.raises(UsageError):
                 DiverseViT(**sizes)
-        assert time.perf_counter() - begun < 1
+        assert time.process_time() - begun < 1
         assert MOST_PARAMETERS == 10**11
 
 

@@ -25,7 +25,7 @@ from diversevit_fast.ops import backends  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TINY = {
-    **{"samples": 64, "epochs": 2, "batch_size": 32, "threads": 1},
+    **{"samples": 64, "epochs": 2, "batch_size": 32, "threads": 1, "workers": 1},
     "model": {
         "patch_size": 16,
         "dim": 16,
@@ -67,6 +67,8 @@ class TestCommands:
             "train",
             "evaluate",
             "select-heads",
+            "selection-study",
+            "predict",
             "report",
             "doctor",
             "data",

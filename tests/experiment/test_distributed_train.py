@@ -48,7 +48,7 @@ MODEL = {
 }
 # 64 images in batches of 21: shares of 11 and 10, and a last batch smaller than the ranks
 TINY = {
-    **{"samples": 64, "epochs": 2, "batch_size": 21, "threads": 1, "device": "cpu"},
+    **{"samples": 64, "epochs": 2, "batch_size": 21, "threads": 1, "workers": 1, "device": "cpu"},
     **{"methods": ("diversevit",), "seeds": (0,), "model": MODEL},
 }
 CASES = {

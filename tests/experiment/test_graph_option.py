@@ -28,7 +28,14 @@ def test_a_cpu_trains_the_same_either_way(method, options):
     dataset = load_splits("digits-photos", samples=80)["train"]
     results = []
     for graph in (True, False):
-        chosen = {"samples": 80, "batch_size": 24, "threads": 1, "model": MODEL, "graph": graph}
+        chosen = {
+            "samples": 80,
+            "batch_size": 24,
+            "threads": 1,
+            "workers": 1,
+            "model": MODEL,
+            "graph": graph,
+        }
         settings = resolve({**chosen, **options})
         task, ranks = Task(method, 0), OneProcess(torch.device("cpu"))
         state = State.fresh(settings, task, dataset, ranks.device)

@@ -423,7 +423,7 @@ class TestInUse:
         for context in (dvf.HeadDiversity(model), dvf.keep_heads(model, {1: [0]})):
             with context:
                 self.refused(model, "leave the block first")
-        with dvf.HeadDiversity(diverse_vit()):
+        with dvf.HeadDiversity(diverse_vit()), dvf.second_order(model):
             dvf.prune_heads(model, {0: [1]})
 
     def test_heads_kept_of_a_model_pruned_since(self):

@@ -12,9 +12,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from diversevit_fast.ops import reference
+from diversevit_kernels.common.dropout import kept_by
 
 
-def softmax_attention(q, k, v, mask=None, causal=False, scale=None) -> Tensor:
+def softmax_attention(q, k, v, mask=None, causal=False, scale=None, dropout_p=0.0) -> Tensor:
+    """Attention by the formula; its dropout has the bits of ``dvf.attention``, from the same generator."""
+    k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
@@ -22,7 +25,11 @@ def softmax_attention(q, k, v, mask=None, causal=False, scale=None) -> Tensor:
         scores = (
             scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         )
-    return scores.softmax(-1) @ v
+    weights = scores.softmax(-1)
+    if dropout_p:
+        seed = torch.randint(2**63 - 1, (1,), device=q.device)
+        weights = weights * kept_by(seed, weights.shape, dropout_p) / (1 - dropout_p)
+    return weights @ v
 
 
 class Eager(TorchFunctionMode):
@@ -89,8 +96,7 @@ class Eager(TorchFunctionMode):
     def _attend(
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_
     ):
-        assert not dropout_p
-        heads = softmax_attention(query, key, value, attn_mask, is_causal, scale)
+        heads = softmax_attention(query, key, value, attn_mask, is_causal, scale, dropout_p)
         if self.inside:
             if self.scale is not None:
                 heads = heads * self.scale[:, None, None]
@@ -111,13 +117,15 @@ class Eager(TorchFunctionMode):
             F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
         q, k, v = (x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x in parts)
-        o = self._attend(q, k, v)
+        o = self._attend(q, k, v, dropout_p=rest[3] if options["training"] else 0.0)
         return F.linear(o.permute(2, 0, 1, 3).flatten(2), out_weight, out_bias), None
 
 
-def eager_penalty(model, images, module, wrt, logits_of=lambda out: out, granularity="token"):
+def eager_penalty(
+    model, images, module, wrt, logits_of=lambda out: out, granularity="token", eager=Eager
+):
     """Logits and the penalty of one attention module."""
-    with Eager(module) as seen:
+    with eager(module) as seen:
         logits = logits_of(model(images))
     (heads,), (source,) = seen.heads, seen.inputs
     (g,) = torch.autograd.grad(logits.max(-1).values.sum(), heads, create_graph=True)

@@ -1,4 +1,7 @@
-"""Guard zones: memory around a tensor that must not change, poisoned so that reading it shows."""
+"""Guard zones: memory around a tensor that must not change, poisoned so that reading it shows.
+
+The poison is NaN, in whole numbers the largest.
+"""
 
 import torch
 from torch import Tensor
@@ -14,14 +17,14 @@ class Guards:
         self.zones: list[tuple[Tensor, torch.Size]] = []
 
     def empty(self, shape, *, dtype, device) -> Tensor:
-        """Like ``torch.empty``: dense, but every element is NaN and so are its surroundings."""
+        """Like ``torch.empty``: dense, but every element is poisoned and so are its surroundings."""
         size = torch.Size(shape).numel()
-        whole = torch.full((size + 2 * ZONE,), torch.nan, dtype=dtype, device=device)
+        whole = torch.full((size + 2 * ZONE,), _poison(dtype), dtype=dtype, device=device)
         self.zones.append((whole, torch.Size(shape)))
         return whole[ZONE : ZONE + size].view(shape)
 
     def place(self, x: Tensor, device: torch.device | None = None) -> Tensor:
-        """A copy of ``x`` with its strides (its storage extent at least), between zones of NaN.
+        """A copy of ``x`` with its strides (its storage extent at least), between poisoned zones.
 
         Expanded axes are expanded again. ``device``: that of x if None.
         """
@@ -40,4 +43,9 @@ class Guards:
         """
         for whole, shape in self.zones:
             for zone in (slice(0, ZONE), slice(len(whole) - ZONE, None)):
-                assert whole[zone].isnan().all(), f"stored outside a result of shape {tuple(shape)}"
+                same = whole[zone].isnan() | (whole[zone] == _poison(whole.dtype))
+                assert same.all(), f"stored outside a result of shape {tuple(shape)}"
+
+
+def _poison(dtype: torch.dtype) -> float | int:
+    return torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max

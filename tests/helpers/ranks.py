@@ -9,6 +9,7 @@ import gc
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # a rank is no pytest
 
@@ -152,24 +154,111 @@ def ddp_called_past() -> None:
 
 
 def fsdp2() -> None:
-    from torch.distributed.fsdp import fully_shard
-
     for make, options in CASES:
         for reshard in (True, False):
             model = make()
-            expect = expected(model, **options)
-            images, labels = batch(model)
-            for block in model.blocks:
-                fully_shard(block, reshard_after_forward=reshard)
-            fully_shard(model, reshard_after_forward=reshard)
-            diversity = dvf.HeadDiversity(model, **options)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-            for _ in range(2):
-                loss = loss_of(model, diversity, mine(images), mine(labels))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            check_sharded(model, expected(model, **options), reshard, **options)
+
+
+def forwards_checkpointed(model: nn.Module) -> None:
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def calls_checkpointed(model: nn.Module) -> None:
+    """By timm's own switch, so that a block's hooks, which gather its parameters, are run again too."""
+    model.train().set_grad_checkpointing()
+
+
+CHECKPOINTED = [
+    (make, switch, options)
+    for make, options in CASES
+    for switch in (forwards_checkpointed, calls_checkpointed)
+    if make is average_vit or switch is forwards_checkpointed
+]
+
+
+def ddp_checkpointed() -> None:
+    for make, switch, options in CHECKPOINTED:
+        model = make()
+        expect = expected(model, **options)
+        switch(model)
+        images, labels = batch(model)
+        whole = nn.parallel.DistributedDataParallel(model)
+        diversity = dvf.HeadDiversity(whole, **options)
+        for _ in range(2):
+            whole.zero_grad()
+            loss_of(whole, diversity, mine(images), mine(labels)).backward()
             check(model, expect)
+
+
+def fsdp2_checkpointed() -> None:
+    for make, switch, options in CHECKPOINTED:
+        for reshard in (True, False):
+            model = make()
+            expect = expected(model, **options)
+            switch(model)
+            check_sharded(model, expect, reshard, **options)
+
+
+def r1_loss(model: nn.Module, images: Tensor, sharded: nn.Module | None = None) -> Tensor:
+    """A critic's loss with R1; ``sharded``: a module that has to keep its gathered parameters for it."""
+    images = images.detach().requires_grad_()
+    with dvf.second_order():
+        scores = model(images)
+    if sharded is not None:
+        sharded.set_reshard_after_backward(False)
+    (grad,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    if sharded is not None:
+        sharded.set_reshard_after_backward(True)
+    return scores.mean() + 10 * grad.square().flatten(1).sum(1).mean()
+
+
+def expected_r1(model: nn.Module) -> list[Tensor]:
+    model = copy.deepcopy(model)
+    r1_loss(model, batch(model)[0]).backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+
+def ddp_gradient_penalty() -> None:
+    for switch in (lambda _: None, calls_checkpointed):
+        model = average_vit()
+        expect = expected_r1(model)
+        switch(model)
+        whole = nn.parallel.DistributedDataParallel(model)
+        r1_loss(whole, mine(batch(model)[0])).backward()
+        check(model, expect)
+
+
+def fsdp2_gradient_penalty() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for switch in (lambda _: None, calls_checkpointed):
+        model = average_vit()
+        expect = expected_r1(model)
+        switch(model)
+        for module in (*model.blocks, model):
+            fully_shard(module)
+        r1_loss(model, mine(batch(model)[0]), model).backward()
+        check(model, expect)
+
+
+def check_sharded(model: nn.Module, expect: list[Tensor], reshard: bool, **options) -> None:
+    """Shard ``model``, block by block, and take two steps that change nothing."""
+    from torch.distributed.fsdp import fully_shard
+
+    images, labels = batch(model)
+    for block in model.blocks:
+        fully_shard(block, reshard_after_forward=reshard)
+    fully_shard(model, reshard_after_forward=reshard)
+    diversity = dvf.HeadDiversity(model, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        loss = loss_of(model, diversity, mine(images), mine(labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        check(model, expect)
 
 
 def fsdp2_without_a_root() -> None:

@@ -6,6 +6,10 @@ import torch
 compiles_losses = pytest.mark.skipif(
     torch.__version__ < (2, 14), reason="dvf.compile_loss needs PyTorch 2.14"
 )
+traces_gradients = pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"),
+    reason="PyTorch 2.11 and later trace autograd.grad",
+)
 
 
 def quiet_export(test):

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 
 import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError
@@ -87,14 +88,17 @@ def test_padding_masks_are_not_dropped(causal):
     torch.testing.assert_close(*outputs)
 
 
-def test_refusals(images):
-    model = vit("diversevit", attention_probs_dropout_prob=0.1).train()
-    with pytest.raises(UnsupportedError, match="dropout_p"):
-        model(images)
+def test_attention_dropout_in_training(images):
+    model = vit("diversevit", attention_probs_dropout_prob=0.5, hidden_dropout_prob=0.0).train()
+    one, two = (model(images)[0] for _ in range(2))
+    assert not torch.equal(one, two)
+
+
+def test_refusals():
     q = torch.randn(1, 2, 3, 4)
     for option in ({"softcap": 1.0}, {"output_attentions": True}, {"cache": object()}):
         with pytest.raises(UnsupportedError, match=next(iter(option))):
-            huggingface.attention_forward(model, q, q, q, None, **option)
+            huggingface.attention_forward(nn.Module(), q, q, q, None, **option)
 
 
 def test_eager_models_are_refused_with_the_cure(images):

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 
+import diversevit_fast as dvf
 from diversevit_fast.errors import UnsupportedError, UsageError
 
 pytest.importorskip("xformers")
@@ -214,8 +215,11 @@ class TestBadInput:
             memory_efficient_attention(*qkv, op=(FwOp, BwOp))
 
     def test_dropout(self, qkv):
-        with pytest.raises(UnsupportedError, match="dropout"):
-            memory_efficient_attention(*qkv, p=0.1)
+        torch.manual_seed(0)
+        found = memory_efficient_attention(*qkv, p=0.5)
+        torch.manual_seed(0)
+        wanted = dvf.attention(*(x.transpose(1, 2) for x in qkv), dropout_p=0.5)
+        torch.testing.assert_close(found, wanted.transpose(1, 2))
 
     def test_shapes_as_xformers_says(self, qkv):
         q, k, v = qkv
@@ -340,3 +344,16 @@ class TestPair:
         q, k, v, _ = tensors(type(None), dtype=torch.float32)
         with pytest.raises(ValueError, match="diversevitF"):
             xops.memory_efficient_attention(q, k, v, op=(FwOp, BwOp), **options)
+
+
+def test_inside_second_order_a_function_imported_by_name_is_ours():
+    own, seen = xops.memory_efficient_attention, xops.fmha.attn_bias.LowerTriangularMask()
+    q, k, v, _ = tensors(type(None), value_width=K)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    with dvf.second_order():
+        out = own(*inputs, attn_bias=seen, scale=0.3)
+    wanted = memory_efficient_attention(*inputs, attn_bias=seen, scale=0.3)
+    first = [torch.autograd.grad(o.pow(3).sum(), inputs, create_graph=True) for o in (out, wanted)]
+    second = [torch.autograd.grad(sum(g.square().sum() for g in f), inputs) for f in first]
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(*second)

@@ -24,8 +24,9 @@ ops = importlib.import_module("diversevit_fast.ops.attention_qkvpacked")
 packed = dvf.attention_qkvpacked
 
 
-def plain(qkv, **options):
-    return dvf.attention(*split_qkv(qkv), **options).transpose(1, 2)
+def plain(qkv, queries=None, **options):
+    q, k, v = split_qkv(qkv)
+    return dvf.attention(q[:, :, :queries], k, v, **options).transpose(1, 2)
 
 
 def _to_second_order(f, qkv, **options):
@@ -46,35 +47,63 @@ def test_same_bits_as_three_tensors(dtype, causal, backend):
     assert backend == "reference" or all(x.is_contiguous() for x in got[1:])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("queries", [1, 4, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_for_the_first_tokens_alone(dtype, queries, causal, backend):
+    options = {"is_causal": causal, "scale": 0.3, "queries": queries}
+    with dvf.use_backend(backend):
+        got, wanted = (_to_second_order(f, _qkv(dtype), **options) for f in (packed, plain))
+    assert got[0].shape == (2, queries, 4, 8)
+    assert got[0].is_contiguous()
+    assert all(map(torch.equal, got, wanted))
+
+
 def test_same_bits_without_a_compiler(monkeypatch):
     monkeypatch.setenv("DIVERSEVIT_COMPILE", "0")
-    assert all(map(torch.equal, _to_second_order(packed, _qkv()), _to_second_order(plain, _qkv())))
+    for queries in (None, 2):
+        got, wanted = (_to_second_order(f, _qkv(), queries=queries) for f in (packed, plain))
+        assert all(map(torch.equal, got, wanted))
 
 
-def test_gradgradcheck():
-    assert torch.autograd.gradcheck(packed, (_qkv(N=3),))
-    assert torch.autograd.gradgradcheck(packed, (_qkv(N=3),))
+@pytest.mark.parametrize("queries", [None, 1, 2])
+def test_gradgradcheck(queries):
+    def attend(qkv):
+        return packed(qkv, queries=queries)
+
+    assert torch.autograd.gradcheck(attend, (_qkv(N=3),))
+    assert torch.autograd.gradgradcheck(attend, (_qkv(N=3),))
 
 
+@pytest.mark.parametrize("queries", [None, 2])
 @pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.filterwarnings("ignore")
-def test_every_way_of_asking_twice(way, tail):
+def test_every_way_of_asking_twice(way, tail, queries):
     def stock(qkv):
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            return F.scaled_dot_product_attention(*split_qkv(qkv)).transpose(1, 2)
+            parts = split_qkv(qkv, queries)
+            return F.scaled_dot_product_attention(*parts).transpose(1, 2)
+
+    def ours(qkv):
+        return packed(qkv, queries=queries)
 
     wanted = WAYS["autograd.grad"](stock, [_qkv()], tail)
-    torch.testing.assert_close(list(way(packed, [_qkv()], tail)), list(wanted))
+    torch.testing.assert_close(list(way(ours, [_qkv()], tail)), list(wanted))
 
 
-def test_opcheck():
-    qkv = _qkv()
-    o, lse = (x.detach() for x in ops.attention_qkvpacked_operator(qkv, False, 0.3))
-    torch.library.opcheck(ops.attention_qkvpacked_operator, (qkv, False, 0.3))
+@pytest.mark.parametrize("queries", [None, 2])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_opcheck(queries, p):
+    qkv, seed = _qkv(), torch.tensor([5]) if p else None
+    given = (qkv, seed, False, 0.3, p, queries)
+    o, lse = (x.detach() for x in ops.attention_qkvpacked_operator(*given))
+    torch.library.opcheck(ops.attention_qkvpacked_operator, given)
     do = torch.randn_like(o).requires_grad_()
-    torch.library.opcheck(ops.attention_qkvpacked_backward_operator, (qkv, o, lse, do, False, 0.3))
-    given = (qkv.detach(), o, lse, do.detach(), None, torch.randn_like(qkv), False, 0.3)
+    given = (qkv, seed, o, lse, do, False, 0.3, p)
+    torch.library.opcheck(ops.attention_qkvpacked_backward_operator, given)
+    given = (qkv.detach(), seed, o, lse, do.detach(), None, torch.randn_like(qkv), False, 0.3, p)
     torch.library.opcheck(ops.attention_qkvpacked_double_backward_operator, given)
 
 
@@ -141,6 +170,8 @@ class TestTransforms:
     def test_functorch(self, transform):
         qkv = _qkv(N=3).detach()
         torch.testing.assert_close(transform(packed, qkv), transform(plain, qkv))
+        one, two = (lambda qkv, f=f: f(qkv, queries=2) for f in (packed, plain))
+        torch.testing.assert_close(transform(one, qkv), transform(two, qkv))
 
     def test_batched_cotangents(self):
         qkv = _qkv(N=3)
@@ -178,6 +209,14 @@ BAD = {
     "no triple": (lambda x: x[:, :, :2], {}, "qkv: expected shape [B, N, 3, H, d]"),
     "no tokens": (lambda x: x[:, :0], {}, "qkv: expected shape [B, N, 3, H, d]"),
     "scale": (lambda x: x, {"scale": float("inf")}, "scale: expected a finite number"),
+    **{
+        f"{n} queries": (
+            lambda x: x,
+            {"queries": n},
+            f"queries: expected a whole number from 1 to 9, the tokens of qkv, got {n!r}",
+        )
+        for n in (0, 10, -1, 1.0, True)
+    },
 }
 
 

@@ -378,6 +378,7 @@ CONTEXTS: dict[str, Callable[[nn.Module], Any]] = {
     "all layers": lambda model: dvf.HeadDiversity(model, layers="all", wrt="output"),
     "fraction": lambda model: dvf.HeadDiversity(model, layers="all", fraction=0.5),
     "capture_heads": dvf.capture_heads,
+    "maps": lambda model: dvf.capture_heads(model, maps="class"),
     "keep_heads": lambda model: dvf.keep_heads(model, {2: [0], 0: [1, 2]}),
 }
 
@@ -532,11 +533,11 @@ def test_what_a_gpu_keeps_belongs_to_its_cotangent(packed, monkeypatch):
     q, k, v = _leaves(operands(CASES["plain"])[:3])
     x = (torch.stack([q, k, v]).permute(1, 3, 0, 2, 4),) if packed else (q, k, v, None)
     forward = module.attention_qkvpacked_operator if packed else module.attention_operator
-    o, *kept = forward(*x, False, 0.5)
+    o, *kept = forward(*x, None, False, 0.5, 0.0)
     do, dq = torch.ones_like(o), torch.zeros_like(x[0])
     directions = (torch.ones_like(x[0]).requires_grad_(), *((None,) * (0 if packed else 3)))
-    flags = (False, 0.5) if packed else (False, 0.5, False)
-    results = module._double_backward(*x, o.detach(), *kept, do, dq, *directions, *flags)
+    flags = (False, 0.5, 0.0) if packed else (False, 0.5, 0.0, False)
+    results = module._double_backward(*x, None, o.detach(), *kept, do, dq, *directions, *flags)
     given = seen.pop()
     grad(results[0].sum(), directions[0], retain_graph=True)  # (50), with do
     again = seen.pop()

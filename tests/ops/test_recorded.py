@@ -31,7 +31,9 @@ def jobs(B=2, N=5, H=3, d=16, dtype=torch.float32):
     with_use = {
         "attention": to_second_order(dvf.attention, q, k, v),
         "causal": to_second_order(lambda *x: dvf.attention(*x, is_causal=True), q, k, v),
+        "dropout": to_second_order(lambda *x: dvf.attention(*x, dropout_p=0.1), q, k, v),
         "packed": to_second_order(dvf.attention_qkvpacked, qkv),
+        "packed, one query": to_second_order(lambda x: dvf.attention_qkvpacked(x, queries=1), qkv),
         "layer_norm": to_second_order(lambda *y: dvf.layer_norm(y[0], D, *y[1:]), x, g, b),
         "gelu": to_second_order(dvf.gelu, x),
     }
@@ -106,7 +108,7 @@ def call(B=2, N=64, dtype=torch.float32, skip=0, heads_first=False, causal=False
     memory = torch.empty(3, B * N * 3 * 16 + skip, dtype=dtype, device="cuda")
     shape = (B, 3, N, 16) if heads_first else (B, N, 3, 16)
     parts = [x[skip:].view(shape) for x in memory]
-    function(*(x if heads_first else x.transpose(1, 2) for x in parts), None, causal, 0.25)
+    function(*(x if heads_first else x.transpose(1, 2) for x in parts), None, None, causal, 0.25, 0.0)
 result = {}
 def note(name):
     result[name] = len(function._replays) - sum(result.values())
@@ -124,6 +126,62 @@ call(); note("as before")
     )
     same = {"again", "as before"}
     assert made == {name: int(name not in same) for name in made}
+
+
+def test_a_call_like_the_latest_is_found_without_its_signature():
+    """And every difference is noticed: of what the signature tells, and of the kind of tensors."""
+    found = in_a_process(
+        """
+import weakref
+from diversevit_kernels.triton.runtime import device
+from diversevit_kernels.triton.attention import attention_forward
+function = recorded.Recorded(attention_forward)
+def tensors(B=2, N=64, dtype=torch.float32, skip=0, grad=False):
+    memory = torch.empty(3, B * N * 3 * 16 + skip, dtype=dtype, device="cuda")
+    return [x[skip:].view(B, N, 3, 16).transpose(1, 2).requires_grad_(grad) for x in memory]
+class Kind(torch.Tensor): pass
+rest = None, None, False, 0.25, 0.0
+q, k, v = tensors()
+result = {"at first": function.ready(q, k, v, *rest)}
+for _ in range(2): function(q, k, v, *rest)
+replay = function.ready(*tensors(), *rest)
+assert replay in function._replays.values()
+with torch.inference_mode():
+    result["inference"] = function.ready(*tensors(), *rest)
+result |= {
+    "shape": function.ready(*tensors(N=80), *rest),
+    "strides": function.ready(q.contiguous(), k, v, *rest),
+    "dtype": function.ready(*tensors(dtype=torch.bfloat16), *rest),
+    "alignment": function.ready(*tensors(skip=1), *rest),
+    "option": function.ready(q, k, v, None, None, True, 0.25, 0.0),
+    "number": function.ready(q, k, v, None, None, False, 0.5, 0.0),
+    "a tensor for none": function.ready(q, k, v, q, None, False, 0.25, 0.0),
+    "device": function.ready(q.cpu(), k, v, *rest),
+    "gradient": function.ready(*tensors(grad=True), *rest),
+    "negated": function.ready(torch._neg_view(q), k, v, *rest),
+    "zeros": function.ready(torch._efficientzerotensor(q.shape, device="cuda"), k, v, *rest),
+    "subclass": function.ready(q.as_subclass(Kind), k, v, *rest),
+    "parameter": function.ready(torch.nn.Parameter(q, False), k, v, *rest),
+    "one tensor twice": function.ready(q, q, v, *rest),
+}
+torch.set_float32_matmul_precision("high")
+result["precision"] = function.ready(q, k, v, *rest)
+torch.set_float32_matmul_precision("highest")
+with device.autotune(): result["autotuning"] = function.ready(q, k, v, *rest)
+with device.pretend("sm_80"): result["pretended"] = function.ready(q, k, v, *rest)
+with recorded.launch.recording(run=True): result["tool"] = function.ready(q, k, v, *rest)
+assert function.ready(q, k, v, *rest) is replay
+for x in (tensors(grad=True), tensors(), tensors(grad=True)):  # in turn: each is told by a guard of its own
+    function(*x, *rest)
+    assert function.ready(*x, *rest) is replay
+dead = weakref.ref(q)
+del q, x
+result["memory"] = dead()
+result = {name: one for name, one in result.items() if one is not None}
+result = list(result)
+"""
+    )
+    assert found == []
 
 
 def test_nobody_who_looks_on_is_passed_by():
@@ -161,6 +219,25 @@ result["hook"] = len(names)
     }
 
 
+def test_a_dispatch_mode_sees_operators_whose_calls_are_replayed():
+    seen = in_a_process(
+        """
+from torch.utils._python_dispatch import TorchDispatchMode
+job = jobs()["attention"]
+for _ in range(3): job()
+result = []
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+with Watch(): job()
+result = [name for name in result if name.startswith("diversevit")]
+"""
+    )
+    names = ["attention", "attention_backward", "attention_double_backward"]
+    assert seen == [f"diversevit::{name}" for name in names]
+
+
 def test_a_backend_that_cannot_run_there_is_refused_for_recorded_calls_too():
     result = in_a_process(
         """
@@ -185,12 +262,12 @@ def test_pointers_of_a_replay_are_those_of_its_call():
 from diversevit_kernels.triton.attention import attention_forward
 function = recorded.Recorded(attention_forward)
 together = torch.empty(3, 2, 3, 64, 16, device="cuda")
-for _ in range(2): function(*together, None, False, 0.25)
+for _ in range(2): function(*together, None, None, False, 0.25, 0.0)
 apart = [torch.empty(2, 3, 64, 16, device="cuda") for _ in range(3)]
 (replay,) = function._replays.values()
 seen = []
 replay.__globals__["launch0"] = lambda *args: seen.append(args[-1])
-o, softmax = replay(*reversed(apart), None, False, 0.25)
+o, softmax = replay(*reversed(apart), None, None, False, 0.25, 0.0)
 pointers = [x for x in seen[0] if isinstance(x, int) and x > 1 << 32]
 result = [pointers, [x.data_ptr() for x in (*reversed(apart), softmax, o)]]
 """
@@ -198,6 +275,50 @@ result = [pointers, [x.data_ptr() for x in (*reversed(apart), softmax, o)]]
     got, wanted = result
     assert sorted(got) == sorted(wanted)
     assert got[:3] == wanted[:3]
+
+
+def test_a_replay_reads_the_seed_of_its_call():
+    """In all orders, and Triton compiles nothing for another probability: it would for a multiple of 16."""
+    result = in_a_process(
+        """
+from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoubleBackward
+from diversevit_kernels.triton import attention
+from diversevit_kernels.triton.attention import backward, double_backward, forward
+q, k, v, o, do, dq = torch.empty(6, 2, 3, 64, 16, device="cuda")
+softmax = torch.empty(2, 3, 2, 64, device="cuda")
+def calls(seed, p):
+    first = q, k, v, None, seed, o, softmax, do
+    yield q, k, v, None, seed, False, 0.25, p
+    yield *first, False, 0.25, p, False
+    yield *first, dq, q, k, v, None, False, 0.25, p, False
+functions = [
+    recorded.Recorded(attention.attention_forward),
+    recorded.Recorded(lambda *x: attention.attention_backward(AttentionBackward(*x))[:3]),
+    recorded.Recorded(lambda *x: attention.attention_double_backward(AttentionDoubleBackward(*x))[:3]),
+]
+found = [x for module in (forward, backward, double_backward) for x in vars(module).values()]
+kernels = {x for x in found if hasattr(x, "device_caches")}
+def compiled():
+    return sum(len(one[0]) for kernel in kernels for one in kernel.device_caches.values())
+result = {"seeds": [], "compiled": []}
+for p in (0.1, 0.5, 0.25, 0.75, 1e-11):
+    for _ in range(2):
+        seed = torch.empty(1, dtype=torch.int64, device="cuda")
+        for f, args in zip(functions, calls(seed, p)): f(*args)
+    result["compiled"].append(compiled())
+other = torch.empty(1, dtype=torch.int64, device="cuda")
+for f, args in zip(functions, calls(other, 0.5)):
+    replay = f._replays[recorded.signature(args)]
+    launches = [name for name in replay.__globals__ if name.startswith("launch")]
+    seen = []
+    for name in launches: replay.__globals__[name] = lambda *args: seen.append(args[-1])
+    replay(*args)
+    result["seeds"].append([len(launches), sum(other.data_ptr() in x for x in seen)])
+"""
+    )
+    assert result["seeds"] == [[1, 1], [2, 2], [2, 2]]
+    assert len(set(result["compiled"])) == 1
+    assert result["compiled"][0] == 5
 
 
 def test_what_does_more_than_allocate_and_launch_is_not_recorded():
@@ -259,3 +380,22 @@ result = [eager["triton"], captured["triton"], captured["refused"], replayed["tr
     assert result[0] == result[1] == 1
     assert result[2] == 0
     assert result[3] == 0
+
+
+def test_dropout_costs_one_launch_and_no_wait_and_is_drawn_in_a_graph():
+    """The seed's own kernel; a replay runs it too, with the generator's new state, which PyTorch writes before."""
+    result = in_a_process(
+        """
+every, stream, result = jobs(), torch.cuda.Stream(), {}
+for name in ("attention", "dropout"):
+    job, graph = every[name], torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(3): job()
+    with counting() as eager: job()
+    with torch.cuda.graph(graph, stream=stream): job()
+    with counting() as replay: graph.replay()
+    result[name] = [eager["triton"] + eager["kernels"], eager["waits"], replay["replayed"], replay["waits"]]
+"""
+    )
+    launches, _, replayed, _ = result["attention"]
+    assert result["dropout"] == [launches + 1, 0, replayed + 1, 0]

@@ -105,7 +105,7 @@ class _Formula(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         ctx.save_for_backward(q, k, v)
-        return reference.attention_forward(q, k, v, None, False, q.shape[-1] ** -0.5)[0]
+        return reference.attention_forward(q, k, v, None, None, False, q.shape[-1] ** -0.5, 0.0)[0]
 
     @staticmethod
     def backward(ctx, do):
@@ -118,14 +118,15 @@ class _Slope(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, do)
         scale = q.shape[-1] ** -0.5
         return reference.attention_backward(
-            AttentionBackward(q, k, v, None, do, do, do, False, scale, False)
+            AttentionBackward(q, k, v, None, None, do, do, do, False, scale, 0.0, False)
         )[:3]
 
     @staticmethod
     def backward(ctx, *dd):
         q, k, v, do = ctx.saved_tensors
-        given = (q, k, v, None, do, do, do, None, *dd, None, False, q.shape[-1] ** -0.5, False)
-        return reference.attention_double_backward(AttentionDoubleBackward(*given))[:4]
+        tensors = (q, k, v, None, None, do, do, do, None, *dd, None)
+        given = AttentionDoubleBackward(*tensors, False, q.shape[-1] ** -0.5, 0.0, False)
+        return reference.attention_double_backward(given)[:4]
 
 
 def _by_formula(q, k, v):

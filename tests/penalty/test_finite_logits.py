@@ -37,8 +37,8 @@ def gpu(monkeypatch):
             host.value = value
         copies.clear()
 
-    def nothing_seen(device, dtype):
-        return finite_logits._Largest(torch.zeros((), dtype=dtype), Host())
+    def nothing_seen(device, dtype, refusal):
+        return finite_logits._Largest(torch.zeros((), dtype=dtype), Host(), refusal)
 
     monkeypatch.setattr(finite_logits, "_runs_apart", lambda x: True)
     monkeypatch.setattr(finite_logits, "_nothing_seen", nothing_seen)

@@ -1,6 +1,7 @@
 """On a GPU no step of the penalty waits for it; counted on the GPU that computes nothing."""
 
 import pytest
+import torch
 
 from tests.helpers.fake_gpu import json_from_fake_gpu, run_on_fake_gpu
 
@@ -41,6 +42,7 @@ OPTIONS = {
     "probability": "{'target': 'probability', 'grad_scale': 8.0}",
     "every": "{'every': 3}",
     "fraction": "{'fraction': 0.5, 'layers': 'all'}",
+    "fraction, cpu": "{'fraction': 0.5, 'generator': torch.Generator()}",
     "bfloat16": "{'half': True, 'layers': 'all'}",
     "unchecked": "{'check_finite': False}",
 }
@@ -60,6 +62,24 @@ print(json.dumps(found))
     # looking for NaN: the largest magnitude, the larger of it and what was seen, and a copy
     assert launched["last"] - launched["unchecked"] == 2
     assert found["last"]["copies"] - found["unchecked"]["copies"] == 1
+
+
+def test_samples_drawn_by_the_cpu():
+    """They reach the GPU, drawn by the generator as on a CPU."""
+    code = f"""{STEP}
+generator = torch.Generator().manual_seed(5)
+diversity, step = stepping(fraction=0.5, generator=generator)
+drawn = []
+for _ in range(3):
+    step()
+    drawn.append(diversity.samples.tolist())
+print(json.dumps([drawn, generator.get_state().tolist()]))
+"""
+    drawn, state = json_from_fake_gpu(code, copies=True)
+    generator = torch.Generator().manual_seed(5)
+    orders = [torch.randperm(2 * len(samples), generator=generator).tolist() for samples in drawn]
+    assert [order[: len(order) // 2] for order in orders] == drawn
+    assert state == generator.get_state().tolist()
 
 
 def test_only_who_asks_waits():

@@ -25,9 +25,11 @@ class Normed(nn.Module):
         self.norm = nn.BatchNorm2d(3)
         self.vit = DiverseViT(**SIZES)
         self.dropout = nn.Dropout(dropout)
+        self.scaled = nn.Sequential(nn.Identity())
+        self.register_buffer("one", torch.ones(1).expand(3, 1, 1))
 
     def forward(self, x):
-        return self.vit(self.dropout(self.norm(x)))
+        return self.vit(self.scaled(self.dropout(self.norm(x))) * self.one)
 
 
 def batch(size=4, seed=0):
@@ -239,6 +241,75 @@ class TestReplays:
     def test_gradients_cleared_by_the_user(self):
         compare(lambda: Training(sgd), before=lambda t, i: t.optimizer.zero_grad(i % 2 == 0))
 
+    def test_gradients_that_the_user_leaves(self):
+        """A step clears them, also where nothing of it runs in Python."""
+
+        def take_another(training, i):
+            training.loss(*batch(seed=9))[0].backward()
+            training.optimizer.step()
+
+        compare(lambda: Training(sgd), before=take_another)
+
+    def test_gradients_of_others(self):
+        """Parameters that the optimizer does not hold get none from a graph, which would hold their addresses."""
+        with stand_in_graphs():
+            model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+            model[0].weight.grad = torch.ones(3, 3)
+            step = dvf.graph_step(
+                lambda x: model(x).square().sum(),
+                torch.optim.SGD([{"params": []}, {"params": model[1].parameters()}], lr=0.1),
+            )
+            for _ in range(3):
+                step(torch.rand(4, 3))
+            assert torch.equal(model[0].weight.grad, torch.ones(3, 3))
+            assert model[0].bias.grad is None
+
+    def test_arguments_with_names_and_dictionaries(self):
+        def steps():
+            torch.manual_seed(0)
+            model = nn.Linear(3, 2)
+            step = dvf.graph_step(
+                lambda inputs, *, target: F.cross_entropy(model(inputs["x"]), target["y"][0]),
+                torch.optim.SGD(model.parameters(), lr=0.1),
+                accumulate=2,
+            )
+            x, y = torch.rand(4, 3), torch.arange(4) % 2
+            return torch.stack([step({"x": x}, target={"y": [y]}) for _ in range(3)]), step.graphs
+
+        wanted, _ = steps()
+        with stand_in_graphs():
+            values, graphs = steps()
+        assert torch.equal(values, wanted)
+        assert graphs == 1
+
+    def test_a_loss_that_writes_into_its_batch(self):
+        def make():
+            training = Training(sgd)
+            own = training.loss
+            training.step = dvf.graph_step(
+                lambda x, y: own(x.mul_(0.5).add_(1), y),
+                training.optimizer,
+                diversity=training.diversity,
+            )
+            return training
+
+        compare(make)
+
+    def test_a_default_dtype(self):
+        """The learning rate of a graph is a float32."""
+        model = nn.Linear(1, 1, bias=False)
+        with stand_in_graphs():
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1.2345e-3, weight_decay=0)
+            try:
+                torch.set_default_dtype(torch.bfloat16)
+                step = dvf.graph_step(lambda x: model(x).sum(), optimizer)
+                before = model.weight.item()
+                step(torch.ones(1, 1, dtype=torch.float32))
+                moved = before - model.weight.item()
+            finally:
+                torch.set_default_dtype(torch.float32)
+        assert moved == pytest.approx(1.2345e-3, rel=1e-4)
+
     def test_results_are_not_overwritten(self):
         with stand_in_graphs():
             training = Training(sgd)
@@ -286,7 +357,13 @@ class TestReplays:
 class TestNoticed:
     """What a graph does not see is noticed before a replay, and captured again."""
 
-    @pytest.mark.parametrize("what", ["parameter", "module", "data", "optimizer", "group"])
+    @pytest.mark.parametrize(
+        "what",
+        [
+            *("parameter", "module", "data", "optimizer", "group", "state", "state of one"),
+            *("entry of a state", "options of the penalty", "added module"),
+        ],
+    )
     def test_what_was_replaced(self, what):
         def replace(training, i):
             if i != 3:
@@ -301,10 +378,42 @@ class TestNoticed:
                 norm.weight.data = torch.full((3,), 2.0)
             elif what == "optimizer":
                 training.optimizer.load_state_dict(copy.deepcopy(training.optimizer.state_dict()))
+            elif what == "state":
+                training.optimizer.state.clear()
+            elif what == "state of one":
+                training.optimizer.state[norm.weight] = {"momentum_buffer": torch.ones(3)}
+            elif what == "entry of a state":
+                training.optimizer.state[norm.weight]["momentum_buffer"] = torch.ones(3)
+            elif what == "options of the penalty":
+                training.diversity.every = 3
+            elif what == "added module":
+                training.model.scaled.append(nn.Tanh())
             else:
                 training.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
-        assert len(compare(lambda: Training(sgd), before=replace).graphs) == 2
+        graphs = 3 if what == "options of the penalty" else 2
+        assert len(compare(lambda: Training(sgd), before=replace).graphs) == graphs
+
+    @pytest.mark.parametrize("what", ["heads", "backend"])
+    def test_contexts_around_a_step(self, what):
+        """Inside one that changes what the model computes, the step is another."""
+
+        def run_in_context(training):
+            step, heads = training.step, dvf.keep_heads(training.model, {-1: [0]})
+
+            def alternate(*batch):
+                inside = heads if what == "heads" else dvf.use_backend("reference")
+                with inside if training.diversity.step % 4 > 1 else nullcontext():
+                    return step(*batch)
+
+            training.step = alternate
+            run(training, 8)
+            return training.state()
+
+        wanted = run_in_context(Training(sgd))
+        with stand_in_graphs() as recorder:
+            assert_same(run_in_context(Training(sgd)), wanted, rtol=0, atol=0)
+        assert len(recorder.graphs) == (4 if what == "heads" else 2)  # replaced, or kept apart
 
     def test_too_many_graphs_are_said_once(self):
         with stand_in_graphs():

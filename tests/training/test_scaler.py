@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diversevit_fast.errors import UnsupportedError
 from tests.helpers.stand_in_graphs import stand_in_graphs
 from tests.training.test_graph_step import Training, assert_same, run
 
@@ -50,3 +51,24 @@ def test_the_factor_is_halved_on_the_device():
         run(training, 1)
         assert (factor.item(), good.item()) == (2.0**29, 0)
         assert all(map(torch.equal, training.model.parameters(), weights))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_fixed_factor_that_overflows_in_a_replay(scaled, checked):
+    """The next step says so, whether or not the scaler left that step out, and ``check`` does."""
+    with stand_in_graphs():
+        step = {"amp": torch.float16} | ({"scaler": torch.amp.GradScaler("cpu")} if scaled else {})
+        training = Training(fused_sgd, step=step, grad_scale=2.0**12)
+        run(training, 2)
+        training.diversity.check()
+        with torch.no_grad():
+            training.model.vit.head.weight.mul_(300)
+        (value, logits), *_ = run(training, 1)
+        assert logits.isfinite().all()
+        assert value.isnan()
+        said = r"^float16: the gradients of the heads overflowed with grad_scale 4096 in an earlier"
+        with pytest.raises(UnsupportedError, match=said) as error:
+            training.diversity.check() if checked else run(training, 1)
+        assert "\n" not in str(error.value)
+        training.diversity.check()  # it is said once

@@ -11,8 +11,10 @@ from diversevit_fast.ops import reference
 from diversevit_kernels.common.contracts import AttentionBackward, AttentionDoubleBackward
 from tests.helpers.attention_cases import (
     CASES,
+    DROPOUT,
     DTYPES,
     MISTAKES,
+    SEED,
     Case,
     Sabotaged,
     all_orders,
@@ -27,7 +29,6 @@ from tests.helpers.second_order import TAILS, WAYS
 
 triton = pytest.importorskip("diversevit_kernels.triton.attention")
 
-triton_mask_gradient = pytest.importorskip("diversevit_kernels.triton.attention.mask_gradient")
 allocation = pytest.importorskip("diversevit_kernels.triton.runtime.tensors")
 
 MORE = {
@@ -57,7 +58,10 @@ MORE = {
     "scale-below-zero": Case(B=1, Nq=40, Nk=45, d=8, dv=8, scale=-0.5),
     "scale-zero": Case(B=1, Nq=20, Nk=45, d=8, dv=8, scale=0.0),
 }
-ALL = {**CASES, **MORE}
+WAYS_THROUGH = ("many-tiles", "head-per-program", "all-keys-in-tile", "few-queries", "split-width")
+WAYS_THROUGH += ("causal-tiles", "grouped-mask-tiles", "bool-tiles", "scale-of-two-head")
+DROPPED = {name: MORE[name]._replace(dropout=0.4) for name in WAYS_THROUGH}
+ALL = {**CASES, **MORE, **{f"dropout-{k}": x for k, x in (DROPOUT | DROPPED).items()}}
 
 
 @pytest.fixture(params=ALL.values(), ids=ALL.keys())
@@ -68,31 +72,6 @@ def case(request):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_rungs_within_budget(case, dtype, device, guarded):
     check_orders(triton, case, dtype, device=device, place=guarded.place)
-
-
-@pytest.mark.parametrize("shape", [(1, 37), (21, 1), (1, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_the_gradient_of_a_mask_is_summed_over_its_axes_of_size_1(shape, dtype, device, guarded):
-    kept = torch.float64 if dtype == torch.float64 else torch.float32
-    parts = guarded.place(torch.randn(2, 3, 21, 37).to(device, kept))
-    out = guarded.empty((2, 3, *shape), dtype=dtype, device=device)
-    exact = parts.double().sum_to_size(out.shape)
-    one = triton_mask_gradient.sum_into(out, parts)
-    torch.testing.assert_close(one, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
-
-
-def test_a_small_mask_has_the_gradient_of_its_copies_summed(device):
-    """One row [1, Nk] of each sample, for all queries and heads."""
-    q, k, v, _, _ = operands(Case(B=2, H=2, Nq=20, Nk=45, d=8, dv=8), device=device)
-    small = torch.randn(2, 1, 1, 45, dtype=torch.float64).to(device)
-
-    def gradient(mask):
-        o, softmax = triton.attention_forward(q, k, v, mask, False, 0.4)
-        inputs = AttentionBackward(q, k, v, mask, o, softmax, o.sin(), False, 0.4, True)
-        return triton.attention_backward(inputs)[3]
-
-    copied = gradient(small.expand(2, 2, 20, 45))
-    torch.testing.assert_close(gradient(small), copied.sum((1, 2), keepdim=True))
 
 
 @pytest.mark.parametrize("N", [197, 257])
@@ -123,9 +102,12 @@ EVERY_ENTRY = ("one-query", "one-token", "more-queries")
 """Cases whose Jacobians are compared entry by entry; of others, random projections of them (minutes otherwise)."""
 
 
-@pytest.mark.parametrize("name", CASES)
+DERIVED = [*CASES, *(f"dropout-{name}" for name in ("one-query", "causal", "grouped-mask"))]
+
+
+@pytest.mark.parametrize("name", DERIVED)
 def test_first_and_second_derivative(name, device):
-    case, fast = CASES[name], name not in EVERY_ENTRY
+    case, fast = ALL[name], name not in EVERY_ENTRY
     q, k, v, mask, causal = operands(case, device=device)
     inputs = [x.detach().requires_grad_() for x in differentiable(q, k, v, mask)]
     with dvf.use_backend("triton"):
@@ -134,12 +116,13 @@ def test_first_and_second_derivative(name, device):
 
 
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
-def test_contracts(kind, device, monkeypatch):
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_contracts(dropout, kind, device, monkeypatch):
     monkeypatch.setattr(
         allocation, "allocator", torch.empty
     )  # a result between guards has an offset
     with dvf.use_backend("triton"):
-        check_contracts(kind, device)
+        check_contracts(kind, device, dropout)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -162,15 +145,20 @@ def second_order(kernels, case, tensors, absent):
     def like(x):
         return torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.device, x.dtype)
 
-    o, softmax = kernels.attention_forward(q, k, v, mask, causal, 0.4)
+    seed = torch.tensor([SEED], device=q.device) if case.dropout else None
+    options = causal, 0.4, case.dropout
+    o, softmax = kernels.attention_forward(q, k, v, mask, seed, *options)
     do = like(o)
     dd = {"ddq": like(q), "ddk": like(k), "ddv": like(v)}
     dq = kernels.attention_backward(
-        AttentionBackward(q, k, v, mask, o, softmax, do, causal, 0.4, False)
+        AttentionBackward(q, k, v, mask, seed, o, softmax, do, *options, False)
     )[0]
     given = (None if name in absent else x for name, x in dd.items())
     return kernels.attention_double_backward(
-        AttentionDoubleBackward(q, k, v, mask, o, softmax, do, dq, *given, None, causal, 0.4, False)
+        AttentionDoubleBackward(
+            *(q, k, v, mask, seed, o, softmax, do, dq, *given, None),
+            *(*options, False),
+        )
     )[:4]
 
 
@@ -182,10 +170,12 @@ def second_order(kernels, case, tensors, absent):
 @pytest.mark.parametrize(
     "name", ["all-keys-in-tile", "many-tiles", "few-queries", "head-per-program", "grouped-tiles"]
 )
-def test_absent_cotangents_are_zeros(name, absent, device):
-    tensors = operands(MORE[name], device=device)
-    ours = second_order(triton, MORE[name], tensors, absent)
-    exact = second_order(reference, MORE[name], tensors, absent)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_absent_cotangents_are_zeros(dropout, name, absent, device):
+    case = MORE[name]._replace(dropout=dropout)
+    tensors = operands(case, device=device)
+    ours = second_order(triton, case, tensors, absent)
+    exact = second_order(reference, case, tensors, absent)
     for one, two in zip(ours, exact, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
@@ -195,8 +185,10 @@ def test_absent_cotangents_are_zeros(name, absent, device):
     "name",
     ["all-keys-in-tile", "many-tiles", "few-queries", "grouped-mask-tiles", "head-per-program"],
 )
-def test_dq_that_was_not_kept_is_made_again(name, absent, device):
-    tensors = operands(MORE[name], device=device)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_dq_that_was_not_kept_is_made_again(dropout, name, absent, device):
+    case = MORE[name]._replace(dropout=dropout)
+    tensors = operands(case, device=device)
 
     class Forgetful:
         """Kernels after a backward that kept nothing, as the CPU's."""
@@ -207,7 +199,7 @@ def test_dq_that_was_not_kept_is_made_again(name, absent, device):
         )
         attention_double_backward = triton.attention_double_backward
 
-    given, kept = (second_order(x, MORE[name], tensors, absent) for x in (Forgetful, triton))
+    given, kept = (second_order(x, case, tensors, absent) for x in (Forgetful, triton))
     for one, two in zip(given, kept, strict=True):
         assert torch.equal(one, two)
 
@@ -257,7 +249,7 @@ def test_the_guards_bite(device, guarded):
 @pytest.mark.parametrize("far", ["samples", "rows"])
 def test_offsets_beyond_two_to_the_31(far, device):
     """Sample strides, or row strides inside a head, whose offsets overflow 32 bits."""
-    case = Case(B=2, H=1, Hkv=1, Nq=20, Nk=20, d=16, dv=16)
+    case = Case(B=2, H=1, Hkv=1, Nq=20, Nk=20, d=16, dv=16, dropout=0.3)
     strides = (2**31 + 7, 16, 16, 1) if far == "samples" else (16, 16, 2**27 + 16, 1)
     span = 2**31 + 2**10 if far == "samples" else 20 * (2**27 + 16)
     plain = operands(case, torch.float16, device=device)
@@ -284,7 +276,7 @@ def test_offsets_beyond_two_to_the_31(far, device):
 def test_what_no_kernel_takes_is_refused_in_one_line(change, says, device):
     q, k, v, _, _ = operands(Case(), torch.float32, device=device)
     with pytest.raises(NotImplementedError, match=says) as refusal:
-        triton.attention_forward(change(q), change(k), change(v), None, False, 1.0)
+        triton.attention_forward(change(q), change(k), change(v), None, None, False, 1.0, 0.0)
     assert "\n" not in str(refusal.value)
 
 

@@ -149,7 +149,9 @@ def test_a_whole_tile_must_hold_all_keys():
         target = target_of(BFLOAT16, 64)
     plan = table.plan(target)
     held = plan["BLOCK_N"]
-    assert table.holding(held, "BLOCK_N", target) is plan
+    holding = table.holding(held, "BLOCK_N", target)
+    assert holding is not None
+    assert (holding.configuration, holding.whole) == (plan.configuration, "BLOCK_N")
     assert table.holding(held + 1, "BLOCK_N", target) is None
     assert LaunchTable("no_rows").holding(1, "BLOCK_N", target) is None
 
@@ -189,10 +191,20 @@ class TestAutotuning:
         with pytest.raises(NotImplementedError, match="none of 3 candidates fits 1 bytes"):
             autotune.fastest(self.options, lambda c: 2, 1, lambda c: 0.0)
 
+    def test_a_tile_that_holds_everything_is_not_made_smaller(self):
+        """The table has smaller ones, which would hold a part."""
+        with device.pretend("sm_90"):
+            plan = attention.BACKWARD_FEW_QUERIES.plan(target_of(FLOAT32, 64))
+        holding = plan.holding(20, "BLOCK_N")
+        assert holding is not None
+        assert min(c["BLOCK_N"] for c in plan.candidates()) == 16
+        assert {c["BLOCK_N"] for c in holding.candidates()} == {32}
+        assert plan.holding(33, "BLOCK_N") is None
+
     def test_the_tables_choice_comes_first_and_once(self):
         with device.pretend("sm_90"):
             plan = attention.FORWARD.plan(target_of(BFLOAT16, 64))
-        tried = plan.table.candidates(plan.configuration)
+        tried = plan.candidates()
         assert tried[0] == plan.configuration
         assert len(tried) == len(set(tried)) > 6
         interpreted = {r.configuration.tiles for r in plan.table.rows if r.families == INTERPRETER}

@@ -53,9 +53,10 @@ def empty_layer_norms(kind):
 
 
 def attentions(mask_kind, B=2, H=2, Nq=20, Nk=19, d=4):
-    """All orders with a kind of mask, or with few queries; softmax statistics that are not dense."""
+    """All orders with a kind of mask, few queries or dropout; softmax statistics that are not dense."""
     dtype = torch.float64 if mask_kind == "bool in float64" else torch.float32
-    Nq = 3 if mask_kind == "few queries" else Nq
+    Nq = 3 if mask_kind.startswith("few queries") else Nq
+    seed, p = (torch.tensor([5]), 0.3) if "dropout" in mask_kind else (None, 0.0)
     q, k, v = (torch.randn(B, n, H, d, dtype=dtype).transpose(1, 2) for n in (Nq, Nk, Nk))
     mask = {
         "bool in float64": torch.ones(1, 1, Nq, Nk, dtype=torch.bool),
@@ -67,10 +68,10 @@ def attentions(mask_kind, B=2, H=2, Nq=20, Nk=19, d=4):
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
     grad = mask is not None and mask.dtype != torch.bool
     softmax = torch.randn(B, H, Nq, 2, dtype=torch.promote_types(q.dtype, torch.float32)).mT
-    first = q, k, v, mask, q, softmax, q
+    first = q, k, v, mask, seed, q, softmax, q
     dds = q, k, v, mask if grad else None
-    yield attention.attention_forward, q, k, v, mask, False, 0.5
-    after = False, 0.5, grad
+    yield attention.attention_forward, q, k, v, mask, seed, False, 0.5, p
+    after = False, 0.5, p, grad
     yield attention.attention_backward, contracts.AttentionBackward(*first, *after)
     for dq in (q, None):
         second = contracts.AttentionDoubleBackward(*first, dq, *dds, *after)
@@ -118,6 +119,7 @@ def calls_of(operator, kind, patch):
 OPERATORS = [(f, kind) for f in (gelus, layer_norms) for kind in LAYOUTS]
 OPERATORS += [(empty_layer_norms, kind) for kind in ("rows", "features")]
 MASKS = ("none", "few queries", "bool", "bool in float64", "one number a key", "half")
+MASKS += ("dropout", "few queries, dropout")
 OPERATORS += [(attentions, kind) for kind in MASKS]
 OPERATORS += [(f, g) for f in (head_penalties, routed_penalties) for g in ("token", "sample")]
 

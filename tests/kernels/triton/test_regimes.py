@@ -9,8 +9,14 @@ import pytest
 import torch
 
 import diversevit_fast as dvf
+from tests.helpers.attention_cases import Case, all_orders, operands
 from tests.helpers.regimes import assert_as_exact_as_eager, errors_over_eager, saturated
+from tests.kernels.triton.conftest import INTERPRETED
 from tests.ops.test_regimes import check_masked_rows
+
+kernels = pytest.importorskip("diversevit_kernels.triton.attention")
+from diversevit_kernels.triton.attention import configs  # noqa: E402
+from diversevit_kernels.triton.runtime.plan import LaunchTable  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +58,28 @@ def test_one_key_with_all_the_weight_has_exactly_all_of_it(d):
     (dv,) = torch.autograd.grad(o, v, torch.ones_like(o))
     assert torch.equal(o, v)
     assert torch.equal(dv, torch.ones_like(v))
+
+
+@pytest.mark.parametrize("tables", ["own", "Hopper's"])
+@pytest.mark.parametrize(
+    ("H", "Hkv", "Nq"), [(4, 2, 3), (4, 1, 40), (2, 2, 40), (4, 4, 40), (2, 2, 3)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_through_the_probability_of_a_single_key_are_exactly_zero(
+    dtype, H, Hkv, Nq, tables, device, monkeypatch
+):
+    """It is 1 whatever its score: dq, dk, gq, gk and gv are differences of equal numbers, summed alike."""
+    if tables == "Hopper's":
+        for order in ("BACKWARD_ROWS", "DOUBLE_BACKWARD_ROWS", "DOUBLE_BACKWARD_HEAD"):
+            monkeypatch.setattr(configs, f"{order}_ALL_KEYS", LaunchTable("none"))
+    case = Case(H=H, Hkv=Hkv, Nq=Nq, Nk=1, d=16, dv=16)
+    o, _, _, dq, dk, dv, gq, gk, gv, gdo = all_orders(
+        kernels, case, operands(case, dtype, device=device)
+    )
+    for zero in (dq, dk, gq, gk, gv):  # a chip may sum a transposed product in another order
+        assert zero.abs().max() <= (0 if INTERPRETED else 1e-6)
+    for other in (o, dv, gdo):
+        assert other.abs().min() > 0
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["mask", "trained mask"])
