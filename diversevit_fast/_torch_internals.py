@@ -122,6 +122,38 @@ def tensor_arguments(operator: torch.library.CustomOpDef) -> int:
     )
 
 
+def node_class(function: type[torch.autograd.Function]) -> type:
+    """The class of the graph nodes that ``function`` records. No node of its own tells which it is."""
+    return function._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def operator_node_name(operator: torch.library.CustomOpDef) -> str:
+    """``name()`` of the graph nodes that a ``torch.library`` operator records."""
+    overload = overload_of(operator)
+    return f"GeneratedBackwardFor_{overload.namespace}_{overload._opname}_{overload._overloadname}Backward"
+
+
+def place_in_graph(node: Any) -> int:
+    """How many nodes were recorded on this thread before ``node``; of leaves a number above all. Not published."""
+    return node._sequence_nr()
+
+
+LEAF = 2**64 - 1
+"""``place_in_graph`` of leaves."""
+
+
+_FIRST_FACTORS = {"MmBackward0": "_raw_saved_self", "AddmmBackward0": "_raw_saved_mat1"}
+
+
+def saved_factor(node: Any) -> Any:
+    """What a matrix product's node saved of the first factor, to which hooks can be given; None of other nodes.
+
+    The hooks of one saved tensor are public (``SavedTensor.register_hooks``), the names of saved tensors are not.
+    """
+    name = _FIRST_FACTORS.get(node.name())
+    return None if name is None else getattr(node, name)
+
+
 def will_run(node: Any) -> bool:
     """Whether the running backward pass executes this node of the graph.
 
@@ -149,6 +181,11 @@ def checkpoint_frame() -> Any:
         return None
     variables = zip(hooks[0].__code__.co_freevars, hooks[0].__closure__, strict=True)
     return next(cell.cell_contents for name, cell in variables if name == "frame")
+
+
+def saved_tensors_hooked() -> bool:
+    """Whether somebody's ``saved_tensors_hooks`` are entered: a checkpoint's, ``save_on_cpu`` ..."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
 
 
 def in_checkpoint() -> bool:

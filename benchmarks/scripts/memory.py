@@ -29,7 +29,7 @@ from benchmarks.critics import CRITICS
 from benchmarks.orders import DOUBLE_BWD
 from benchmarks.registry import named
 from benchmarks.runner import peak_bytes
-from benchmarks.steps import StepSpec, StepWorkload, penalised, step_implementations
+from benchmarks.steps import StepSpec, StepWorkload, erm, penalised, step_implementations
 from benchmarks.timing import conditions, write
 from benchmarks.workloads import OperatorSpec, OperatorWorkload, Tensors, run
 
@@ -42,7 +42,9 @@ ROWS = {
     STEP: ("erm", "ours", "eager"),
     ATTENTION: ("eager", "ours"),
     MASK: ("eager", "ours"),
-    CHECKPOINTS: ("all layers", "all layers, checkpoints", "last layer", "last layer, checkpoints"),
+    CHECKPOINTS: tuple(
+        name + how for name in ("erm", "all layers", "last layer") for how in ("", ", checkpoints")
+    ),
     **{f"{R1}{name}": ("SDPA math", "eager", "ours") for name in CRITICS},
 }
 """Workload -> implementations; the others are compared with the first."""
@@ -110,7 +112,7 @@ def _masked(implementation: str, size: Size) -> Job:
 
 
 def _checkpointed(implementation: str, size: Size) -> Job:
-    """A step of a ViT-B on 4 images with the penalty, by timm's own switch with checkpoints."""
+    """A step of a ViT-B on 4 images, with or without the penalty and, by timm's own switch, checkpoints."""
     import timm
 
     torch.manual_seed(0)
@@ -119,7 +121,7 @@ def _checkpointed(implementation: str, size: Size) -> Job:
     model: Any = timm.create_model("vit_base_patch16_224", img_size=side, num_classes=2, **options)
     layers, _, checkpoints = implementation.partition(", ")
     model.train().set_grad_checkpointing(bool(checkpoints))
-    loss = penalised(layers.split()[0])(model)
+    loss = (erm if layers == "erm" else penalised(layers.split()[0]))(model)
     images, labels = torch.rand(4, 3, side, side), torch.arange(4) % 2
     return _without_gradients(model, lambda: loss(images, labels).backward())
 

@@ -29,6 +29,7 @@ from .compiled_code import refuse_broken_graph, refuse_compiled_layers
 from .packed_projection import PackedAttention, twice_differentiable
 from .recomputation import Moment, copies_of, recompute_inside
 from .seen_attention import computed_by
+from .support import HOW_TO_FUSE
 from .torch_calls import (
     Forward,
     Handler,
@@ -73,8 +74,7 @@ class Attachment:
         self._running: AttentionLayer | None = None
         self._attention_called = False
         self._made: Tensor | None = None  # by the running layer's one projection, until it attends
-        handlers = {**dict.fromkeys(self.replaced, _replaced), **_ATTENTION_CALLS}
-        self._mode = TorchCalls(self, handlers)
+        self._mode = TorchCalls(self, dict.fromkeys(self.replaced, _replaced) | _ATTENTION_CALLS)
         self._from_entry = False  # whether calls are seen before a layer runs
         self._thread: int | None = None  # the one inside the block
         self._active = True  # what on_enter returned
@@ -165,6 +165,9 @@ class Attachment:
         """The chosen layer that is running."""
         return self._running
 
+    def on_linear(self, x: Tensor, out: Tensor) -> None:
+        """Called after a linear layer of ``x`` that is no projection of a chosen layer."""
+
     def on_torch_function(
         self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -247,9 +250,11 @@ class Attachment:
             self._follow_weight(weight)
         layer = self._running
         made = None if layer is None else layer.projection_of(weight)
+        out = func(*args, **kwargs)
         if layer is None or made is None:
-            return func(*args, **kwargs)
-        return self._project(layer, made.roles, x, weight, func(*args, **kwargs))
+            self.on_linear(x, out)
+            return out
+        return self._project(layer, made.roles, x, weight, out)
 
     def _on_attention(self, func: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self._running
@@ -385,7 +390,7 @@ class Attachment:
         if not self._attention_called:
             raise UnsupportedError(
                 f"model: {layer.name} ({type(layer.module).__name__}) computed attention without "
-                f"F.scaled_dot_product_attention, so its heads cannot be seen; {_HOW_TO_FUSE}"
+                f"F.scaled_dot_product_attention, so its heads cannot be seen; {HOW_TO_FUSE}"
             )
 
     def _follow_weight(self, weight: Tensor) -> None:
@@ -422,12 +427,6 @@ class Attachment:
             return result
 
         return run
-
-
-_HOW_TO_FUSE = (
-    "for transformers set attn_implementation='sdpa', inside a compiled loss timm's fused_attn=True, "
-    "or choose other layers"
-)
 
 
 def _replaced(attachment: Attachment, func: Forward, args: tuple, kwargs: dict) -> Any:

@@ -14,6 +14,10 @@ from .attention_modules import AttentionLayer, attention_layers, plain_class, qu
 
 USES = ("wrt='input'", "wrt='output'", "mask", "prune")
 """Uses of an attention layer: both definitions of the penalty, ``keep_heads``, ``prune_heads``."""
+HOW_TO_FUSE = (
+    "for transformers set attn_implementation='sdpa', inside a compiled loss timm's fused_attn=True, "
+    "or choose other layers"
+)
 
 
 @dataclass(frozen=True)

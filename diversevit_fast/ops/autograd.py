@@ -36,6 +36,8 @@ from .._torch_internals import (
     functorch_active,
     in_forward_mode,
     name_of,
+    node_class,
+    operator_node_name,
     overload_of,
     profiler_enabled,
     tensor_arguments,
@@ -98,10 +100,13 @@ class Operator:
         name = name_of(operator)
         forward = _saving(self._run, given, count, results)
         self._eager_apply = _eager_function(name, forward, derivative)
+        self._node_name = operator_node_name(operator)
+        self._nodes = (node_class(self._eager_apply.__self__),)
         self._native = native
         if native is not None:
             forward = native.forward or _saving(native.run, given, count, results)
             self._native_apply = _eager_function(name, forward, native.backward or derivative)
+            self._nodes += (node_class(self._native_apply.__self__),)
 
     def __call__(self, *args: Any) -> Any:
         if not runs_eagerly():
@@ -116,6 +121,19 @@ class Operator:
             if torch.compiler.is_compiling() or tracing_state() is not None:
                 return self._operator(*args)
         return self.eagerly(*args)
+
+    def again(self, node: Any) -> Callable[[], Any] | None:
+        """What computes again what ``node`` recorded, without a graph; None if it recorded anything but this order.
+
+        It raises what autograd raises if the inputs were overwritten, or freed. Only for orders whose inputs are saved.
+        """
+        if isinstance(node, self._nodes) or (node is not None and node.name() == self._node_name):
+            return lambda: self._computed(node)
+        return None
+
+    @torch.no_grad()
+    def _computed(self, node: Any) -> Any:
+        return self(*node.saved_tensors, *node.options)
 
     def _whole(self, *args: Any) -> Any:
         """A call that returns every tensor, as a vmap rule has to: other levels save those that callers do not use."""

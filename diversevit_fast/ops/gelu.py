@@ -156,5 +156,7 @@ _forward = Operator(
     batch=_batch_elementwise,
     native=Native(native.takes_gelu, native.gelu, _native_forward, _native_backward),
 )
+again, backward_again = _forward.again, _backward.again
+"""``again(node)()`` computes a recorded ``gelu`` again, ``backward_again(node)()`` a recorded ``gelu_backward``."""
 ORDERS = Orders(_forward, _backward, _double_backward)
 decomposes(gelu_operator, reference.gelu_forward)

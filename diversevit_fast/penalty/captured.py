@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..attachment.attention_modules import AttentionLayer
 from .input_projections import ProjectionOutput, input_projections
+from .recomputed_gelu import linear_after_gelu
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ class Recording:
         batches: the batch size of each forward of the whole model.
         earlier: nodes of the graph that were there before the first tensor was captured.
         resumed: a tensor was captured before what a checkpoint recomputes.
+        linears: nodes of the linear layers that read the output of a GELU.
     """
 
     runs: list[Captured] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     earlier: set[Any] = field(default_factory=set)
     resumed: bool = False
+    linears: list[Any] = field(default_factory=list)
     _projections: list[tuple[ProjectionOutput, Tensor]] = field(default_factory=list)
 
     @property
@@ -81,7 +84,13 @@ class Recording:
         self.runs.append(Captured(layer.index, layer.num_heads, tokens, heads, made))
         self._projections = []
 
-    def take_runs(self) -> list[Captured]:
-        """Return the runs and forget them, and with them the graph."""
-        runs, self.runs, self.earlier = self.runs, [], set()
-        return runs
+    def add_linear(self, x: Tensor, out: Tensor) -> None:
+        """Record a linear layer if its input ``x`` can be computed again."""
+        if (node := linear_after_gelu(x, out)) is not None:
+            self.linears.append(node)
+
+    def take_runs(self) -> tuple[list[Captured], list[Any]]:
+        """Return the runs and the linear layers and forget them, and with them the graph."""
+        taken = self.runs, self.linears
+        self.runs, self.linears, self.earlier = [], [], set()
+        return taken

@@ -25,7 +25,7 @@ from .captured import Captured, Recording
 from .finite_logits import FiniteLogits
 from .grad_scale import InnerScale
 from .head_gradients import HeadGradients, head_gradients
-from .layer_penalty import mean_penalty
+from .layer_penalty import LayerPenalties
 from .sample_split import SampleSplit
 from .score import Target, check_logits, check_target, prediction_score
 
@@ -180,7 +180,7 @@ class HeadDiversity(Attachment):
             self._finite.note(logits)
         score, weights = prediction_score(logits, self.target)
         earlier, samples = self._recording.earlier, None
-        runs = self._recording.take_runs()
+        runs, linears = self._recording.take_runs()
         if not len(score):
             self.cosines, self.samples = [], None
             return score.sum().float() * 0
@@ -188,10 +188,7 @@ class HeadDiversity(Attachment):
             check_reached(self.layers, {run.layer for run in runs})
         else:
             runs, samples = self._checked(runs, score, earlier)
-        grads, scale = self._differentiate(score, runs, weights)
-        value, self.cosines = mean_penalty(
-            grads, runs, self.layers, self.granularity, self.reduction, scale
-        )
+        value, self.cosines = self._differentiate(score, runs, weights, linears).mean()
         self.samples = samples
         return value if self.every == 1 else value * self.every
 
@@ -224,16 +221,28 @@ class HeadDiversity(Attachment):
         return runs, samples
 
     def _differentiate(
-        self, score: Tensor, runs: list[Captured], weights: Tensor | None
-    ) -> tuple[list[HeadGradients], float]:
-        """The gradients of all heads, and the factor they are scaled by, in a CUDA graph about."""
+        self,
+        score: Tensor,
+        runs: list[Captured],
+        weights: Tensor | None,
+        linears: list[Any],
+    ) -> LayerPenalties:
+        """The penalties of all runs, from the gradients of their heads."""
+        penalties = LayerPenalties(runs, self.layers, self.granularity, self.reduction)
+
+        def differentiate(factor: float | Tensor) -> list[HeadGradients]:
+            # a factor on the device is the penalty's too: its rounding by eps aside it drops out
+            scale = self._scale.value if isinstance(factor, Tensor) else factor
+            return head_gradients(
+                *(score, runs, factor, weights),
+                on_run=lambda i, grads: penalties.add(i, grads, scale),
+                linears=linears,
+            )
+
         tensors = [x for run in runs for x in run.tensors]
         with keep_unsharded(self.model):
-            return self._scale.apply(
-                tensors,
-                lambda factor: head_gradients(score, runs, factor, weights),
-                self._finite.note_gradients,
-            )
+            self._scale.apply(tensors, differentiate, self._finite.note_gradients)
+        return penalties
 
     def on_enter(self) -> bool:
         self._recording = Recording()
@@ -287,6 +296,10 @@ class HeadDiversity(Attachment):
         return (
             call_second_order(func, args, kwargs) if self._second_order() else func(*args, **kwargs)
         )
+
+    def on_linear(self, x: Tensor, out: Tensor) -> None:
+        if self._capturing() and not torch.compiler.is_compiling():
+            self._recording.add_linear(x, out)
 
     def _second_order(self) -> bool:
         """True if what runs now is differentiated twice, since it may depend on a captured tensor."""

@@ -15,33 +15,49 @@ from .head_gradients import HeadGradients
 from .input_projections import ProjectionOutput
 
 
-def mean_penalty(
-    grads: Sequence[HeadGradients],
-    runs: Sequence[Captured],
-    layers: Sequence[AttentionLayer],
-    granularity: str,
-    reduction: str,
-    scale: float = 1.0,
-) -> tuple[Tensor, list[Tensor]]:
-    """The mean over layers of their penalties, each the mean over the samples of its runs.
+class LayerPenalties:
+    """The penalties of runs of attention layers, computed in any order, and their mean.
 
-    Returns:
-        The scalar penalty, and each layer's detached cosines, of its last run.
-
-    Raises:
-        UsageError: a layer has no gradient.
+    Args:
+        runs: of all layers, in the order in which they ran.
+        layers: each has to have a run with a gradient.
+        granularity, reduction: as for ``HeadDiversity``.
     """
-    found: dict[int, list[tuple[Tensor, int]]] = {layer.index: [] for layer in layers}
-    cosines: dict[int, Tensor] = {}
-    for grad, run in zip(grads, runs, strict=True):
-        if any(g is not None for g in grad):
-            value, cosine = layer_penalty(grad, run, granularity, reduction, scale)
-            found[run.layer].append((value, run.samples))
+
+    def __init__(
+        self,
+        runs: Sequence[Captured],
+        layers: Sequence[AttentionLayer],
+        granularity: str,
+        reduction: str,
+    ):
+        self._runs, self._layers = runs, layers
+        self._kind = granularity, reduction
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, i: int, grads: HeadGradients, scale: float) -> None:
+        """Compute the penalty of run ``i`` from its gradients times ``scale``, again if they are other ones."""
+        self._found[i] = layer_penalty(grads, self._runs[i], *self._kind, scale)
+
+    def mean(self) -> tuple[Tensor, list[Tensor]]:
+        """The mean over layers of their penalties, each the mean over the samples of its runs.
+
+        Returns:
+            The scalar penalty, and each layer's detached cosines, of its last run.
+
+        Raises:
+            UsageError: a layer has no gradient.
+        """
+        values: dict[int, list[tuple[Tensor, int]]] = {layer.index: [] for layer in self._layers}
+        cosines: dict[int, Tensor] = {}
+        for i in sorted(self._found):
+            (value, cosine), run = self._found[i], self._runs[i]
+            values[run.layer].append((value, run.samples))
             cosines[run.layer] = cosine.detach()
-    check_reached(layers, cosines)
-    of_layers = [_mean(values) for values in found.values()]
-    mean = of_layers[0] if len(of_layers) == 1 else torch.stack(of_layers).mean()
-    return mean, [cosines[i] for i in found]
+        check_reached(self._layers, cosines)
+        of_layers = [_mean(of_layer) for of_layer in values.values()]
+        mean = of_layers[0] if len(of_layers) == 1 else torch.stack(of_layers).mean()
+        return mean, [cosines[i] for i in values]
 
 
 def _mean(values: Sequence[tuple[Tensor, int]]) -> Tensor:
