@@ -116,6 +116,45 @@ def test_operators():
     assert internals.tensor_arguments(double_backward) == 2
 
 
+def test_nodes_of_a_graph():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g
+
+    leaf = torch.ones(2, 2, requires_grad=True)
+    first = Twice.apply(leaf)
+    assert isinstance(first.grad_fn, internals.node_class(Twice))
+    later = first + 1
+    places = [internals.place_in_graph(x.grad_fn) for x in (first, later)]
+    assert places[0] < places[1] < internals.LEAF
+    ((to_leaf, _),) = first.grad_fn.next_functions
+    assert internals.place_in_graph(to_leaf) == internals.LEAF
+    operator = gelu_operator(leaf, "none")
+    assert operator.grad_fn.name() == internals.operator_node_name(gelu_operator)
+
+
+@pytest.mark.parametrize("linear", [lambda x, w: F.linear(x, w, w[0]), lambda x, w: F.linear(x, w)])
+def test_first_factor_of_a_product(linear):
+    x, w = torch.ones(3, 2, requires_grad=True) * 1, torch.ones(2, 2, requires_grad=True)
+    node = linear(x, w).grad_fn
+    kept = []
+    internals.saved_factor(node).register_hooks(lambda t: kept.append(t) or 0, lambda _: 5 * x)
+    assert torch.equal(kept[0], x)
+    assert internals.saved_factor((x + 1).grad_fn) is None
+    node(torch.ones(3, 2))
+
+
+def test_hooks_of_saved_tensors():
+    assert not internals.saved_tensors_hooked()
+    with torch.autograd.graph.save_on_cpu():
+        assert internals.saved_tensors_hooked()
+
+
 def test_which_nodes_of_a_backward_pass_run():
     said = []
 
