@@ -142,16 +142,19 @@ LEAF = 2**64 - 1
 """``place_in_graph`` of leaves."""
 
 
-_FIRST_FACTORS = {"MmBackward0": "_raw_saved_self", "AddmmBackward0": "_raw_saved_mat1"}
+_FACTORS = {"MmBackward0": ("_raw_saved_self", 0), "AddmmBackward0": ("_raw_saved_mat1", 1)}
 
 
-def saved_factor(node: Any) -> Any:
-    """What a matrix product's node saved of the first factor, to which hooks can be given; None of other nodes.
+def saved_factor(node: Any) -> tuple[Any, Any] | None:
+    """What the node of a product ``x @ w`` saved of x, to which hooks can be given, and the node that made x.
 
-    The hooks of one saved tensor are public (``SavedTensor.register_hooks``), the names of saved tensors are not.
+    None of other nodes, and where x was not saved since w has no gradient. The hooks of one saved tensor are public
+    (``SavedTensor.register_hooks``), the names of saved tensors are not.
     """
-    name = _FIRST_FACTORS.get(node.name())
-    return None if name is None else getattr(node, name)
+    name, place = _FACTORS.get(node.name(), ("", 0))
+    if not name or node.next_functions[place + 1][0] is None:
+        return None
+    return getattr(node, name), node.next_functions[place][0]
 
 
 def will_run(node: Any) -> bool:

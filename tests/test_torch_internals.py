@@ -143,10 +143,13 @@ def test_first_factor_of_a_product(linear):
     x, w = torch.ones(3, 2, requires_grad=True) * 1, torch.ones(2, 2, requires_grad=True)
     node = linear(x, w).grad_fn
     kept = []
-    internals.saved_factor(node).register_hooks(lambda t: kept.append(t) or 0, lambda _: 5 * x)
+    saved, made_by = internals.saved_factor(node)
+    assert made_by is x.grad_fn
+    saved.register_hooks(lambda t: kept.append(t), lambda _: 5 * x)
     assert torch.equal(kept[0], x)
+    assert torch.equal(node(torch.ones(3, 2))[-1].T, torch.full((2, 2), 15.0))
     assert internals.saved_factor((x + 1).grad_fn) is None
-    node(torch.ones(3, 2))
+    assert internals.saved_factor(linear(x, w.detach()).grad_fn) is None
 
 
 def test_hooks_of_saved_tensors():

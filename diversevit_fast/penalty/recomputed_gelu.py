@@ -63,11 +63,11 @@ def linear_after_gelu(x: Tensor, out: Tensor) -> Any:
 
 def _free(node: Any, how: Callable[[Any], Callable[[], Tensor] | None]) -> None:
     """Free the first factor that a matrix product keeps, if ``how`` tells how to compute it again."""
-    saved = saved_factor(node)
-    if saved is None:
+    factor = saved_factor(node)
+    if factor is None:
         return
-    place = 1 if node.name() == "AddmmBackward0" else 0
-    compute = how(_without_views(node.next_functions[place][0]))
+    saved, made_by = factor
+    compute = how(_without_views(made_by))
     if compute is None:
         return
 
