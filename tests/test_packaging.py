@@ -152,7 +152,7 @@ def test_nothing_advises_to_install_from_an_index():
             assert not told.findall(path.read_text("utf-8")), path
 
 
-SMOKE = """
+SMOKE = r"""
 import torch
 import diversevit_fast as dvf, diversevit_kernels
 from diversevit_fast.installation import install_command

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def check_tensor(name: str, x: object) -> Tensor:
     return x
 
 
-def is_causal_bias(mask: object) -> bool:
+def is_causal_bias(mask: object) -> TypeGuard["CausalBias"]:
     """Whether a mask is PyTorch's ``CausalBias``, whose module is slow to import and not imported for asking."""
     bias: Any = sys.modules.get("torch.nn.attention.bias")
     return bias is not None and isinstance(mask, bias.CausalBias)
