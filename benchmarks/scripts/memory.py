@@ -163,7 +163,7 @@ def table(results: Mapping[str, Any]) -> str:
     heads = "".join(f"{measure + ' MiB':>14}{'ratio':>8}" for measure in MEASURES)
     lines = [f"{'':56}{'seconds':>8}{heads}"]
     for workload, names in ROWS.items():
-        for name in names if workload in results["peak"] else ():
+        for name in [name for name in names if name in results["peak"].get(workload, ())]:
             cells = f"{results['seconds'].get(workload, {}).get(name, ''):>8}"
             for measure in MEASURES:
                 if found := results.get(measure, {}).get(workload):

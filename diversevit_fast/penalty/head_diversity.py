@@ -24,7 +24,7 @@ from .batch_checks import check_batches, check_reached
 from .captured import Captured, Recording
 from .finite_logits import FiniteLogits
 from .grad_scale import InnerScale
-from .head_gradients import HeadGradients, head_gradients
+from .head_gradients import head_gradients
 from .layer_penalty import LayerPenalties
 from .sample_split import SampleSplit
 from .score import Target, check_logits, check_target, prediction_score
@@ -230,8 +230,8 @@ class HeadDiversity(Attachment):
         """The penalties of all runs, from the gradients of their heads."""
         penalties = LayerPenalties(runs, self.layers, self.granularity, self.reduction)
 
-        def differentiate(factor: float | Tensor) -> list[HeadGradients]:
-            # a factor on the device is the penalty's too: its rounding by eps aside it drops out
+        def differentiate(factor):
+            # of a factor on the device the penalty gets the value that the host knows: it scales eps alone
             scale = self._scale.value if isinstance(factor, Tensor) else factor
             return head_gradients(
                 *(score, runs, factor, weights),

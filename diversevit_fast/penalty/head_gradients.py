@@ -6,7 +6,6 @@ head's slice of the projection's output, so one backward pass gives every head.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -43,9 +42,6 @@ def head_gradients(
             one is freed before the next. Inside a compiled loss, after the pass.
         linears: nodes of linear layers whose input, the output of a GELU, may be computed again.
     """
-    tensors = [x for run in runs for x in run.tensors]
-    create_graph = torch.is_grad_enabled()
-    here = nullcontext() if torch.compiler.is_compiling() else set_multithreading_enabled(False)
     on_device = isinstance(scale, Tensor)  # where a CUDA graph may not read it
     if weights is None:
         weights = torch.full_like(score, 1.0 if on_device else scale)
@@ -53,25 +49,35 @@ def head_gradients(
         weights = weights * scale
     if on_device:
         weights = weights * scale
+    if torch.compiler.is_compiling():
+        found = _gradients(score, runs, weights)
+        for i, grads in enumerate(found):
+            if any(g is not None for g in grads):
+                on_run(i, grads)
+        return found
     arrivals = _Arrivals(runs, on_run, _recomputed(score, linears))
-    with here, arrivals:
-        grads = torch.autograd.grad(
-            score,
-            tensors,
-            weights,
-            create_graph=create_graph,
-            retain_graph=True,
-            allow_unused=True,
-        )
-    of_run = iter(grads)
-    found = [[next(of_run) for _ in run.tensors] for run in runs]
+    with set_multithreading_enabled(False), arrivals:
+        found = _gradients(score, runs, weights)
     arrivals.finish(found)
     return found
 
 
+def _gradients(score: Tensor, runs: Sequence[Captured], weights: Tensor) -> list[HeadGradients]:
+    grads = torch.autograd.grad(
+        score,
+        [x for run in runs for x in run.tensors],
+        weights,
+        create_graph=torch.is_grad_enabled(),
+        retain_graph=True,
+        allow_unused=True,
+    )
+    of_run = iter(grads)
+    return [[next(of_run) for _ in run.tensors] for run in runs]
+
+
 def _recomputed(score: Tensor, linears: Sequence[Any]) -> RecomputedGelu | None:
     """What frees tensors during the pass, where it makes a graph for later and nobody but autograd sees it."""
-    seen = not torch.is_grad_enabled() or torch.compiler.is_compiling() or functorch_active()
+    seen = not torch.is_grad_enabled() or functorch_active()
     return None if seen else RecomputedGelu(score, list(linears))
 
 
@@ -84,14 +90,11 @@ class _Arrivals:
         self._done = [False] * len(runs)
 
     def __enter__(self) -> None:
-        self._hooks = []
-        if torch.compiler.is_compiling():
-            return
-        for i, run in enumerate(self._runs):
-            self._hooks += [
-                x.register_hook(partial(self._arrive, i, place))
-                for place, x in enumerate(run.tensors)
-            ]
+        self._hooks = [
+            x.register_hook(partial(self._arrive, i, place))
+            for i, run in enumerate(self._runs)
+            for place, x in enumerate(run.tensors)
+        ]
 
     def __exit__(self, *exc: object) -> None:
         for hook in self._hooks:

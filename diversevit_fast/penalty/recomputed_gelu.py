@@ -6,6 +6,7 @@ weight. GELU's nodes keep all that the two are computed from, by one elementwise
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -77,7 +78,9 @@ def _free(node: Any, how: Callable[[Any], Callable[[], Tensor] | None]) -> None:
     def computed(kept: Any) -> Tensor:
         return kept if isinstance(kept, Tensor) else compute().reshape(kept)
 
-    saved.register_hooks(shape_alone, computed)
+    # it may have hooks already: another context watches the same model, or the pass is repeated
+    with suppress(RuntimeError):
+        saved.register_hooks(shape_alone, computed)
 
 
 def _without_views(node: Any) -> Any:
