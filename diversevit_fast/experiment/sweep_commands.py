@@ -10,6 +10,7 @@ from ..errors import UsageError, usage_error
 from . import options as o
 from .config import is_path
 from .sweep_claims import STALE_AFTER
+from .terminal import is_quiet
 
 _LISTS, _WORK = "Settings, each a comma list of values", "Work"
 
@@ -81,6 +82,7 @@ def sweep(
             help="Minutes of silence after which a process is gone.", rich_help_panel=_WORK
         ),
     ] = STALE_AFTER,
+    quiet: o.Quiet = False,
 ) -> None:
     """One training for every combination of settings and every seed, resumable, by many processes."""
     from .sweep import resume_sweep, run_sweep
@@ -164,7 +166,7 @@ def _work(job: Any) -> None:
     from .run import Interrupted
 
     try:
-        outcome = job(_say)
+        outcome = job(o.silent if is_quiet.get() else _say)
     except KeyboardInterrupt as interrupted:
         said = interrupted if isinstance(interrupted, Interrupted) else "interrupted"
         typer.echo(said, err=True)
