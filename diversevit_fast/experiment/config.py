@@ -61,7 +61,9 @@ class Settings:
         methods: which of ``"erm"`` (penalty weight 0) and ``"diversevit"`` to train.
         seeds: one training per method and seed; decides initial weights and the order of batches. Below
             2**32: generators look at 32 bits, so a larger one would repeat a smaller one's weights.
-        epochs: the learning rate falls tenfold after 70 % and again after 80 % of them.
+        epochs: how many are trained.
+        schedule_epochs: the learning rate falls tenfold after 70 % and again after 80 % of so many epochs; None: of
+            ``epochs``. Of more epochs, the rest has the last rate.
         batch_size: samples per step.
         lr, erm_lr: the optimizer's initial learning rate of DiverseViT and of ERM.
         optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"`` (momentum 0.9).
@@ -83,6 +85,8 @@ class Settings:
         tensorboard: also write TensorBoard event files.
         fsdp: of several ranks, each keeps a part of the parameters (FSDP2), not all of them (DDP).
         graph: on a GPU, replay steps as CUDA graphs; several ranks never do.
+        keep_checkpoints: a finished run keeps each training's last checkpoint, with the optimizer's state, from which
+            ``continue_run`` goes on: about four times a model's weights.
     """
 
     preset: str = "paper"
@@ -97,6 +101,7 @@ class Settings:
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1)
     epochs: int = 100
+    schedule_epochs: int | None = None
     batch_size: int = 80
     lr: float = 1e-3
     erm_lr: float = 1e-4
@@ -120,6 +125,7 @@ class Settings:
     tensorboard: bool = False
     fsdp: bool = False
     graph: bool = True
+    keep_checkpoints: bool = True
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -179,6 +185,11 @@ class Settings:
             "samples": self.samples,
             "download": self.download,
         }
+
+    @property
+    def schedule(self) -> int:
+        """The epochs that the learning-rate schedule is written for."""
+        return self.schedule_epochs or self.epochs
 
     def base_lr(self, method: str) -> float:
         """Initial learning rate of ``method``."""
@@ -319,6 +330,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
         f"different whole numbers from 0 to 2**32 - 1, {MOST_SEEDS} at most",
     ),
     "epochs": (_whole(1), "a whole number of at least 1, of at most 10**9"),
+    "schedule_epochs": (
+        _maybe(_whole(1)),
+        "a whole number of at least 1, of at most 10**9",
+    ),
     "batch_size": (_whole(1), "a whole number of at least 1, of at most 10**9"),
     "lr": (_number(0, _HUGE, open_low=True), "a number above 0, of at most 1e30"),
     "erm_lr": (_number(0, _HUGE, open_low=True), "a number above 0, of at most 1e30"),
@@ -351,6 +366,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tensorboard": (_flag, "true or false"),
     "fsdp": (_flag, "true or false"),
     "graph": (_flag, "true or false"),
+    "keep_checkpoints": (_flag, "true or false"),
 }
 
 

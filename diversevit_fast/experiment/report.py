@@ -12,6 +12,7 @@ from .head_probes import read_probes
 from .head_section import HeadSection
 from .metrics import Line, Row, compare, present, write_csv
 from .models import described
+from .origin import in_one_piece, origins, schedule_in_words
 from .plots import PICTURES, draw
 from .progress import NAMES
 from .recipe import OPTIMIZER_NAMES
@@ -119,6 +120,9 @@ def _render(page: Path, trainings: Trainings, folder: Path, heads: HeadSection |
         missing=list(map(printable, trainings.missing)),
         parts=[_part(part) for part in trainings.parts],
         table=page.with_suffix(".csv").name if page.name != "report.html" else "metrics.csv",
+        schedule=schedule_in_words(settings, trainings.record),
+        origins=list(map(printable, origins(trainings.record))),
+        in_one_piece=in_one_piece(settings, trainings.record),
         methods=methods,
         seeds=seeds,
         model=described(settings),

@@ -46,6 +46,14 @@ def sweep(
     threads: o.Threads = None,
     device: o.Device = None,
     graph: o.Graph = None,
+    keep_checkpoints: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-checkpoints",
+            help="Keep what run --continue needs, in each cell's folder.",
+            rich_help_panel=_WORK,
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(help="Folder of the sweep; new, or of the same sweep.", rich_help_panel=_WORK),

@@ -28,10 +28,14 @@ SINGLE = (
     *DECIDED,
     *("preset", "source", "metadata", "download", "model", "threads", "workers"),
     *("pretrained", "freeze_below"),
-    *("device", "tensorboard", "fsdp", "graph"),
+    *("device", "tensorboard", "fsdp", "graph", "keep_checkpoints"),
 )
 """Settings that have one value in the whole sweep."""
-_NOT_NAMED = ("download", "tensorboard", "threads", "workers", "fsdp", "graph", "preset")
+_NOT_NAMED = (
+    *("download", "tensorboard", "threads", "workers", "fsdp", "graph", "keep_checkpoints"),
+    "preset",
+)
+_UNASKED = {"keep_checkpoints": False}  # a sweep can have thousands of trainings
 _ERM_IGNORES = {"every": 1, "fraction": 1.0}
 
 
@@ -107,7 +111,7 @@ class Grid:
             hint = "what chose the settings must not judge them: take other pilot seeds"
             raise usage_error("pilot_seeds", "seeds that are not reported", got, hint)
         first = {name: values[0] for name, values in lists.items()}
-        settings = resolve({**fixed, **first}, config)
+        settings = resolve({**_UNASKED, **fixed, **first}, config)
         settings = dataclasses.replace(
             settings, methods=("diversevit",), seeds=(int(seeds[0]),), erm_lr=settings.lr, workers=1
         )
@@ -177,7 +181,7 @@ class Grid:
                 for name, listed in values["varied"].items()
             }
             seeds, pilots = tuple(values["seeds"]), tuple(values["pilot_seeds"])
-            fixed = Settings.from_json(values["fixed"])
+            fixed = Settings.from_json({**_UNASKED, **values["fixed"]})
         except UsageError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as failure:

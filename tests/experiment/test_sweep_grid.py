@@ -170,3 +170,14 @@ def test_grids_that_are_refused(lists, more, message):
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_text_of_a_number_is_that_number(value):
     assert float(as_text(value)) == value
+
+
+def test_trainings_keep_no_checkpoints_unless_asked():
+    """As those of an older version, whose file does not say."""
+    assert not grid().fixed.keep_checkpoints
+    asked = grid(keep_checkpoints=True)
+    assert all(cell.settings.keep_checkpoints for cell in asked.cells())
+    assert [c.name for c in asked.cells()] == [c.name for c in grid().cells()]
+    old = grid().to_json()
+    del old["fixed"]["keep_checkpoints"]
+    assert Grid.from_json(old) == grid()
