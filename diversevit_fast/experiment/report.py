@@ -126,6 +126,7 @@ def _render(page: Path, trainings: Trainings, folder: Path, heads: HeadSection |
         methods=methods,
         seeds=seeds,
         model=described(settings),
+        start=_start(trainings.record),
         tables=_tables(lines, settings.data == "mnist-cifar"),
         one_method=ONE_METHOD,
         verdicts=[(TITLES[v.claim], v.said, verdict_sentence(v)) for v in verdicts_of(trainings)],
@@ -135,6 +136,15 @@ def _render(page: Path, trainings: Trainings, folder: Path, heads: HeadSection |
         heads=heads,
         head_pictures=_pictures(folder, heads.pictures if heads else ()),
     )
+
+
+def _start(record: Mapping[str, Any]) -> str:
+    """Return which weights trainings began with; empty for random ones, and for runs that do not say."""
+    if "start" not in record:
+        return ""
+    digest = record["model"]["sha256"]
+    said = "weights of {weights} (SHA-256 {digest}); classifier: {classifier}"
+    return printable(said.format(digest=digest, **record["start"]))
 
 
 def _pictures(folder: Path, drawn: Iterable[tuple[str, str, str]]) -> list[dict[str, str]]:

