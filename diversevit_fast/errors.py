@@ -3,6 +3,8 @@
 import importlib
 from types import ModuleType
 
+from .installation import install_command
+
 
 class UsageError(ValueError):
     """A mistake the caller can correct. The command line prints the message and exits with 2."""
@@ -32,7 +34,7 @@ def require(module: str, *, extra: str) -> ModuleType:
             module.partition(".")[0],
             "an installed package",
             "no such module",
-            f'pip install "diversevit-fast[{extra}]"',
+            install_command(extra),
         ) from None
     except (MemoryError, ImportError):
         raise

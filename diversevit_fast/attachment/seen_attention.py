@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from .._torch_internals import function_modes, insert_function_mode, remove_function_mode
-from ..ops.checks import as_plain_mask
+from ..ops.checks import as_plain_mask, is_causal_bias
 from .torch_calls import TorchCalls
 
 
@@ -34,7 +33,7 @@ class SeenAttention:
         enable_gqa: bool = False,
     ) -> Tensor:
         """Attention ``[B, H, Nq, dv]``."""
-        if isinstance(attn_mask, CausalBias):
+        if attn_mask is not None and is_causal_bias(attn_mask):
             attn_mask, is_causal = as_plain_mask(attn_mask, is_causal, q.device)
         if self.modes is None and not torch.compiler.is_compiling():
             self.modes = [mode for mode in function_modes() if not isinstance(mode, TorchCalls)]

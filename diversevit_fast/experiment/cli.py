@@ -22,9 +22,9 @@ _CONTROL = dict.fromkeys(
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``diversevit`` with ``args`` (the process's own if None) and exit.
 
-    Exit codes: 0 done; 1 ``doctor`` found a fault; 2 a mistake the caller can mend, said on
-    standard error as ``error: ...``; 130 interrupted. A reader of the output who leaves early
-    (``| head -1``) changes none of it.
+    Exit codes: 0 done; 1 ``doctor`` found a fault, or trainings of a sweep failed; 2 a mistake the
+    caller can mend, said on standard error as ``error: ...``; 130 interrupted. A reader of the output
+    who leaves early (``| head -1``) changes none of it.
     """
     with steady_streams():
         code = _check_output(_run(args), sys.argv[1:] if args is None else args)
@@ -53,7 +53,7 @@ def _run(args: Sequence[str] | None) -> int:
 
 
 def _check_output(code: int, args: Sequence[str]) -> int:
-    """Return ``code``, or 1 if the output was lost on a full disk (a closed pipe is no failure).
+    """Return ``code``, or 2 if the output was lost on a full disk (a closed pipe is no failure).
 
     What a run says is not what it makes, so it has not failed.
     """

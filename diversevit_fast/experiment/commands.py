@@ -10,6 +10,7 @@ from ..errors import usage_error
 from . import options as o
 from .config import is_path
 from .data_commands import data_app
+from .help_panels import arrange
 from .run_commands import run, train
 from .run_files import check_new
 from .sweep_commands import sweep
@@ -19,14 +20,14 @@ _BY_RANKS = ("run", "train")  # commands that torchrun's ranks can share
 app = typer.Typer(
     help="Train vision transformers whose attention heads look at different things.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
 
 
 @app.callback()
-def _check_launch(ctx: typer.Context) -> None:
+def _check_launch(ctx: typer.Context, version: o.Version = False, quiet: o.Quiet = False) -> None:
     from .distributed import launched
 
     if launched() and ctx.invoked_subcommand not in _BY_RANKS:
@@ -57,6 +58,7 @@ def evaluate(
     image_size: o.ImageSize = None,
     corrupt: o.Corrupt = False,
     out: o.CorruptOut = None,
+    as_json: o.Json = False,
 ) -> None:
     """Accuracy of all heads and of each head of the last layer alone, on every split."""
     from .corrupted import check_corrupted, evaluate_corrupted, show_corrupted, write_rows
@@ -69,11 +71,12 @@ def evaluate(
     model = load_model(weights, config, sizes_of(num_heads, image_size))
     splits, named = splits_for(weights, options, config, model)
     if not corrupt:
-        return show_evaluation(model, splits, f"{weights} on {named}")
-    rows = evaluate_corrupted(model, splits, said=lambda line: typer.echo(line, err=True))
+        return show_evaluation(model, splits, f"{weights} on {named}", as_json=as_json)
+    said = o.silent if o.quiet() else lambda line: typer.echo(line, err=True)
+    rows = evaluate_corrupted(model, splits, said=said)
     if file is not None:
         write_rows(rows, file)
-    show_corrupted(rows, f"{weights} on {named}")
+    show_corrupted(rows, f"{weights} on {named}", as_json=as_json)
 
 
 @app.command()
@@ -101,16 +104,17 @@ def select_heads(
     config: o.DataConfig = None,
     num_heads: o.NumHeads = None,
     image_size: o.ImageSize = None,
+    as_json: o.Json = False,
 ) -> None:
     """Choose heads of the last layer on validation data; say what they reach on the test sets."""
+    from . import trained_model as t
     from .criteria import check_criterion
     from .model_files import load_model, sizes_of
-    from .trained_model import SCORES, SEARCHES, Rule, save_pruned, show_selection, splits_for
 
     if criterion is not None and score is not None:
         raise usage_error("criterion", "--score or --criterion", "both", "drop one")
-    rule = Rule(search, score or "accuracy", criterion, labels)
-    for name, value, words in (("search", search, SEARCHES), ("score", rule.score, SCORES)):
+    rule = t.Rule(search, score or "accuracy", criterion, labels)
+    for name, value, words in (("search", search, t.SEARCHES), ("score", rule.score, t.SCORES)):
         if value not in words:
             raise usage_error(
                 name, f"one of {', '.join(words)}", reprlib.repr(value), "check the spelling"
@@ -123,10 +127,15 @@ def select_heads(
         check_new("save", save)
     options = o.settings_of(ctx)
     model = load_model(weights, config, sizes_of(num_heads, image_size))
-    splits, named = splits_for(weights, options, config, model)
-    best = show_selection(model, splits, f"{weights} on {named}", rule)
+    splits, named = t.splits_for(weights, options, config, model)
+    found, title = t.select(model, splits, rule), f"{weights} on {named}"
+    if not as_json:
+        t.show_selection(found, title)
     if save is not None:
-        save_pruned(model, best, save)
+        t.save_pruned(model, found.choices[0], save)
+    if as_json:
+        t.print_selection(found, title, save)
+    elif save is not None:
         typer.echo(save)
 
 
@@ -178,7 +187,7 @@ def predict(
             help="Of the last layer: numbers such as 0,2, or selected (by the run); default: all."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: o.Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     config: o.DataConfig = None,
     num_heads: o.NumHeads = None,
@@ -266,9 +275,12 @@ def report(
 
 
 @app.command()
-def doctor() -> None:
-    """Versions, devices, backends, and a numerical self-check; exits with 1 if that fails."""
+def doctor(as_json: o.Json = False) -> None:
+    """Versions, devices, backends, a numerical self-check, and what to do; exits with 1 if the check fails."""
     from .doctor import report_health
 
-    if not report_health():
+    if not report_health(as_json=as_json):
         raise typer.Exit(1)
+
+
+arrange(app)

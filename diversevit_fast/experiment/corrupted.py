@@ -13,7 +13,7 @@ from ..errors import require, usage_error
 from .evaluate import evaluate
 from .metrics import Row
 from .run_files import check_new, write_json, write_text
-from .tables import new_table, print_table
+from .tables import new_table, print_json, print_table
 
 SPLITS = ("test_id", "test_ood")
 CHOICES = ("all", "selected", "oracle")
@@ -101,8 +101,10 @@ def check_corrupted(corrupt: bool, out: str | None) -> Path | None:
     return Path(out)
 
 
-def show_corrupted(rows: Sequence[Row], title: str) -> None:
-    """Print mean accuracies over severities by corruption, and over corruptions by severity."""
+def show_corrupted(rows: Sequence[Row], title: str, *, as_json: bool = False) -> None:
+    """Print mean accuracies over severities by corruption, and over corruptions by severity; or every row as JSON."""
+    if as_json:
+        return print_json({"of": title, "rows": rows})
     print_table(
         title, new_table(), "selected: on clean OOD validation; oracle: on these very images"
     )

@@ -21,10 +21,10 @@ from ..data import batches
 from ..errors import usage_error
 from ..files import path_exists, reading, write_atomically, writing
 from ..heads.evaluation import evaluating
+from ..installation import version_of
 from ..models import timm_last_block
 from ..ops.backends import cache_folder
 from .config import Settings
-from .machine import version_of
 from .models import TimmModel, backbone
 
 _FORMAT = 1

@@ -8,7 +8,6 @@ import subprocess
 import threading
 import warnings
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from ..data.load import FIXED_SIZES
 from ..errors import usage_error
+from ..installation import DISTRIBUTION, version_of
 from ..models import DiverseViT
 from ..models.restore import skeleton
 from ..models.sizes import training_bytes
@@ -23,7 +23,7 @@ from ..ops import backends
 from .config import DIVERSEVIT, Settings
 
 PACKAGES = (
-    "diversevit-fast",
+    DISTRIBUTION,
     "torch",
     "triton",
     "numpy",
@@ -37,14 +37,6 @@ PACKAGES = (
     "typer",
     "tensorboard",
 )
-
-
-def version_of(package: str) -> str | None:
-    """Return the version of an installed distribution, or None."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def versions() -> dict[str, str | None]:

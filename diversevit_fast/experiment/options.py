@@ -1,11 +1,13 @@
 """Options that several commands share, as annotated types of typer."""
 
 import reprlib
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import usage_error
+from ..version import __version__
 
 _DATA, _RECIPE, _MACHINE = "Data", "Recipe", "Run"
 Data = Annotated[
@@ -243,6 +245,55 @@ CorruptOut = Annotated[
         "--out", help="New .csv or .json file for every number of --corrupt.", rich_help_panel=_DATA
     ),
 ]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"diversevit {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version",
+        help="Print the version and exit.",
+        is_eager=True,
+        expose_value=False,
+        callback=_show_version,
+    ),
+]
+
+
+def _be_quiet(ctx: typer.Context, wanted: bool) -> None:
+    told_before = ctx.parent is not None and _quiet.get()  # diversevit --quiet COMMAND
+    _quiet.set(wanted or told_before)
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Print results and errors, but no progress.",
+        expose_value=False,
+        callback=_be_quiet,
+    ),
+]
+"""Of every command that shows progress, and of ``diversevit`` itself: what either says holds."""
+_quiet = ContextVar("quiet", default=False)
+
+
+def quiet() -> bool:
+    """Whether ``--quiet`` was given to the command that runs, or before its name."""
+    return _quiet.get()
+
+
+def silent(line: str) -> None:
+    """Print nothing, in place of a line of progress."""
 
 
 _SPELLED = {"architecture": "--model", "pretrained": "--weights", "continued": "--continue"}

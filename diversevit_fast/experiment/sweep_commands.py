@@ -114,6 +114,7 @@ def sweep(
             help="Minutes of silence after which a process is gone.", rich_help_panel=_WORK
         ),
     ] = STALE_AFTER,
+    quiet: o.Quiet = False,
 ) -> None:
     """One training for every combination of settings and every seed, resumable, by many processes."""
     from .sweep import resume_sweep, run_sweep
@@ -202,7 +203,7 @@ def _work(job: Any) -> None:
     from .run import Interrupted
 
     try:
-        outcome = job(_say)
+        outcome = job(o.silent if o.quiet() else _say)
     except KeyboardInterrupt as interrupted:
         said = interrupted if isinstance(interrupted, Interrupted) else "interrupted"
         typer.echo(said, err=True)

@@ -1,5 +1,8 @@
-"""Tables on the terminal."""
+"""Tables on the terminal, and the same as JSON."""
 
+import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import require
@@ -19,3 +22,16 @@ def print_table(title: str, table: Any, note: str) -> None:
     console.print(title, highlight=False, markup=False, emoji=False, soft_wrap=True)
     console.print(table)
     console.print(note, highlight=False, soft_wrap=True)
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print JSON that every reader takes: what is no finite number becomes null."""
+    print(json.dumps(_finite(content), indent=2, allow_nan=False))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {str(name): _finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

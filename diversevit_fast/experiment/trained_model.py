@@ -1,7 +1,7 @@
 """Load the data of a trained model for ``evaluate`` and ``select-heads``, and print their tables."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..data import batches, load_splits
@@ -15,11 +15,12 @@ from .evaluate import evaluate, evaluate_splits
 from .metrics import EVALUATED, Row
 from .model_files import config_beside
 from .models import AnyModel
-from .tables import new_table, print_table
+from .tables import new_table, print_json, print_table
 
 SEARCHES = ("single", "greedy", "exhaustive")
 SCORES = ("accuracy", "worst_group", "confidence")
 _SHOWN = 10  # choices of heads listed by ``select-heads``
+_TESTS = EVALUATED[2:]
 _LEGEND = "accuracy (accuracy of the worst group)"
 _DATA_KEYS = (
     *("data", "source", "metadata", "img_size"),
@@ -70,9 +71,13 @@ def splits_for(
     return splits, settings.data + (f" (as in {config})" if config else "")
 
 
-def show_evaluation(model: AnyModel, splits: Mapping[str, Any], title: str) -> None:
+def show_evaluation(
+    model: AnyModel, splits: Mapping[str, Any], title: str, *, as_json: bool = False
+) -> None:
     """Print accuracy and worst-group accuracy of every choice of heads on every split."""
     rows = [row for rows in evaluate_splits(model, splits).values() for row in rows]
+    if as_json:
+        return print_json({"of": title, "rows": rows})
     table = new_table("heads", *EVALUATED)
     for heads in dict.fromkeys(row["heads"] for row in rows):
         at = {row["split"]: row for row in rows if row["heads"] == heads}
@@ -80,10 +85,19 @@ def show_evaluation(model: AnyModel, splits: Mapping[str, Any], title: str) -> N
     print_table(title, table, f"{_LEGEND}; a number: that head alone")
 
 
-def show_selection(
-    model: AnyModel, splits: Mapping[str, Any], title: str, rule: Rule
-) -> HeadChoice:
-    """Rank choices of heads on validation data; print them and what the best does on the tests."""
+@dataclass(frozen=True)
+class Selection:
+    """What ``select-heads`` found: the choices, the best first, and what it and all heads reach on the tests."""
+
+    rule: Rule
+    choices: list[HeadChoice]
+    notes: list[str]  # warnings of the criterion
+    selected: list[Row]
+    whole: list[Row]
+
+
+def select(model: AnyModel, splits: Mapping[str, Any], rule: Rule) -> Selection:
+    """Rank choices of heads on validation data; evaluate the best, and all heads, on the test sets."""
     if rule.criterion is None:
         loader = list(batches(splits["val_ood"], 256))
         wanted: Any = rule.score  # select_heads checks the word
@@ -91,23 +105,44 @@ def show_selection(
         notes: list[str] = []
     else:
         choices, notes = choose(model, splits, rule.criterion, rule.search, rule.labels)
+    with keep_heads(model, choices[0].kept):
+        selected = [_with_all_heads(model, splits[split], split) for split in _TESTS]
+    whole = [_with_all_heads(model, splits[split], split) for split in _TESTS]
+    return Selection(rule, choices, notes, selected, whole)
+
+
+def show_selection(found: Selection, title: str) -> None:
+    """Print the best choices of heads, and what the very best does on the tests."""
+    rule, choices = found.rule, found.choices
     errors = choices[0].error is not None
     table = new_table("heads", rule.criterion or rule.score, *["± error"] * errors)
     for choice in choices[:_SHOWN]:
         error = [] if choice.error is None else [f"{choice.error:.3f}"]
         table.add_row(_heads(choice), f"{choice.score:.3f}", *error)
     shown = f"the best {_SHOWN} of {len(choices)}" if len(choices) > _SHOWN else ""
-    print_table(f"{title}, {rule.data}", table, "\n".join([*notes, shown]))
-    best = choices[0]
-    tests = EVALUATED[2:]
-    table = new_table("heads", *tests)
-    with keep_heads(model, best.kept):
-        selected = [_with_all_heads(model, splits[split], split) for split in tests]
-    whole = [_with_all_heads(model, splits[split], split) for split in tests]
-    table.add_row(f"selected: {_heads(best)}", *map(_cell, selected))
-    table.add_row("all", *map(_cell, whole))
+    print_table(f"{title}, {rule.data}", table, "\n".join([*found.notes, shown]))
+    table = new_table("heads", *_TESTS)
+    table.add_row(f"selected: {_heads(choices[0])}", *map(_cell, found.selected))
+    table.add_row("all", *map(_cell, found.whole))
     print_table("Test sets", table, _LEGEND)
-    return best
+
+
+def print_selection(found: Selection, title: str, saved: str | None) -> None:
+    """Print every choice of heads, and what the best and all heads do on the tests, as JSON.
+
+    Args:
+        saved: the file of the pruned model, if one was written.
+    """
+    chosen = [
+        {"heads": choice.kept, "score": choice.score, "error": choice.error}
+        for choice in found.choices
+    ]
+    print_json(
+        {
+            **{"of": title, "rule": asdict(found.rule), "notes": found.notes},
+            **{"choices": chosen, "selected": found.selected, "all": found.whole, "saved": saved},
+        }
+    )
 
 
 def save_pruned(model: AnyModel, choice: HeadChoice, path: str) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from .._torch_internals import cpu_flash_attention, overload_of
 from ..attachment.attention_modules import AttentionLayer, attention_layers
@@ -167,6 +166,8 @@ def pruning_report(model: nn.Module, heads: Heads, images: Tensor) -> PruningRep
 def _measure(model: nn.Module, named: list[int], images: Tensor) -> list[tuple[str, int, int]]:
     """Count (name, parameters, FLOPs) of the whole model and of the layers named."""
     root = type(model).__name__
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
     # inside a function mode PyTorch does not take its fast path, whose products are not counted
     with torch.no_grad(), BaseTorchFunctionMode(), counter:

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias
 from torch.overrides import handle_torch_function, has_torch_function
 
 from diversevit_kernels.common.contracts import (
@@ -28,7 +27,14 @@ from ..errors import usage_error
 from . import reference
 from .autograd import Operator, batch_by_loop, by_formula, runs_eagerly, uses_formula
 from .backends import kernels
-from .checks import Passed, as_plain_mask, check_alike, check_tensor, shape_error
+from .checks import (
+    Passed,
+    as_plain_mask,
+    check_alike,
+    check_tensor,
+    is_causal_bias,
+    shape_error,
+)
 from .library import operator
 from .onnx import decomposes, exported_attention, exporting_to_onnx, refuse_dropout
 from .third_order import Derivatives, Places, formula_along_two, gradients
@@ -71,7 +77,7 @@ def attention(
         UnsupportedError: a third derivative; dropout in an ONNX export.
     """
     if has_torch_function((q, k, v, attn_mask)):
-        if isinstance(attn_mask, CausalBias):
+        if is_causal_bias(attn_mask):
             attn_mask, is_causal = as_plain_mask(attn_mask, is_causal, q.device)
             return attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return handle_torch_function(

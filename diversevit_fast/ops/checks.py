@@ -1,17 +1,20 @@
 """Argument checks that several operators share. Each failure is one line (see ``errors``)."""
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from diversevit_kernels.common.torch_internals import likeness
 
 from .._torch_internals import dispatch_modes
 from ..errors import UsageError, usage_error
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
 
 
 def check_tensor(name: str, x: object) -> Tensor:
@@ -35,14 +38,22 @@ def check_tensor(name: str, x: object) -> Tensor:
     return x
 
 
+def is_causal_bias(mask: object) -> TypeGuard["CausalBias"]:
+    """Whether a mask is PyTorch's ``CausalBias``, whose module is slow to import and not imported for asking."""
+    bias: Any = sys.modules.get("torch.nn.attention.bias")
+    return bias is not None and isinstance(mask, bias.CausalBias)
+
+
 def as_plain_mask(
-    mask: CausalBias, is_causal: bool, device: torch.device
+    mask: "CausalBias", is_causal: bool, device: torch.device
 ) -> tuple[Tensor | None, bool]:
     """The mask that PyTorch's ``CausalBias`` stands for, whose own numbers mean nothing; and whether it is causal.
 
     Raises:
         UsageError: ``is_causal`` besides.
     """
+    from torch.nn.attention.bias import CausalVariant  # which has made the mask
+
     if is_causal:
         raise usage_error("is_causal", "False with a CausalBias", True, "leave it out")
     more = mask.seq_len_kv - mask.seq_len_q

@@ -65,6 +65,7 @@ def test_options_by_themselves_exist():
     """An option that a page names without its command belongs to a command, of ours or of one named there."""
     names = [c.name or c.callback.__name__.replace("_", "-") for c in app.registered_commands]
     params = [p for name in names for p in command(name).params]
+    params += command("").params  # of diversevit itself
     ours = {o for p in params for o in (*p.opts, *p.secondary_opts)}
     others = {"--readme"}
     for page in ("README.md", *(name for name in PAGES if name.startswith("docs/"))):

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -20,8 +23,11 @@ from diversevit_fast.experiment import (  # noqa: E402
 )
 from diversevit_fast.experiment.cli import app, main  # noqa: E402
 from diversevit_fast.experiment.evaluate import evaluate  # noqa: E402
+from diversevit_fast.experiment.help_panels import PANELS  # noqa: E402
+from diversevit_fast.installation import install_command  # noqa: E402
 from diversevit_fast.models import DiverseViT  # noqa: E402
 from diversevit_fast.ops import backends  # noqa: E402
+from diversevit_fast.version import __version__  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -77,6 +83,30 @@ class TestCommands:
     )
     def test_help(self, command):
         assert "Usage: " in call(*command.split(), "--help")
+        assert call(*command.split(), "-h") == call(*command.split(), "--help")
+
+    def test_version(self):
+        assert call("--version") == f"diversevit {__version__}\n"
+
+    def test_every_command_has_its_panel(self):
+        shown = call("--help")
+        at = [shown.index(f"─ {panel} ─") for panel in PANELS]
+        assert at == sorted(at)
+        assert "─ Commands ─" not in shown
+        assert "Exit codes: 0 done" in shown
+
+    def test_a_shell_completes_commands_and_options(self, monkeypatch, capsys):
+        def completed(typed: str) -> list[str]:
+            monkeypatch.setenv("_DIVERSEVIT_COMPLETE", "complete_bash")
+            monkeypatch.setenv("COMP_WORDS", typed)
+            monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+            with pytest.raises(SystemExit) as exit_:
+                main([])
+            assert exit_.value.code == 0
+            return capsys.readouterr().out.split()
+
+        assert completed("diversevit sel") == ["select-heads", "selection-study"]
+        assert completed("diversevit doctor --js") == ["--json"]
 
     def test_run_shows_progress_in_plain_lines(self, finished):
         _, printed = finished
@@ -155,6 +185,38 @@ class TestCommands:
             assert f"{evaluate(pruned, splits[split], split)[0]['accuracy']:.3f}" == said
         assert "all" in call("evaluate", small, "--config", finished[0] / "config.json")
 
+    def test_evaluate_as_json(self, finished):
+        weights = finished[0] / "erm-seed1-last.safetensors"
+        found = json.loads(call("evaluate", weights, "--json"))
+        assert found["of"].startswith(f"{weights} on digits-photos")
+        rows = [
+            {k: row[k] for k in ("split", "heads", "accuracy", "worst_group", "loss")}
+            for row in metrics.read_csv(finished[0] / "metrics.csv")
+            if (row["method"], row["seed"], row["epoch"]) == ("erm", 1, 2)
+            and row["split"] in metrics.EVALUATED
+        ]
+        by_name = [
+            {(r["split"], r["heads"]): r["accuracy"] for r in x} for x in (found["rows"], rows)
+        ]
+        assert by_name[0] == pytest.approx(by_name[1])
+
+    @pytest.mark.parametrize("criterion", [None, "few_labels"])
+    def test_select_heads_as_json(self, criterion, finished, tmp_path):
+        weights, small = finished[0] / "erm-seed1-last.safetensors", tmp_path / "s.safetensors"
+        rule = [] if criterion is None else ["--criterion", criterion, "--labels", 8]
+        found = json.loads(call("select-heads", weights, "--json", "--save", small, *rule))
+        best, *others = found["choices"]
+        assert all(best["score"] >= other["score"] for other in others)
+        assert found["rule"]["criterion"] == criterion
+        assert found["saved"] == str(small)
+        assert small.exists()
+        (heads,) = best["heads"].values()
+        table = call("select-heads", weights, *rule)
+        line = next(line for line in table.splitlines() if line.startswith("selected: "))
+        accuracies = [f"{row['accuracy']:.3f}" for row in found["selected"]]
+        assert line.split("  ")[0] == "selected: " + ", ".join(map(str, heads))
+        assert [cell for cell in line.split() if cell.startswith(("0.", "1."))] == accuracies
+
     def test_select_heads_by_worst_group(self, finished):
         weights = finished[0] / "erm-seed0.safetensors"
         printed = call("select-heads", weights, "--score", "worst_group", "--search", "greedy")
@@ -168,12 +230,22 @@ class TestDoctor:
     def test_passes(self, capsys):
         assert doctor.report_health()
         printed = capsys.readouterr().out
-        assert "self-check cpu        passed" in printed
+        assert re.search(r"^self-check cpu +passed: second-order attention", printed, re.MULTILINE)
         for name, missing in backends.unavailable().items():
             assert f"backend {name}" in printed
             assert missing is None or missing in printed
+        assert "what to do" in printed
 
-    def test_a_wrong_backend_fails(self, monkeypatch):
+    def test_json_is_all_that_is_printed(self):
+        found = json.loads(call("doctor", "--json"))
+        assert found["healthy"] is found["checks"]["cpu"]["passed"] is True
+        assert found["packages"]["torch"] == torch.__version__.partition("+")[0]
+        assert set(found["backends"]) == {"triton", "cpu", "reference"}
+        assert "timm" in found["extras"].get("train", {"timm": None})
+
+    @pytest.mark.parametrize("form", [[], ["--json"]], ids=["lines", "json"])
+    @pytest.mark.parametrize("factor", [1.001, float("nan")])
+    def test_a_wrong_backend_fails(self, factor, form, monkeypatch):
         """The self-check bites: second-order results off by one part in a thousand exit with 1."""
         from diversevit_kernels.cpu import attention as kernels
 
@@ -181,10 +253,34 @@ class TestDoctor:
 
         def wrong(*args):
             gq, *rest = right(*args)
-            return gq * 1.001, *rest
+            return gq * factor, *rest
 
         monkeypatch.setattr(kernels, "attention_double_backward", wrong)
-        assert "FAILED" in call("doctor", code=1)
+        printed = call("doctor", *form, code=1)
+        assert 'use dvf.use_backend("reference")'.replace('"', '\\"' if form else '"') in printed
+        if form:
+            assert json.loads(printed)["healthy"] is False
+        else:
+            assert re.search(r"^self-check cpu +FAILED", printed, re.MULTILINE)
+
+    def test_it_says_what_to_do_about_what_is_missing(self):
+        health = doctor.Health(
+            version="0",
+            python="3",
+            packages={"torch": "2", "numpy": None},
+            extras={"hf": {"transformers": None, "other": "1"}, "onnx": {"onnx": "1"}},
+            devices={"cuda:0": "a GPU", "cpu": "1 threads"},
+            backends={"triton": "Triton is not installed", "cpu": None},
+            compiler=None,
+        )
+        numpy, compiler, gpu, extra = doctor.advise(health)
+        assert numpy.endswith("pip install numpy")
+        assert "C++ compiler" in compiler
+        assert gpu.endswith("Triton is not installed")
+        assert extra == f"if you want [hf] (transformers missing): {install_command('hf')}"
+        assert doctor.advise(
+            replace(health, packages={}, compiler="c++", backends={}, extras={})
+        ) == [f"install the package, which only lies on Python's path: {install_command('train')}"]
 
 
 MISTAKES = {
