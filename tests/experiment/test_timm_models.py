@@ -345,8 +345,8 @@ class TestSettings:
             ),
             ({"img_size": 0}, "img_size: expected a whole number of pixels"),
             (
-                {"architecture": "diversevit", "pretrained": "x.pth"},
-                "pretrained: expected none for DiverseViT",
+                {"architecture": "diversevit", "freeze_below": "last"},
+                "freeze_below: expected none for DiverseViT",
             ),
         ],
     )
