@@ -14,6 +14,7 @@ from .help_panels import arrange
 from .run_commands import run, train
 from .run_files import check_new
 from .sweep_commands import sweep
+from .terminal import is_quiet
 
 _BY_RANKS = ("run", "train")  # commands that torchrun's ranks can share
 
@@ -72,7 +73,7 @@ def evaluate(
     splits, named = splits_for(weights, options, config, model)
     if not corrupt:
         return show_evaluation(model, splits, f"{weights} on {named}", as_json=as_json)
-    said = o.silent if o.quiet() else lambda line: typer.echo(line, err=True)
+    said = o.silent if is_quiet.get() else lambda line: typer.echo(line, err=True)
     rows = evaluate_corrupted(model, splits, said=said)
     if file is not None:
         write_rows(rows, file)

@@ -1,13 +1,13 @@
 """Options that several commands share, as annotated types of typer."""
 
 import reprlib
-from contextvars import ContextVar
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import usage_error
 from ..version import __version__
+from .terminal import is_quiet
 
 _DATA, _RECIPE, _MACHINE = "Data", "Recipe", "Run"
 Data = Annotated[
@@ -269,8 +269,8 @@ Version = Annotated[
 
 
 def _be_quiet(ctx: typer.Context, wanted: bool) -> None:
-    told_before = ctx.parent is not None and _quiet.get()  # diversevit --quiet COMMAND
-    _quiet.set(wanted or told_before)
+    told_before = ctx.parent is not None and is_quiet.get()  # diversevit --quiet COMMAND
+    is_quiet.set(wanted or told_before)
 
 
 Quiet = Annotated[
@@ -284,12 +284,6 @@ Quiet = Annotated[
     ),
 ]
 """Of every command that shows progress, and of ``diversevit`` itself: what either says holds."""
-_quiet = ContextVar("quiet", default=False)
-
-
-def quiet() -> bool:
-    """Whether ``--quiet`` was given to the command that runs, or before its name."""
-    return _quiet.get()
 
 
 def silent(line: str) -> None:

@@ -10,6 +10,7 @@ from ..errors import UsageError, usage_error
 from . import options as o
 from .config import is_path
 from .sweep_claims import STALE_AFTER
+from .terminal import is_quiet
 
 _LISTS, _WORK = "Settings, each a comma list of values", "Work"
 
@@ -203,7 +204,7 @@ def _work(job: Any) -> None:
     from .run import Interrupted
 
     try:
-        outcome = job(o.silent if o.quiet() else _say)
+        outcome = job(o.silent if is_quiet.get() else _say)
     except KeyboardInterrupt as interrupted:
         said = interrupted if isinstance(interrupted, Interrupted) else "interrupted"
         typer.echo(said, err=True)

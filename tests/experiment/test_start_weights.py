@@ -112,12 +112,12 @@ def test_a_run_says_where_it_began_and_repeats_itself(files, tmp_path):
     assert "began with" not in text_of(random / "report.html")
 
 
-def test_weights_of_a_run_begin_another(tmp_path, capsys):
+def test_weights_of_a_run_begin_another(tmp_path, monkeypatch, capsys):
     """From the command line; the path may be relative."""
     first = run(resolve(SETTINGS, CONFIG), tmp_path / "first", console=quiet())
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.chdir(tmp_path)
-        words = ["--weights", "first/erm-seed0-last.safetensors", "--out", "second"]
+    monkeypatch.chdir(tmp_path)
+    words = ["--weights", "first/erm-seed0-last.safetensors", "--out", "second"]
+    with pytest.raises(SystemExit) as end:
         main(["train", "diversevit", "--config", str(CONFIG), *words])
     assert end.value.code == 0, capsys.readouterr().err
     record = json.loads((tmp_path / "second/config.json").read_text())
@@ -164,8 +164,8 @@ def odd(tmp_path) -> dict[str, Path]:
     ],
 )
 def test_files_that_do_not_fit_are_one_line(kind, said, odd, tmp_path, capsys):
+    words = ["--weights", str(odd[kind]), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as end:
-        words = ["--weights", str(odd[kind]), "--out", str(tmp_path / "out")]
         main(["train", "erm", "--config", str(CONFIG), *words])
     printed = capsys.readouterr().err
     assert end.value.code == 2

@@ -361,7 +361,8 @@ class TestSettings:
             (["--model", "timm:resnet18"], "model: expected a vision transformer"),
             (["--model", "timm:test_vit", "--img-size", "50"], "img_size: expected a multiple"),
             (["--model", "timm:test_vit", "--weights", "no.pth"], "no.pth"),
-            (["--weights", "no.pth"], "say --model timm:NAME"),
+            (["--weights", "no.pth"], "no.pth"),
+            (["--freeze-below", "last"], "say --model timm:NAME"),
         ],
     )
     def test_command_line_refuses_and_leaves_nothing(self, options, said, tmp_path, capsys):
