@@ -141,6 +141,7 @@ def _record(folder: str | Path, source: Path) -> dict[str, Any]:
         raise usage_error("continue", "the folder of a run", folder, hint)
     record = read_record(source / "config.json", "continue")
     run_folder.check_record(source / "config.json", record, "continue")
+    origins(record)  # raises if it is damaged
     return record
 
 

@@ -12,9 +12,11 @@
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from ..errors import usage_error
 from .config import Settings
 from .schedule import Factors, factors, in_words
 
@@ -22,10 +24,15 @@ KEY = "continued_from"
 
 
 def factors_of(settings: Settings, record: Mapping[str, Any]) -> Factors:
-    """Return the learning-rate factors of all epochs of the run that ``record`` is the ``config.json`` of."""
+    """Return the learning-rate factors of all epochs of the run that ``record`` is the ``config.json`` of.
+
+    Raises:
+        UsageError: ``record`` is damaged.
+    """
     if KEY not in record:
         return factors(settings.schedule, settings.epochs)
-    return tuple((int(start), float(x)) for start, x in record[KEY]["learning_rate_factors"])
+    with _whole():
+        return tuple((int(start), float(x)) for start, x in record[KEY]["learning_rate_factors"])
 
 
 def schedule_in_words(settings: Settings, record: Mapping[str, Any]) -> str:
@@ -42,12 +49,28 @@ def in_one_piece(settings: Settings, record: Mapping[str, Any]) -> bool:
 
 
 def origins(record: Mapping[str, Any]) -> list[str]:
-    """Return a line for each run that a run goes on from, the last first."""
+    """Return a line for each run that a run goes on from, the last first.
+
+    Raises:
+        UsageError: ``record`` is damaged.
+    """
     lines = []
-    while (entry := record.get(KEY)) is not None:
-        lines.append(_line(entry))
-        record = entry
+    with _whole():
+        while (entry := record.get(KEY)) is not None:
+            lines.append(_line(entry))
+            record = entry
     return lines
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Context manager: turn what reading a damaged entry raises into one line."""
+    try:
+        yield
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as failure:
+        got = f"another one ({type(failure).__name__})"
+        hint = "restore config.json, or repeat the run"
+        raise usage_error(KEY, "the entry of a continued run", got, hint) from None
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -275,9 +275,9 @@ def untidy(place: Place) -> bool:
 
 
 def keeps_checkpoints(folder: Path) -> bool:
-    """Return True if the finished run in ``folder`` is one that keeps its checkpoints."""
+    """Return False if the finished run in ``folder`` says that it keeps none; else nothing there is removed."""
     settings = read_json(folder / "config.json", "config.json").get("settings")
-    return isinstance(settings, dict) and settings.get("keep_checkpoints", False) is True
+    return not (isinstance(settings, dict) and settings.get("keep_checkpoints") is False)
 
 
 def prepare(place: Place) -> None:

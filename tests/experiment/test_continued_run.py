@@ -320,6 +320,19 @@ class TestRefused:
         said = refused(old, tmp_path / "new", epochs=5)
         assert said.startswith(f"continue: expected {path} as the run wrote it")
 
+    @pytest.mark.parametrize(
+        "change",
+        [{"epochs": 3}, {"learning_rate_factors": [1]}, {"changed": None}, {"continued_from": []}],
+        ids=str,
+    )
+    def test_a_damaged_entry_of_a_run_that_was_continued(self, change, further, tmp_path):
+        old = shutil.copytree(further, tmp_path / "old")
+        record = json.loads((old / "config.json").read_text())
+        record["continued_from"] |= change
+        write_record(old / "config.json", record)
+        said = refused(old, tmp_path / "new", epochs=6)
+        assert said.startswith("continued_from: expected the entry of a continued run, got")
+
     def test_a_run_that_another_process_works_on(self, stopped, tmp_path):
         with Lock() as lock:
             lock.take(stopped)
