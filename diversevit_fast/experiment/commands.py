@@ -10,6 +10,7 @@ import typer
 from ..errors import usage_error
 from . import options as o
 from .config import MOST_SEEDS, is_path
+from .cost_commands import cost
 from .data_commands import data_app
 from .help_panels import arrange
 from .run_files import check_new
@@ -389,6 +390,7 @@ def doctor(as_json: o.Json = False) -> None:
         raise typer.Exit(1)
 
 
+app.command()(cost)
 arrange(app)
 
 
