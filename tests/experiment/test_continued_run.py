@@ -4,22 +4,28 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from diversevit_fast.errors import UsageError
 from diversevit_fast.experiment import (
     Settings,
     continue_run,
+    continued_run,
     load_metrics,
     resolve,
     resume,
     run,
+    sharded,
     write_report,
 )
 from diversevit_fast.experiment import train as training
+from diversevit_fast.experiment.checkpoint import State
 from diversevit_fast.experiment.cli import main
+from diversevit_fast.experiment.distributed import OneProcess
 from diversevit_fast.experiment.run import Interrupted
 from diversevit_fast.experiment.run_folder import Lock, write_record
 from diversevit_fast.experiment.several import join, read_run
@@ -268,6 +274,26 @@ class TestOtherMachines:
         as_ranks_left_it(old)
         new = onward(old, tmp_path / "new", epochs=5)
         assert contents(new) == contents(start(tmp_path / "whole", epochs=5, schedule_epochs=4))
+
+    def test_checkpoints_for_ranks(self, short, tmp_path):
+        """What ranks go on from is the same state, in the files that ranks read."""
+        settings = Settings.from_json(json.loads((short / "config.json").read_text())["settings"])
+        data = test_run_folder.load_splits("digits-photos", samples=8)["train"]
+        old = continued_run._Old(short, {}, settings, {TASK: 2})
+        longer = replace(settings, epochs=3, schedule_epochs=2)
+        continued_run._copy(old, longer, TASK, data, tmp_path, for_ranks=True)
+        ranks = OneProcess(torch.device("cpu"))
+        states = [State.fresh(longer, TASK, data, ranks.device) for _ in range(2)]
+        sharded.restore(states[0], longer, TASK, tmp_path / str(TASK), ranks, print)
+        states[1].restore(settings, TASK, short / f"checkpoints/{TASK}.pt")
+        one, other = ([*s.model.parameters(), *moments_of(s.optimizer)] for s in states)
+        assert all(map(torch.equal, one, other))
+        assert len(one) > len(list(states[0].model.parameters()))
+        assert (states[0].epoch, states[0].rows) == (2, states[1].rows)
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [x for state in optimizer.state.values() for _, x in sorted(state.items())]
 
 
 class TestRefused:
