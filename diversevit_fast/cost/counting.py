@@ -61,6 +61,7 @@ class Call(NamedTuple):
     moved: int
     launches: int
     narrow: int = 1
+    ours: bool = False  # whether it is an operator of this library
 
 
 class StepCounter(TorchDispatchMode):
@@ -123,6 +124,7 @@ class StepCounter(TorchDispatchMode):
                 moved_bytes(func, given, made),
                 work.launches,
                 work.narrow,
+                True,
             )
             self.calls[call] += 1
             return

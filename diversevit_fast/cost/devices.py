@@ -6,10 +6,12 @@ with); other GPUs are given the same shares, which nobody measured there. A CPU 
 of the table is the record of one machine, and ``calibrate`` measures yours.
 """
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import usage_error
 from .counting import ATTENTION, ELEMENTWISE, PENALTY, PRODUCTS, Call
 
 GIB = 2**30
@@ -54,10 +56,11 @@ class Device:
 
     def seconds(self, call: Call) -> float:
         """Seconds of one call: of its products or its bytes, whichever takes longer, and at least a launch."""
-        moving = call.moved / (self.bandwidth * self._share(ELEMENTWISE, call))
         if call.kind == ELEMENTWISE:
-            return max(moving, 0.0) + self.launch * call.launches
+            moving = call.moved / (self.bandwidth * self._share(ELEMENTWISE, call))
+            return moving + self.launch * call.launches
         computing = call.flops / (self.rate(call) * self._share(call.kind, call))
+        moving = call.moved / (self.bandwidth * self.shares[ELEMENTWISE])
         return max(computing, moving) + self.launch * call.launches
 
     def rate(self, call: Call) -> float:
@@ -160,3 +163,35 @@ DEVICES = {
     )
 }
 """Shipped GPUs by name."""
+
+
+def device_of(device: object) -> Device | None:
+    """The device that is meant: a ``Device``, a name of the table, or ``"cpu"``, which is what ``calibrate`` measured.
+
+    Returns:
+        None for a CPU that was not measured: counts and memory, no times.
+
+    Raises:
+        UsageError: an unknown name, or a rate that is missing or not positive.
+    """
+    if isinstance(device, str):
+        if device == "cpu":
+            from .calibration import load
+
+            return load()
+        if device in DEVICES:
+            return DEVICES[device]
+        names = ", ".join(["cpu", *DEVICES])
+        hint = "or make a Device of your own"
+        raise usage_error("device", f"one of {names}", reprlib.repr(device), hint)
+    if not isinstance(device, Device):
+        got = type(device).__name__
+        raise usage_error("device", "a Device or a name", got, "say H200")
+    needed = {"bandwidth": device.bandwidth, "float32": device.rates.get("float32")}
+    needed |= {**device.rates, **device.shares}
+    needed |= {kind: device.shares.get(kind) for kind in (PRODUCTS, ELEMENTWISE)}
+    for name, x in needed.items():
+        if not isinstance(x, int | float) or not 0 < x < float("inf"):
+            got = "none" if x is None else repr(x)
+            raise usage_error("device", f"a positive rate of {name}", got, "mend the Device")
+    return device

@@ -3,8 +3,8 @@
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,13 +13,31 @@ from ..attachment.parallel import is_ddp
 from ..errors import UnsupportedError, require, usage_error
 from ..penalty.head_diversity import HeadDiversity
 from .counting import KINDS, PHASES, Call
+from .devices import Device, device_of
 from .memory import Peak
+from .parallel import NODE, Parallel, memory_change, parallel_of, sent_bytes
 from .samples import sample_of
 from .step import Counted, Optimizers, StepSpec, count_step
 
 MOST_BATCH = 1 << 31
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OPTIONS = ("wrt", "granularity", "reduction", "target", "every", "fraction")
+
+
+class Seconds(NamedTuple):
+    """Predicted seconds of a step.
+
+    Attributes:
+        device: of its kernels, one after the other; on a CPU of its operators.
+        host: of Python and C++ that starts them on a GPU; 0 in a CUDA graph.
+        communication: of what DDP or FSDP2 sends, if nothing hid it.
+        step: the largest of the three, which overlap at best.
+    """
+
+    device: float
+    host: float
+    communication: float
+    step: float
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,9 @@ class Cost:
         parameters: their number.
         spec: what was counted.
         every: the penalty is that of every so many steps.
+        device: the machine whose times are predicted; None: none are.
+        parallel: DDP or FSDP2, and how many processes; memory and times are those of each.
+        graph: whether a GPU replays the step as a CUDA graph.
     """
 
     calls: Mapping[Call, float]
@@ -40,6 +61,9 @@ class Cost:
     spec: StepSpec
     every: int
     counted: Counted
+    device: Device | None = None
+    parallel: Parallel | None = None
+    graph: bool = False
 
     @property
     def flops(self) -> dict[str, float]:
@@ -67,6 +91,65 @@ class Cost:
     def peak_bytes(self) -> int:
         return self.peak.total
 
+    @property
+    def sent_bytes(self) -> dict[str, float]:
+        """Bytes that each process sends, by collective operation."""
+        counted = self.counted
+        return sent_bytes(self.parallel, counted.parameter_bytes, counted.trained_bytes)
+
+    @property
+    def seconds(self) -> Seconds | None:
+        """The predicted times of a step; None without a device."""
+        device = self.device
+        if device is None:
+            return None
+        computing = sum(times * device.seconds(call) for call, times in self.calls.items())
+        host = 0.0
+        if device.is_gpu and not self.graph:
+            for call, times in self.calls.items():
+                host += times * (device.host_operator if call.ours else device.host * call.launches)
+        sending = 0.0
+        if self.parallel is not None and (sent := sum(self.sent_bytes.values())):
+            rate = device.link if self.parallel.ranks <= NODE else device.network
+            sending = sent / rate if rate else 0.0
+        return Seconds(computing, host, sending, max(computing, host, sending))
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Samples of all processes together."""
+        found, ranks = self.seconds, 1 if self.parallel is None else self.parallel.ranks
+        return None if found is None else ranks * self.spec.batch / found.step
+
+    def largest_batch(self, memory: int) -> int:
+        """The largest batch, on each process, whose peak is at most ``memory`` bytes; 0 if none is.
+
+        A few steps are counted; an allocator's gaps need room besides.
+        """
+        if isinstance(memory, bool) or not isinstance(memory, int | float) or not memory > 0:
+            raise usage_error("memory", "bytes, more than 0", reprlib.repr(memory), "80e9 is 80 GB")
+        most = 1 << 24
+
+        def fits(batch: int) -> int:
+            found = _cost_of(self.spec._replace(batch=batch), self.every, self.parallel)
+            return found.peak_bytes
+
+        one, two = fits(1), fits(65)
+        if one > memory:
+            return 0
+        guess = min(most, max(1, 1 + int((memory - one) * 64 / max(1, two - one))))
+        for _ in range(4):  # the peak may move to another moment: look, and mend
+            size = fits(guess)
+            if size <= memory:
+                more = guess + int((memory - size) * guess / max(1, size))
+                if more == guess or more > most or fits(guess + 1) > memory:
+                    return guess
+                guess = more
+            else:
+                guess = max(1, min(guess - 1, int(guess * memory / size)))
+        while guess > 1 and fits(guess) > memory:
+            guess -= 1
+        return guess
+
 
 def cost(
     model: nn.Module | str,
@@ -77,7 +160,9 @@ def cost(
     optimizer: Optimizers | torch.optim.Optimizer | str = "adamw",
     checkpointing: bool = False,
     inputs: object = None,
-    architecture: str | None = None,
+    parallel: str | None = None,
+    device: Device | str = "cpu",
+    graph: bool = False,
 ) -> Cost:
     """Predict what one training step costs, from shapes alone: nothing is computed, and no memory is taken.
 
@@ -96,7 +181,10 @@ def cost(
             of a list of parameters.
         checkpointing: whether activations are recomputed, by the model's own switch.
         inputs: a batch as the model takes it, or the shape of a sample; None: images as the model says.
-        architecture: of the GPU, such as ``"sm_90"``; None: a CPU.
+        parallel: ``"ddp:8"`` or ``"fsdp2:8"``, each process with that batch; None: one process.
+        device: ``"cpu"``, a GPU of the table (``"A100"``, ``"H100"``, ``"H200"``, ``"B200"``, ``"MI300X"``), or a
+            ``Device``. Times of a CPU need ``diversevit cost --calibrate``.
+        graph: whether a GPU replays the step as a CUDA graph (``graph_step``).
 
     Raises:
         UsageError: a wrong argument.
@@ -105,6 +193,8 @@ def cost(
     model = _model_of(model)
     options = options_of(diversity)
     every = options.pop("every", 1) if options is not None else 1
+    machine = device_of(device)
+    architecture = None if machine is None else machine.architecture
     spec = StepSpec(
         model,
         options,
@@ -115,10 +205,12 @@ def cost(
         architecture,
         bool(checkpointing),
     )
-    return _cost_of(spec, _every_of(every))
+    ranks = parallel_of(parallel)
+    found = _cost_of(spec, _every_of(every), ranks)
+    return replace(found, device=machine, graph=bool(graph))
 
 
-def _cost_of(spec: StepSpec, every: int) -> Cost:
+def _cost_of(spec: StepSpec, every: int, parallel: Parallel | None = None) -> Cost:
     counted = _count(spec)
     calls: dict[Call, float] = {call: float(n) for call, n in counted.calls.items()}
     peak = counted.peak
@@ -129,9 +221,11 @@ def _cost_of(spec: StepSpec, every: int) -> Cost:
             for call, times in step.calls.items():
                 mean[call] += share * times  # pyright: ignore[reportArgumentType]
         calls = dict(mean)
-        peak = max(counted.peak, plain.peak)
+        peak = max(counted.peak, plain.peak, key=lambda one: one.total)
     parameters = sum(p.numel() for p in spec.model.parameters())
-    return Cost(calls, peak, parameters, spec, every, counted)
+    parts = memory_change(parallel, peak.parts, counted.trained_bytes)
+    peak = Peak(peak.total + sum(parts.values()) - sum(peak.parts.values()), parts)
+    return Cost(calls, peak, parameters, spec, every, counted, parallel=parallel)
 
 
 def _count(spec: StepSpec) -> Counted:

@@ -9,6 +9,7 @@ import typer
 from ..errors import usage_error
 from . import options as o
 from .config import is_path
+from .cost_commands import cost
 from .data_commands import data_app
 from .help_panels import arrange
 from .run_commands import run, train
@@ -284,4 +285,5 @@ def doctor(as_json: o.Json = False) -> None:
         raise typer.Exit(1)
 
 
+app.command()(cost)
 arrange(app)
