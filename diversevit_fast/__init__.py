@@ -12,7 +12,7 @@ The folders, in the order in which a training step goes through them:
 * ``ops``: the operators, each with forward, backward and double backward; kernels are in ``diversevit_kernels``.
 * ``penalty``: ``head_diversity`` uses ``captured`` tensors, the ``score`` of the logits, its ``head_gradients``,
   and from these the ``layer_penalty`` (operators ``head_penalty`` and ``routed_head_penalty``).
-* ``training``: whole steps, replayed as CUDA graphs on a GPU.
+* ``training``: whole steps, replayed as CUDA graphs on a GPU. ``cost``: what a step costs, from shapes alone.
 * ``heads``: selects heads after training, masks or prunes the others. ``probes``: what each head does.
 * ``integrations``: extension points of timm, transformers and xformers. ``experiment``: the command line.
 """
@@ -22,6 +22,7 @@ from .attachment.capture import capture_heads
 from .attachment.compile_loss import compile_loss
 from .attachment.second_order import second_order
 from .attachment.support import LayerSupport, supported
+from .cost import Cost, cost
 from .errors import UnsupportedError, UsageError
 from .heads.criteria import head_criteria
 from .heads.few_labels import suggest_labels
@@ -46,6 +47,7 @@ from .training.graph_step import graph_step
 from .version import __version__
 
 __all__ = [
+    "Cost",
     "HeadChoice",
     "HeadDiversity",
     "HeadProbes",
@@ -59,6 +61,7 @@ __all__ = [
     "attention_qkvpacked",
     "capture_heads",
     "compile_loss",
+    "cost",
     "data",
     "empty_cpu_cache",
     "gelu",

@@ -27,12 +27,23 @@ ALLOWED = {
     "integrations": {"attachment", "ops"},
     "penalty": {"attachment", "ops"},
     "training": {"attachment", "penalty"},
+    "cost": {"attachment", "ops", "penalty"},
     "nn": {"ops", "penalty"},
     "heads": {"attachment", "ops", "weight_files"},
     "probes": {"attachment", "heads", "ops"},
     "models": {"attachment", "heads", "nn", "weight_files"},
     "data": set(),
-    "experiment": {"attachment", "data", "heads", "models", "ops", "penalty", "probes", "training"}
+    "experiment": {
+        "attachment",
+        "cost",
+        "data",
+        "heads",
+        "models",
+        "ops",
+        "penalty",
+        "probes",
+        "training",
+    }
     | {"weight_files"},
 }
 
@@ -71,7 +82,7 @@ SOURCES = {
 def test_arrows_point_one_way(module):
     layer = layer_of(module)
     below = {layer} if layer == "diversevit_kernels" else {layer, *LEAVES, *ALLOWED[layer]}
-    if layer == "ops":
+    if layer in ("ops", "cost"):
         below.add("diversevit_kernels")
     for name in imports(SOURCES[module], module):
         if name.startswith(("diversevit_fast", "diversevit_kernels")):

@@ -75,9 +75,10 @@ def packed_attention(made: Tensor, q: Tensor, k: Tensor, v: Tensor) -> PackedAtt
     if not autograd_alone() or not made.requires_grad:
         return None
     samples, tokens, step = made.stride()
-    strides, size = (samples, d * step, tokens, step), H * d * step * made.itemsize
+    strides, size = (samples, d * step, tokens, step), H * d * step
     for place, x in enumerate((q, k, v)):
-        lies = x.stride() == strides and x.data_ptr() == made.data_ptr() + place * size
+        # of views of one tensor; fake tensors have no addresses
+        lies = x.stride() == strides and x.storage_offset() == made.storage_offset() + place * size
         if not lies or not _only_views(x, made) or is_looked_at(x):
             return None
     return PackedAttention(made.unflatten(-1, (3, H, d)), (q, k, v))

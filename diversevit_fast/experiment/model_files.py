@@ -7,9 +7,10 @@ timm model. One of
 """
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,10 +20,12 @@ from ..heads.pruned_files import load_pruned
 from ..models import DiverseViT, TimmClassifier
 from ..models.timm_classifier import config_in
 from ..weight_files import path_error, read_tensors
-from .config import is_path, read_config, resolve
-from .models import AnyModel
+from .config import MODEL_KEYS, is_path, read_config, resolve
 
+AnyModel = DiverseViT | TimmClassifier
+"""What weight files hold; ``config``, ``blocks``, ``kept_heads``, ``head_logits``, ``save`` mean the same in both."""
 TORCH_FILES = (".pth", ".pt")
+_SIZES = (*MODEL_KEYS, "channels", "image_size")
 _HINT = "pass a file that a run, select-heads --save or dvf.save_pruned wrote"
 
 
@@ -63,6 +66,45 @@ def load_model(path: str, config: str | None = None, sizes: Sizes | None = None)
             hint = "take those of another training"
             raise usage_error("weights", "finite numbers", f"NaN or infinity in {name}", hint)
     return model
+
+
+def load_start(model: DiverseViT, path: str) -> bool:
+    """Load the weights in a file, where a training is to begin, into a new model.
+
+    Args:
+        model: on the CPU; its classifier stays as it is if the file's has another number of classes.
+        path: as for ``load_model``; a published file has the model's heads and image size.
+
+    Returns:
+        Whether the classifier is the file's.
+
+    Raises:
+        UsageError: as ``load_model``; the weights of another architecture, of other sizes, or with pruned heads.
+    """
+    config = model.config
+    published = Path(path).suffix.lower() in TORCH_FILES
+    sizes = Sizes(config["num_heads"], config["image_size"]) if published else None
+    found = load_model(path, sizes=sizes)
+    if not isinstance(found, DiverseViT):
+        name = found.config["name"]
+        raise path_error(path, "weights of DiverseViT", f"timm {name}", f"say --model timm:{name}")
+    if others := [k for k in _SIZES if found.config[k] != config[k]]:
+        wanted = f"weights of a model with {_listed(config, others)}, as this run's"
+        hint = "say so with --preset paper, or as model in a --config"
+        raise path_error(path, wanted, _listed(found.config, others), hint)
+    if any(len(kept) < config["num_heads"] for kept in found.kept_heads.values()):
+        hint = "take the weights it was pruned from"
+        raise path_error(path, "weights of all heads", "a pruned model", hint)
+    state = found.state_dict()
+    same = found.config["num_classes"] == config["num_classes"]
+    if not same:
+        state = {name: x for name, x in state.items() if not name.startswith("head.")}
+    model.load_state_dict(state, strict=same)
+    return same
+
+
+def _listed(config: Mapping[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {reprlib.repr(config[name])}" for name in names)
 
 
 def config_beside(path: str, config: str | None) -> str | None:

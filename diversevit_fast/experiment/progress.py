@@ -13,6 +13,7 @@ from ..errors import require
 from ..files import make_folder
 from .checkpoint import Task
 from .metrics import Row
+from .terminal import is_quiet
 
 NAMES = {"erm": "ERM", "diversevit": "DiverseViT"}
 EVERY = 0.25  # seconds between two updates of the live bar
@@ -52,7 +53,7 @@ class Progress:
         self._expected = trainings
         self._whole: Any = None  # the run's line of the bar
         self._bar: Any = None
-        if console.is_terminal:
+        if console.is_terminal and not is_quiet.get():
             columns = require("rich.progress", extra="train")
             self._bar = columns.Progress(
                 columns.TextColumn("{task.description}"),
@@ -79,7 +80,7 @@ class Progress:
 
     def noted(self, line: str) -> None:
         """Print a note for the reader."""
-        self._print(line)
+        self._note(line)
 
     def started(self, task: Task, epoch: int, epochs: int, steps: int) -> None:
         line = None
@@ -194,9 +195,14 @@ class Progress:
             yield
         except (OSError, RuntimeError, ValueError) as failure:
             self._writers, self._events = {}, None
-            self._print(f"no more event files: {' '.join(str(failure).split())}")
+            self._note(f"no more event files: {' '.join(str(failure).split())}")
 
     def _print(self, line: str) -> None:
+        """Print a line of progress, unless ``--quiet`` was given."""
+        if not is_quiet.get():
+            self._note(line)
+
+    def _note(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 

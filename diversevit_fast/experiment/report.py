@@ -12,6 +12,7 @@ from .head_probes import read_probes
 from .head_section import HeadSection
 from .metrics import Line, Row, compare, present, write_csv
 from .models import described
+from .origin import in_one_piece, origins, schedule_in_words
 from .plots import PICTURES, draw
 from .progress import NAMES
 from .recipe import OPTIMIZER_NAMES
@@ -119,9 +120,13 @@ def _render(page: Path, trainings: Trainings, folder: Path, heads: HeadSection |
         missing=list(map(printable, trainings.missing)),
         parts=[_part(part) for part in trainings.parts],
         table=page.with_suffix(".csv").name if page.name != "report.html" else "metrics.csv",
+        schedule=schedule_in_words(settings, trainings.record),
+        origins=list(map(printable, origins(trainings.record))),
+        in_one_piece=in_one_piece(settings, trainings.record),
         methods=methods,
         seeds=seeds,
         model=described(settings),
+        start=_start(trainings.record),
         tables=_tables(lines, settings.data == "mnist-cifar"),
         one_method=ONE_METHOD,
         verdicts=[(TITLES[v.claim], v.said, verdict_sentence(v)) for v in verdicts_of(trainings)],
@@ -131,6 +136,15 @@ def _render(page: Path, trainings: Trainings, folder: Path, heads: HeadSection |
         heads=heads,
         head_pictures=_pictures(folder, heads.pictures if heads else ()),
     )
+
+
+def _start(record: Mapping[str, Any]) -> str:
+    """Return which weights trainings began with; empty for random ones, and for runs that do not say."""
+    if "start" not in record:
+        return ""
+    digest = record["model"]["sha256"]
+    said = "weights of {weights} (SHA-256 {digest}); classifier: {classifier}"
+    return printable(said.format(digest=digest, **record["start"]))
 
 
 def _pictures(folder: Path, drawn: Iterable[tuple[str, str, str]]) -> list[dict[str, str]]:

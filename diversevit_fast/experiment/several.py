@@ -16,11 +16,16 @@ from ..files import FileError, StrPath, path_exists
 from .checkpoint import NOT_DECISIVE, Task, progress_of, read
 from .config import METHODS, Settings, read_json
 from .metrics import COLUMNS, Row, of_run, read_csv
+from .origin import factors_of
 from .progress import NAMES
 from .run_folder import Place
+from .schedule import in_words
 
-_UNIMPORTANT = {*NOT_DECISIVE, "preset", "source", "metadata", "threads", "device"}
-"""Settings that may differ: fingerprints tell whether data do, the rest changes rounding."""
+_UNIMPORTANT = {
+    *NOT_DECISIVE,
+    *("preset", "source", "metadata", "threads", "device", "schedule_epochs"),
+}
+"""Settings that may differ: fingerprints and learning rates are compared, the rest changes rounding."""
 _OF_METHOD = {
     "erm": {"erm_lr"},
     "diversevit": {"lr", "penalty_weight", "every", "fraction"},
@@ -97,7 +102,7 @@ def _unfinished(place: Place) -> Trainings:
     for seed in settings.seeds:
         for method in settings.methods:
             task = Task(method, seed)
-            done, alike, epoch = _progress(place.checkpoints / f"{task}.pt", settings, task)
+            done, alike, epoch = progress_in(place.checkpoints / f"{task}.pt", settings, task)
             rows += [{name: row.get(name) for name in COLUMNS} for row in done]
             if alike:
                 cosines[str(task)] = alike
@@ -110,8 +115,17 @@ def _unfinished(place: Place) -> Trainings:
     return Trainings(place.out.name, settings, record, rows, cosines, missing)
 
 
-def _progress(path: Path, settings: Settings, task: Task) -> tuple[list[Row], dict[str, Any], int]:
-    """Return rows, cosines and the number of epochs of a training's checkpoint."""
+def progress_in(
+    path: Path, settings: Settings, task: Task
+) -> tuple[list[Row], dict[str, Any], int]:
+    """Return rows, cosines and the number of epochs of a training's checkpoint; 0 epochs if there is none.
+
+    Args:
+        path: of one process; that of several ranks is the folder without its suffix.
+
+    Raises:
+        UsageError: it cannot be read, is damaged, or belongs to another run.
+    """
     if path_exists(path):
         return progress_of(read(path), settings, task, path)
     folder = path.with_suffix("")
@@ -152,6 +166,7 @@ def join(runs: Sequence[Trainings]) -> Trainings:
                 hint = "report these runs apart"
                 raise usage_error("runs", f"the same {key} in all", got, hint)
             holder.setdefault(key, run.name)
+        _same_schedule(runs[0], run)
     trained = _trained(runs)
     settings = {
         **runs[0].settings.to_json(),
@@ -188,6 +203,14 @@ def _same_data(one: Trainings, other: Trainings) -> None:
     if different:
         got = f"other images for {', '.join(different)} in {one.name} and {other.name}"
         raise usage_error("runs", "the same data in all", got, "report these runs apart")
+
+
+def _same_schedule(one: Trainings, other: Trainings) -> None:
+    rates = [in_words(factors_of(run.settings, run.record)) for run in (one, other)]
+    if rates[0] != rates[1]:
+        got = f"{rates[0]} in {one.name}, {rates[1]} in {other.name}"
+        hint = "report these runs apart"
+        raise usage_error("runs", "the same schedule of the learning rate in all", got, hint)
 
 
 def _trained(runs: Sequence[Trainings]) -> dict[Task, Trainings]:

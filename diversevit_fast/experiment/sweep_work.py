@@ -9,9 +9,10 @@ from typing import Any
 
 from ..errors import UnsupportedError, UsageError, require, usage_error
 from ..files import FileError, path_exists
+from ..models.pretrained import weights_file
 from .config import Settings
 from .run import fingerprint, load, resume, run
-from .run_files import out_of_memory
+from .run_files import digest_of, out_of_memory
 from .run_folder import BusyError
 from .sweep_folder import SweepFolder
 from .sweep_grid import Cell
@@ -71,9 +72,10 @@ def work(
 
     Raises:
         FileError: the disk is full, or the like: no other cell would fare better.
-        UsageError: the data are not those that the sweep began with.
+        UsageError: the data, or the files of weights, are not those that the sweep began with.
         Interrupted: Ctrl-C; the cell is released, with the checkpoint of its last epoch.
     """
+    _check_weights(sweep.record.get("weights", {}))
     shelf = Shelf(sweep.record["splits"])
     results = results or Results(sweep)
     index, count = shard
@@ -101,6 +103,14 @@ def work(
                 busy.add(name)
                 continue
         results.update()
+
+
+def _check_weights(digests: Mapping[str, str]) -> None:
+    for named, digest in digests.items():
+        if digest_of(weights_file(named)) != digest:
+            hint = "restore the file it started with, or start a new sweep"
+            wanted = f"{named} as the sweep started with it"
+            raise usage_error("pretrained", wanted, "other weights", hint)
 
 
 def _open(sweep: SweepFolder, cell: Cell) -> bool:

@@ -6,11 +6,15 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 _PLAIN = {"±": "+-", "’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-", "−": "-"}
 _PLAIN |= {"×": "x", "…": "...", "→": "->", "━": "-", "─": "-", "╸": "-", "╺": " ", "•": "*"}
 _DEGRADE = "diversevit-degrade"
+
+is_quiet = ContextVar("is_quiet", default=False)
+"""Whether lines of progress are left out: ``--quiet``."""
 
 
 class Steady:

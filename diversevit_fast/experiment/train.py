@@ -29,8 +29,8 @@ from .evaluate import evaluate_splits, likeness
 from .late import read_late, to_device
 from .metrics import EVALUATED, Row
 from .recipe import Augmentation, amp_dtype, autocast, make_optimizer
+from .schedule import learning_rate
 
-_DECAYS = (0.7, 0.8)  # fractions of the epochs after which the learning rate falls tenfold
 _RANK_SEEDS = 100_003  # more than epochs; a generator looks at 32 bits of its seed, so not far more
 _LIKENESS_IMAGES = 128  # the first of ID validation: penalty and cosines are measured on them
 
@@ -75,7 +75,7 @@ def train(
     while state.epoch < settings.epochs:
         epoch = state.epoch + 1
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(settings.base_lr(task.method), epoch, settings.epochs)
+            group["lr"] = learning_rate(settings.base_lr(task.method), epoch, settings.schedule)
         rows = [
             _train_epoch(settings, task, state, regulariser, splits["train"], watcher, ranks, step)
         ]
@@ -156,11 +156,6 @@ class Regulariser(NamedTuple):
         """
         self.draws.manual_seed(order.initial_seed() + rank * _RANK_SEEDS)
         self.diversity.step = step
-
-
-def learning_rate(base: float, epoch: int, epochs: int) -> float:
-    """Return the learning rate of epoch ``epoch`` (the first is 1) of ``epochs``."""
-    return base * 0.1 ** sum(epoch > round(fraction * epochs) for fraction in _DECAYS)
 
 
 def shuffler(seed: int, epoch: int) -> torch.Generator:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._torch_internals import (
+    PLAIN_TENSORS,
     has_hooks,
     is_as_written,
     own_modules,
@@ -104,7 +105,7 @@ def _end(model: Any, block: Any) -> tuple[Weights, Options] | None:
     for module in (attn["proj"], norm, mlp["fc1"], mlp["fc2"], last, head):
         own = own_parameters(module)
         weights += own.get("weight"), own.get("bias")
-    if not all(type(p) in (Tensor, nn.Parameter) for p in weights):
+    if not all(type(p) in PLAIN_TENSORS for p in weights):
         return None
     return Weights(*weights), Options(act.approximate, norm.eps, last.eps)
 

@@ -145,7 +145,7 @@ class HeadDiversity(Attachment):
             raise usage_error(
                 "reduction", "'all' for a layer with one head", "'pairs'", "a pair needs two"
             )
-        self.every, self.step = every, 0
+        self.every, self.step, self.fraction = every, 0, self._split.fraction
         self.cosines: list[Tensor] = []
         self.samples: Tensor | None = None
         self._scale = InnerScale(grad_scale)

@@ -118,6 +118,15 @@ class TestCommands:
         assert "steps/s, loss" in printed
         assert ", penalty 0." in printed
 
+    def test_quiet_leaves_out_progress_alone(self, config, tmp_path, finished):
+        out = tmp_path / "out"
+        printed = call("-q", "train", "erm", "--config", config, "--epochs", 1, "--out", out)
+        assert "epoch" not in printed
+        assert "steps" not in printed
+        assert "cannot be judged" in printed
+        loud = call("train", "erm", "--config", config, "--epochs", 1, "--out", tmp_path / "loud")
+        assert "epoch 1/1: " in loud  # the next command is as loud as ever
+
     def test_run_prints_the_comparison_and_the_verdict(self, finished):
         folder, printed = finished
         lines = metrics.compare(metrics.read_csv(folder / "metrics.csv"))

@@ -273,7 +273,9 @@ class TestRun:
         }
         pictures = {"curves.png", "heads.png", "cosines.png"}
         pictures |= {f"{name}.png" for name in ("use", "subsets", "decoded", "maps", "cka")}
-        assert names == weights | files | probes | pictures
+        assert names == weights | files | probes | pictures | {"checkpoints"}
+        kept = {p.name for p in (unbroken / "checkpoints").iterdir()}
+        assert kept == {"erm-seed0.pt", "diversevit-seed0.pt"}
         assert not unbroken.with_name("unbroken.partial").exists()
 
     def test_every_epoch_split_and_head_has_a_row(self, unbroken):

@@ -124,7 +124,7 @@ def finish(root: Path) -> None:
         assert not place.out.exists()
         assert start(root) == 0
     elif call("run", "--resume", place.out) != 0:  # nothing is left to do, not even to tidy
-        assert not (place.out / "checkpoints").exists()
+        assert not (place.out / ".lock").exists()
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,8 @@ def test_a_whole_run_without_a_name_is_never_trained(what, undisturbed, epochs, 
     for at in range(1, 100):
         root = tmp_path / str(at)
         shutil.copytree(undisturbed, root / "out.partial")
-        (root / "out.partial/checkpoints").mkdir()
+        for checkpoint in (root / "out.partial/checkpoints").iterdir():
+            checkpoint.unlink()
         (root / "out.partial/.0123456789abcdef.tmp").write_text("half")
         resume = ("run", "--resume", root / "out")
         if not strike(root, at, what, lambda: call(*resume), capsys):  # noqa: B023

@@ -425,7 +425,7 @@ class TestTwoProcesses:
     def test_a_place_taken_meanwhile(self, tmp_path, monkeypatch):
         """Two processes were given one name: the second finds it when it makes its folder."""
         runs = sys.modules["diversevit_fast.experiment.run"]
-        prepare = runs._prepare
+        prepare = runs.prepare
 
         def slowly(*arguments):
             result = prepare(*arguments)
@@ -433,7 +433,7 @@ class TestTwoProcesses:
             (tmp_path / "out.partial/config.json").write_text("another's")
             return result
 
-        monkeypatch.setattr(runs, "_prepare", slowly)
+        monkeypatch.setattr(runs, "prepare", slowly)
         with pytest.raises(UsageError, match=r"out: expected a new folder, got .*out\.partial, wh"):
             start(tmp_path / "out")
         assert [p.name for p in tmp_path.rglob("*")] == ["out.partial", "config.json"]
@@ -539,11 +539,19 @@ class TestFinish:
     def test_a_finished_run_is_tidied(self, unbroken, tmp_path):
         """The process died after it gave the name: its resume removes what is left."""
         out = shutil.copytree(unbroken, tmp_path / "out")
-        (out / "checkpoints").mkdir()
         (out / ".lock").touch()
+        (out / ".0123456789abcdef.tmp").touch()
         assert resume(tmp_path / "out.partial", console=quiet()) == out
         assert {p.name for p in out.iterdir()} == {p.name for p in unbroken.iterdir()}
+        assert (out / f"checkpoints/{TASK}.pt").exists()
         assert "which is finished; open its report" in refused(out)
+
+    def test_checkpoints_that_were_not_to_be_kept_are_removed(self, tmp_path):
+        out = start(tmp_path / "out", keep_checkpoints=False)
+        assert not (out / "checkpoints").exists()
+        (out / "checkpoints").mkdir()
+        assert resume(out, console=quiet()) == out
+        assert not (out / "checkpoints").exists()
 
 
 class TestSaid:

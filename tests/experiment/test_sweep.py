@@ -471,3 +471,36 @@ def test_what_the_workers_get(hands, on_cpu, wanted, monkeypatch):
     monkeypatch.setattr(sys.modules["diversevit_fast.experiment.sweep"], "cores", lambda: 8)
     found = hands.environments(5, 2, on_cpu)
     assert [environment.get("CUDA_VISIBLE_DEVICES") for environment in found] == wanted
+
+
+def test_recipes_and_models_vary(tmp_path, capsys):
+    """From the command line: every combination, each model from its own weights."""
+    timm = pytest.importorskip("timm")
+    torch = pytest.importorskip("torch")
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
+    config = {k: v for k, v in json.loads(CONFIG.read_text()).items() if k != "penalty_weight"}
+    (tmp_path / "tiny.json").write_text(json.dumps({**config, "epochs": 1}))
+    words = ["--config", tmp_path / "tiny.json", "--seeds", "0-0", "--workers", 1]
+    words += ["--penalty-weight", "0", "--out", tmp_path / "out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        models = ["--model", "timm:test_vit,diversevit", "--weights", "vit.pth,none"]
+        call(*words, *models, "--optimizer", "adam,sgd")
+    found = rows(tmp_path / "out")
+    kinds = {(r["architecture"], r["pretrained"], r["optimizer"], r["model.dim"]) for r in found}
+    assert kinds == {
+        ("timm:test_vit", str(tmp_path / "vit.pth"), "adam", ""),
+        ("timm:test_vit", str(tmp_path / "vit.pth"), "sgd", ""),
+        ("diversevit", "", "adam", "4"),
+        ("diversevit", "", "sgd", "4"),
+    }
+    assert "weights of timm:test_vit" in (tmp_path / "out/sweep.html").read_text()
+    # other weights under the same name are no longer that sweep
+    shutil.rmtree(next((tmp_path / "out/cells").iterdir()))
+    torch.save({}, tmp_path / "vit.pth")
+    capsys.readouterr()
+    call("--resume", tmp_path / "out", "--workers", 1, code=2)
+    said = capsys.readouterr().err
+    assert said.startswith("error: pretrained: expected ")
+    assert "vit.pth as the sweep started with it, got other weights; restore" in said
+    assert said.count("\n") == 1

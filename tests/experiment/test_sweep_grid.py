@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from diversevit_fast.errors import UsageError
 from diversevit_fast.experiment import Grid, Settings
-from diversevit_fast.experiment.sweep_grid import as_text, parse_list, parse_seeds, said_of
+from diversevit_fast.experiment.sweep_grid import (
+    as_text,
+    parse_list,
+    parse_seeds,
+    parse_weights,
+    said_of,
+)
 
 LISTS = {"penalty_weight": [0.0, 0.1, 1.0], "lr": [1e-4, 1e-3]}
 
@@ -93,6 +99,13 @@ def test_the_first_name_as_an_earlier_version_gave_it():
         ("correlation", "0.9,1", [0.9, 1.0]),
         ("layers", "last,all,0/-1,-1", ["last", "all", (0, -1), (-1,)]),
         ("wrt", "input,output", ["input", "output"]),
+        ("optimizer", "adam,sgd", ["adam", "sgd"]),
+        ("weight_decay", "0,0.05", [0.0, 0.05]),
+        ("amp", "none,bf16", [None, "bf16"]),
+        ("augment", "none, flip,flip/crop", [(), ("flip",), ("flip", "crop")]),
+        ("schedule_epochs", "none,8", [None, 8]),
+        ("architecture", "diversevit,timm:vit", ["diversevit", "timm:vit"]),
+        ("pretrained", "none,a.pth", [None, "a.pth"]),
     ],
 )
 def test_lists(name, text, values):
@@ -108,6 +121,8 @@ def test_lists(name, text, values):
         ("lr", "1,x", "got 'x'"),
         ("epochs", "1.5", "epochs: expected a comma list of whole numbers, got '1.5'"),
         ("layers", "0-1", "layers: expected last, all or numbers such as 0/-1, got '0-1'"),
+        ("augment", "flip,", "augment: expected a comma list of names, got ''"),
+        ("weight_decay", "none", "weight_decay: expected a comma list of numbers, got 'none'"),
     ],
 )
 def test_lists_that_are_refused(name, text, message):
@@ -150,6 +165,21 @@ def test_seeds_that_are_refused(text, message):
         ({"data": ["digits-photos", "none"]}, {}, "data: expected one of"),
         ({"threads": [1, 2]}, {}, "threads: expected a setting that can vary"),
         ({"erm_lr": [1, 2]}, {}, "erm_lr: expected a setting that can vary"),
+        ({"optimizer": ["adam", "lion"]}, {}, "optimizer: expected one of adam, adamw, sgd"),
+        ({"augment": [(), ("rotate",)]}, {}, "augment: expected different kinds among flip"),
+        ({"amp": [None, None]}, {}, "amp: expected different values, got none twice"),
+        ({"freeze_below": [None, "last"]}, {}, "freeze_below: expected a setting that can vary"),
+        (
+            {"architecture": ["diversevit", "timm:a"], "pretrained": [None, "a"]},
+            {},
+            "pretrained: expected files by model for several models",
+        ),
+        (
+            {"architecture": ["diversevit", "timm:a"]},
+            {"weights": {"timm:b": "b.pth"}},
+            "weights: expected files of models that vary, got 'timm:b'",
+        ),
+        ({}, {"weights": {"diversevit": "b.pth"}}, "weights: expected files of models that vary"),
         ({}, {"seeds": ()}, "seeds: expected at least one value"),
         ({}, {"seeds": (1, 1)}, "seeds: expected different values, got 1 twice"),
         ({}, {"seeds": (2**32,)}, "seeds: expected different whole numbers"),
@@ -170,3 +200,54 @@ def test_grids_that_are_refused(lists, more, message):
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_text_of_a_number_is_that_number(value):
     assert float(as_text(value)) == value
+
+
+def test_trainings_keep_no_checkpoints_unless_asked():
+    """As those of an older version, whose file does not say."""
+    assert not grid().fixed.keep_checkpoints
+    asked = grid(keep_checkpoints=True)
+    assert all(cell.settings.keep_checkpoints for cell in asked.cells())
+    assert [c.name for c in asked.cells()] == [c.name for c in grid().cells()]
+    old = grid().to_json()
+    del old["fixed"]["keep_checkpoints"]
+    assert Grid.from_json(old) == grid()
+
+
+def test_recipes_vary():
+    lists = {
+        "optimizer": ["adam", "sgd"],
+        "amp": [None, "bf16"],
+        "augment": [(), ("flip", "crop")],
+        "pretrained": [None, "a.pth"],
+    }
+    whole = grid(lists, (0,))
+    assert len(whole.settings()) == 16
+    assert Grid.from_json(whole.to_json()) == whole
+    names = [cell.name for cell in whole.cells()]
+    assert names[0].startswith("optimizer=adam,amp=none,augment=none,pretrained=none,seed=0-")
+    assert "augment=flip_crop" in names[-1]
+    assert len(set(names)) == 16
+
+
+@pytest.mark.parametrize("first", ["diversevit", "timm:a"])
+def test_models_vary_with_their_weights(first):
+    """Sizes of DiverseViT are those of the preset, whichever model is listed first; the others have none."""
+    models = sorted(["diversevit", "timm:a", "timm:b"], key=lambda name: name != first)
+    whole = grid({"architecture": models}, (0,), weights={"timm:b": "b.pth"}, preset="quick")
+    found = {s.architecture: (s.pretrained, s.model) for s in whole.settings()}
+    assert list(found) == models
+    assert found == {
+        "diversevit": (None, {"patch_size": 8, "depth": 3, "head_dim": 32}),
+        "timm:a": (None, {}),
+        "timm:b": ("b.pth", {}),
+    }
+    assert Grid.from_json(whole.to_json()) == whole
+    absolute = whole.with_files(lambda name: f"/files/{name}")
+    assert {s.pretrained for s in absolute.settings()} == {None, "/files/b.pth"}
+    assert "weights" not in grid().to_json()  # files of sweeps without are as they were
+
+
+def test_weights_are_one_for_each_model():
+    assert parse_weights(["a", "b", "c"], "x.pth,none,y.pth") == {"a": "x.pth", "c": "y.pth"}
+    with pytest.raises(UsageError, match="pretrained: expected as many files as models, 2, got 1"):
+        parse_weights(["a", "b"], "x.pth")

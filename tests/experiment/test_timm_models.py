@@ -345,8 +345,8 @@ class TestSettings:
             ),
             ({"img_size": 0}, "img_size: expected a whole number of pixels"),
             (
-                {"architecture": "diversevit", "pretrained": "x.pth"},
-                "pretrained: expected none for DiverseViT",
+                {"architecture": "diversevit", "freeze_below": "last"},
+                "freeze_below: expected none for DiverseViT",
             ),
         ],
     )
@@ -361,7 +361,8 @@ class TestSettings:
             (["--model", "timm:resnet18"], "model: expected a vision transformer"),
             (["--model", "timm:test_vit", "--img-size", "50"], "img_size: expected a multiple"),
             (["--model", "timm:test_vit", "--weights", "no.pth"], "no.pth"),
-            (["--weights", "no.pth"], "say --model timm:NAME"),
+            (["--weights", "no.pth"], "no.pth"),
+            (["--freeze-below", "last"], "say --model timm:NAME"),
         ],
     )
     def test_command_line_refuses_and_leaves_nothing(self, options, said, tmp_path, capsys):

@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["TorchDispatchMode"]  # as it is; every user of dispatch modes imports it from there
+__all__ = ["TorchDispatchMode", "tree_flatten", "tree_unflatten"]
+"""As they are; every user of dispatch modes imports them from here."""
+
+without_modes = _disable_current_modes
+"""A context in which no dispatch mode is entered, not even that of fake tensors. Publicly each is left in its turn."""
 
 
 def has_bfloat16_instructions() -> bool:

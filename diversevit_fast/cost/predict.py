@@ -1,0 +1,317 @@
+"""``cost``: what one training step asks of a machine, from shapes alone."""
+
+import reprlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..attachment.parallel import is_ddp
+from ..errors import UnsupportedError, require, usage_error
+from ..penalty.head_diversity import HeadDiversity
+from .counting import KINDS, PHASES, Call
+from .devices import Device, device_of
+from .memory import Peak
+from .parallel import NODE, Parallel, memory_change, parallel_of, sent_bytes
+from .samples import sample_of
+from .step import Counted, Optimizers, StepSpec, count_step
+
+MOST_BATCH = 1 << 31
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OPTIONS = ("wrt", "granularity", "reduction", "target", "every", "fraction")
+
+
+class Seconds(NamedTuple):
+    """Predicted seconds of a step.
+
+    Attributes:
+        device: of its kernels, one after the other; on a CPU of its operators.
+        host: of Python and C++ that starts them on a GPU; 0 in a CUDA graph.
+        communication: of what DDP or FSDP2 sends, if nothing hid it.
+        step: the largest of the three, which overlap at best.
+    """
+
+    device: float
+    host: float
+    communication: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one training step; with ``every`` above 1 the mean over so many steps, and the largest memory.
+
+    Attributes:
+        calls: kind of call -> how often a step makes it (a mean, with ``every``).
+        peak: the largest memory at once, in bytes, and its parts.
+        parameters: their number.
+        spec: what was counted.
+        every: the penalty is that of every so many steps.
+        device: the machine whose times are predicted; None: none are.
+        parallel: DDP or FSDP2, and how many processes; memory and times are those of each.
+        graph: whether a GPU replays the step as a CUDA graph.
+    """
+
+    calls: Mapping[Call, float]
+    peak: Peak
+    parameters: int
+    spec: StepSpec
+    every: int
+    counted: Counted
+    device: Device | None = None
+    parallel: Parallel | None = None
+    graph: bool = False
+
+    @property
+    def flops(self) -> dict[str, float]:
+        """Operations by kind: of products, and in ``"elementwise"`` all others."""
+        found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+        for call, times in self.calls.items():
+            found[call.kind] += times * call.flops
+            found["elementwise"] += times * call.elementwise
+        return found
+
+    @property
+    def launches(self) -> dict[str, float]:
+        """Kernels, on a CPU operators, by phase of the step."""
+        found: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        for call, times in self.calls.items():
+            found[call.phase] += times * call.launches
+        return found
+
+    @property
+    def bytes_moved(self) -> float:
+        """Bytes that operators read and write, each operand and result once."""
+        return sum(times * call.moved for call, times in self.calls.items())
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.peak.total
+
+    @property
+    def sent_bytes(self) -> dict[str, float]:
+        """Bytes that each process sends, by collective operation."""
+        counted = self.counted
+        return sent_bytes(self.parallel, counted.parameter_bytes, counted.trained_bytes)
+
+    @property
+    def seconds(self) -> Seconds | None:
+        """The predicted times of a step; None without a device."""
+        device = self.device
+        if device is None:
+            return None
+        computing = sum(times * device.seconds(call) for call, times in self.calls.items())
+        host = 0.0
+        if device.is_gpu and not self.graph:
+            for call, times in self.calls.items():
+                host += times * (device.host_operator if call.ours else device.host * call.launches)
+        sending = 0.0
+        if self.parallel is not None and (sent := sum(self.sent_bytes.values())):
+            rate = device.link if self.parallel.ranks <= NODE else device.network
+            sending = sent / rate if rate else 0.0
+        return Seconds(computing, host, sending, max(computing, host, sending))
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Samples of all processes together."""
+        found, ranks = self.seconds, 1 if self.parallel is None else self.parallel.ranks
+        return None if found is None else ranks * self.spec.batch / found.step
+
+    def largest_batch(self, memory: int) -> int:
+        """The largest batch, on each process, whose peak is at most ``memory`` bytes; 0 if none is.
+
+        A few steps are counted; an allocator's gaps need room besides.
+        """
+        if isinstance(memory, bool) or not isinstance(memory, int | float) or not memory > 0:
+            raise usage_error("memory", "bytes, more than 0", reprlib.repr(memory), "80e9 is 80 GB")
+        most = 1 << 24
+
+        def fits(batch: int) -> int:
+            found = _cost_of(self.spec._replace(batch=batch), self.every, self.parallel)
+            return found.peak_bytes
+
+        one, two = fits(1), fits(65)
+        if one > memory:
+            return 0
+        guess = min(most, max(1, 1 + int((memory - one) * 64 / max(1, two - one))))
+        for _ in range(4):  # the peak may move to another moment: look, and mend
+            size = fits(guess)
+            if size <= memory:
+                more = guess + int((memory - size) * guess / max(1, size))
+                if more == guess or more > most or fits(guess + 1) > memory:
+                    return guess
+                guess = more
+            else:
+                guess = max(1, min(guess - 1, int(guess * memory / size)))
+        while guess > 1 and fits(guess) > memory:
+            guess -= 1
+        return guess
+
+
+def cost(
+    model: nn.Module | str,
+    diversity: HeadDiversity | Mapping[str, Any] | str | Sequence[int] | None = None,
+    *,
+    batch: int,
+    dtype: torch.dtype | str = torch.float32,
+    optimizer: Optimizers | torch.optim.Optimizer | str = "adamw",
+    checkpointing: bool = False,
+    inputs: object = None,
+    parallel: str | None = None,
+    device: Device | str = "cpu",
+    graph: bool = False,
+) -> Cost:
+    """Predict what one training step costs, from shapes alone: nothing is computed, and no memory is taken.
+
+    The library's own step runs on tensors without memory: model, loss, penalty, backward and optimizer.
+
+    >>> with torch.device("meta"):
+    ...     model = timm.create_model("vit_giant_patch14_224")
+    >>> dvf.cost(model, "last", batch=64, dtype=torch.bfloat16).peak_bytes
+
+    Args:
+        model: on any device, ``meta`` included; or a name of timm's.
+        diversity: a ``HeadDiversity``, its arguments as a mapping, or its ``layers``; None: no penalty.
+        batch: samples of a step.
+        dtype: of autocast; float32 for none.
+        optimizer: ``"adamw"``, ``"adam"`` or ``"sgd"``, one of torch.optim as an example, or a function that makes it
+            of a list of parameters.
+        checkpointing: whether activations are recomputed, by the model's own switch.
+        inputs: a batch as the model takes it, or the shape of a sample; None: images as the model says.
+        parallel: ``"ddp:8"`` or ``"fsdp2:8"``, each process with that batch; None: one process.
+        device: ``"cpu"``, a GPU of the table (``"A100"``, ``"H100"``, ``"H200"``, ``"B200"``, ``"MI300X"``), or a
+            ``Device``. Times of a CPU need ``diversevit cost --calibrate``.
+        graph: whether a GPU replays the step as a CUDA graph (``graph_step``).
+
+    Raises:
+        UsageError: a wrong argument.
+        UnsupportedError: the model cannot run on tensors without memory.
+    """
+    model = _model_of(model)
+    options = options_of(diversity)
+    every = options.pop("every", 1) if options is not None else 1
+    machine = device_of(device)
+    architecture = None if machine is None else machine.architecture
+    spec = StepSpec(
+        model,
+        options,
+        sample_of(model, inputs),
+        _batch_of(batch),
+        _dtype_of(dtype),
+        _optimizer_of(optimizer, architecture is not None),
+        architecture,
+        bool(checkpointing),
+    )
+    ranks = parallel_of(parallel)
+    found = _cost_of(spec, _every_of(every), ranks)
+    return replace(found, device=machine, graph=bool(graph))
+
+
+def _cost_of(spec: StepSpec, every: int, parallel: Parallel | None = None) -> Cost:
+    counted = _count(spec)
+    calls: dict[Call, float] = {call: float(n) for call, n in counted.calls.items()}
+    peak = counted.peak
+    if every > 1:
+        plain = _count(spec._replace(diversity=None))
+        mean: Counter[Call] = Counter()
+        for share, step in ((1 / every, counted), (1 - 1 / every, plain)):
+            for call, times in step.calls.items():
+                mean[call] += share * times  # pyright: ignore[reportArgumentType]
+        calls = dict(mean)
+        peak = max(counted.peak, plain.peak, key=lambda one: one.total)
+    parameters = sum(p.numel() for p in spec.model.parameters())
+    parts = memory_change(parallel, peak.parts, counted.trained_bytes)
+    peak = Peak(peak.total + sum(parts.values()) - sum(peak.parts.values()), parts)
+    return Cost(calls, peak, parameters, spec, every, counted, parallel=parallel)
+
+
+def _count(spec: StepSpec) -> Counted:
+    try:
+        return count_step(spec)
+    except RuntimeError as failure:
+        if "overflow" in str(failure) or "exceeds" in str(failure):
+            got = f"{spec.batch} of {list(spec.sample.shape)}"
+            raise usage_error(
+                "batch", "samples whose tensors any machine can address", got, "make it smaller"
+            ) from None
+        raise
+
+
+def options_of(diversity: object) -> dict[str, Any] | None:
+    """The arguments of ``HeadDiversity`` that ``diversity`` stands for; None for no penalty.
+
+    Raises:
+        UsageError: it stands for none.
+    """
+    if diversity is None:
+        return None
+    if isinstance(diversity, HeadDiversity):
+        layers = [layer.index for layer in diversity.layers]
+        return {"layers": layers, **{name: getattr(diversity, name) for name in _OPTIONS}}
+    if isinstance(diversity, Mapping):
+        return dict(diversity)
+    if isinstance(diversity, str | Sequence):
+        return {"layers": diversity}
+    wanted = "a HeadDiversity, its arguments, its layers, or None"
+    raise usage_error("diversity", wanted, reprlib.repr(diversity), "say 'last'")
+
+
+def _model_of(model: object) -> nn.Module:
+    if isinstance(model, str):
+        timm = require("timm", extra="train")
+        if not timm.is_model(model.partition(".")[0]):
+            hint = "timm.list_models('vit*') lists them"
+            raise usage_error("model", "a name of timm's", reprlib.repr(model), hint)
+        with torch.device("meta"):
+            return timm.create_model(model)
+    if not isinstance(model, nn.Module):
+        wanted, got = "a module, or a name of timm's", type(model).__name__
+        raise usage_error("model", wanted, got, "pass the model itself")
+    if is_ddp(model):
+        raise UnsupportedError("model: is inside DDP; pass its .module, and say parallel='ddp:8'")
+    return model
+
+
+def _batch_of(batch: object) -> int:
+    if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MOST_BATCH:
+        wanted = f"a whole number from 1 to {MOST_BATCH}"
+        raise usage_error("batch", wanted, reprlib.repr(batch), "try 64")
+    return batch
+
+
+def _every_of(every: object) -> int:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise usage_error(
+            "every", "a whole number of at least 1", reprlib.repr(every), "1 is each step"
+        )
+    return every
+
+
+def _dtype_of(dtype: object) -> torch.dtype:
+    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in _DTYPES.values():
+        wanted = "float32, bfloat16 or float16"
+        raise usage_error("dtype", wanted, reprlib.repr(dtype), "float32 is no autocast")
+    return found
+
+
+def _optimizer_of(optimizer: object, on_gpu: bool) -> Optimizers:
+    """A function that makes the optimizer: fused on a GPU, on a CPU as PyTorch makes it."""
+    fused: Any = {"fused": True} if on_gpu else {}
+    made: dict[str, Optimizers] = {
+        "adamw": lambda ps: torch.optim.AdamW(ps, lr=1e-4, **fused),
+        "adam": lambda ps: torch.optim.Adam(ps, lr=1e-4, **fused),
+        "sgd": lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, **fused),
+    }
+    if isinstance(optimizer, str) and optimizer in made:
+        return made[optimizer]
+    if isinstance(optimizer, torch.optim.Optimizer):
+        kind: Any = type(optimizer)
+        return lambda ps: kind(ps, **optimizer.defaults)
+    if callable(optimizer):
+        return optimizer  # pyright: ignore[reportReturnType]
+    wanted = "adamw, adam, sgd, an optimizer or a function that makes one"
+    raise usage_error("optimizer", wanted, reprlib.repr(optimizer), "say 'adamw'")

@@ -1,0 +1,5 @@
+"""GELU's kernels have no matrix products."""
+
+from ..runtime.counted import Products
+
+PRODUCTS: Products = {}
