@@ -20,7 +20,7 @@ import torch
 
 import diversevit_fast as dvf
 from benchmarks.runner import peak_bytes
-from benchmarks.timing import conditions, write
+from benchmarks.timing import RESULTS, conditions, write
 from diversevit_fast.cost.calibration import calibrate
 from diversevit_fast.cost.counting import StepCounter
 from diversevit_fast.cost.step import take_step
@@ -94,6 +94,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs=3, metavar=("MODEL", "STEP", "DTYPE"))
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--add", action="store_true", help="keep the rows of other models")
     options = parser.parse_args(given)
     torch.set_num_threads(1)
     if options.only:
@@ -101,6 +102,9 @@ def main(given: list[str] | None = None) -> int:
         return 0
     machine = calibrate()
     rows = []
+    if options.add:
+        known = json.loads((RESULTS / "cost.json").read_text("utf-8"))["rows"]
+        rows = [row for row in known if row["model"] not in options.models.split(",")]
     for model in options.models.split(","):
         for dtype in DTYPES:
             for step in STEPS:
