@@ -14,7 +14,11 @@ def keep_run(
     file: Path | Callable[[Any], Path],
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Write ``result_of(run, commit, cpu_seconds)`` to ``file``, or ``file(result)``, if the command line names a run."""
+    """Write ``result_of(run, commit, cpu_seconds)`` to a file, if the command line names a run.
+
+    Args:
+        file: the file, or what names it, of the result.
+    """
     parser = argparse.ArgumentParser(f"python -m tools.docs.{program}", description=description)
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--commit")
