@@ -82,10 +82,12 @@ def test_weights_of_the_part_are_found_in_a_file_of_the_whole(model, tmp_path):
     assert all(torch.equal(x, wanted[name]) for name, x in part.state_dict().items())
 
 
-def test_the_page_shows_what_was_recorded():
-    page = frozen_dinov2.PAGE.read_text("utf-8")
-    result = json.loads(frozen_dinov2.RESULT.read_text("utf-8"))
-    for name, lines in frozen_dinov2.tables(result).items():
-        assert page.count(f"<!-- {name}:begin -->") == page.count(f"<!-- {name}:end -->") == 1
+@pytest.mark.parametrize("name", frozen_dinov2.PAGES.values())
+def test_the_page_shows_what_was_recorded(name):
+    page = (frozen_dinov2.SCIENCE / f"{name}.md").read_text("utf-8")
+    result = json.loads(frozen_dinov2.result_file(name).read_text("utf-8"))
+    assert frozen_dinov2.PAGES[result["settings"]["data"]] == name
+    for marker, lines in frozen_dinov2.tables(result).items():
+        assert page.count(f"<!-- {marker}:begin -->") == page.count(f"<!-- {marker}:end -->") == 1
         assert lines
-        assert between(page, name, lines) == page
+        assert between(page, marker, lines) == page

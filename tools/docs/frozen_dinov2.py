@@ -1,9 +1,9 @@
-"""Write docs/science/frozen_dinov2.md from a finished run with a frozen trunk; try every subset of heads.
+"""Write docs/science/frozen_dinov2*.md from finished runs with a frozen trunk; try every subset of heads.
 
-``python -m tools.docs.frozen_dinov2 RUN --commit HASH --cpu-seconds N`` keeps what the page needs of the folder RUN in
-docs/science/results/frozen_dinov2.json: comparison, verdicts, and what all heads, the best single head and the best
-subset reach in each training, chosen on OOD validation after the last epoch. The run's data and pretrained weights have
-to be where they were. Then, and without RUN, it writes the tables between the page's markers.
+``python -m tools.docs.frozen_dinov2 RUN --commit HASH --cpu-seconds N`` keeps what a page needs of the folder RUN in
+docs/science/results, in the file of the page of its data: comparison, verdicts, and what all heads, the best single
+head and the best subset reach in each training, chosen on OOD validation after the last epoch. The run's data and
+pretrained weights have to be where they were. Then, and without RUN, it writes the tables between the pages' markers.
 """
 
 import json
@@ -33,8 +33,9 @@ from tools.docs.kept_run import keep_run
 from tools.docs.support import between
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs/science/frozen_dinov2.md"
-RESULT = ROOT / "docs/science/results/frozen_dinov2.json"
+SCIENCE = ROOT / "docs/science"
+PAGES = {"mnist-cifar": "frozen_dinov2", "garments-places": "frozen_dinov2_garments"}
+"""Data set -> name of its page and of its results."""
 
 SPLITS = ("val_ood", "test_id", "test_ood")
 PICKS = ("all", "single", "subset", "oracle")
@@ -145,7 +146,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         f"{settings.batch_size}; learning rate {settings.erm_lr:g} (ERM), {settings.lr:g} (DiverseViT); penalty "
         f"weight {settings.penalty_weight:g}",
         f"* images: {', '.join(f'{name} {count}' for name, count in samples.items())}",
-        f"* {result['cpu_seconds']} s of processor time in all processes; the tokens were in the cache",
+        f"* {result['cpu_seconds']} s of processor time in all processes",
     ]
     compared = [
         "| heads | chosen on | method | ID test | OOD test | OOD worst group |",
@@ -181,18 +182,29 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
     return {name: "\n".join(lines) for name, lines in parts.items()}
 
 
-def write_page() -> None:
-    """Write the tables into the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    for name, lines in tables(json.loads(RESULT.read_text(encoding="utf-8"))).items():
-        page = between(page, name, lines)
-    PAGE.write_text(page, encoding="utf-8")
+def result_file(name: str) -> Path:
+    """Where the results of a page are."""
+    return SCIENCE / "results" / f"{name}.json"
+
+
+def write_page(name: str) -> None:
+    """Write the tables into a page."""
+    path = SCIENCE / f"{name}.md"
+    page = path.read_text(encoding="utf-8")
+    for marker, lines in tables(json.loads(result_file(name).read_text(encoding="utf-8"))).items():
+        page = between(page, marker, lines)
+    path.write_text(page, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Keep a run, if one is given, and write the page."""
-    keep_run("frozen_dinov2", __doc__, result_of, RESULT, arguments)
-    write_page()
+    """Keep a run, if one is given, and write the pages."""
+    keep_run(
+        *("frozen_dinov2", __doc__, result_of),
+        lambda result: result_file(PAGES[result["settings"]["data"]]),
+        arguments,
+    )
+    for name in PAGES.values():
+        write_page(name)
     return 0
 
 

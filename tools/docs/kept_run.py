@@ -11,10 +11,14 @@ def keep_run(
     program: str,
     description: str | None,
     result_of: Callable[[Path, str, float], Any],
-    file: Path,
+    file: Path | Callable[[Any], Path],
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Write ``result_of(run, commit, cpu_seconds)`` to ``file``, if the command line names a run."""
+    """Write ``result_of(run, commit, cpu_seconds)`` to a file, if the command line names a run.
+
+    Args:
+        file: the file, or what names it, of the result.
+    """
     parser = argparse.ArgumentParser(f"python -m tools.docs.{program}", description=description)
     parser.add_argument("run", nargs="?", type=Path)
     parser.add_argument("--commit")
@@ -25,4 +29,5 @@ def keep_run(
     if given.commit is None or given.cpu_seconds is None:
         parser.error("a run needs --commit and --cpu-seconds")
     result = result_of(given.run, given.commit, given.cpu_seconds)
-    file.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    path = file if isinstance(file, Path) else file(result)
+    path.write_text(json.dumps(result) + "\n", encoding="utf-8")
