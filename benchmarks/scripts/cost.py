@@ -98,7 +98,8 @@ def main(given: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     torch.set_num_threads(1)
     if options.only:
-        print(json.dumps(measured(*options.only, options.batch)))
+        model, step, dtype = options.only
+        print(json.dumps(measured(model, step, dtype, options.batch)))
         return 0
     machine = calibrate()
     rows = []

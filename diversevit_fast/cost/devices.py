@@ -31,8 +31,9 @@ class Device:
         host: seconds of Python and C++ for one of PyTorch's operators.
         host_operator: the same for an operator of this library, its share of the penalty's Python included.
         memory: bytes; None where unknown.
-        link: bytes per second and GPU to others of the same node, in one direction.
-        network: the same to other nodes.
+        link: bytes per second and GPU to others of the same node, in one direction: half of what data sheets give for
+            both together.
+        network: the same to other nodes; assumed: a port of 400 Gbit/s for each GPU.
         source: where the numbers are from.
     """
 
@@ -103,7 +104,7 @@ _HOST, _HOST_OPERATOR = 4.9e-6, 43e-6
 """From ``benchmarks/results/host_time.json``, steps of a ViT-S: one core of an AMD EPYC. Others may take
 several times as long."""
 _LAUNCH = 2.5e-6
-"""The shortest kernel in a CUDA graph, from start to start."""
+"""The shortest kernel in a CUDA graph, from start to start: assumed, neither measured nor from a data sheet."""
 
 MATRIX_SHARES = (
     "S. Bekman, Machine Learning Engineering, 'Maximum Achievable Matmul FLOPS comparison table', "

@@ -86,9 +86,9 @@ def rows_of(result: Mapping[str, Any]) -> list[Row]:
     return [dict(zip(KEPT, values, strict=True)) for values in result["rows"]]
 
 
-def tables(pilot: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> dict[str, str]:
-    """Return the page's tables by the names of their markers."""
-    rows, settings = rows_of(result), Settings.from_json(result["settings"])
+def run_tables(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tables of any run by the names of their markers: verdicts, the comparison, each training."""
+    rows = rows_of(result)
     said = [
         _wrapped(f"* **{TITLES[verdict.claim]}: {verdict.said}.** {verdict_sentence(verdict)}")
         for verdict in verdicts(rows, result["cosines"])
@@ -117,18 +117,31 @@ def tables(pilot: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> dic
                 f"| {NAMES[method]} | {seed} | {picked['epoch']}, {picked['heads']} "
                 f"| {alone['accuracy']:.3f} | {whole['accuracy']:.3f} | {alike:.3f} |"
             )
+    parts = {"verdicts": said, "compared": compared, "trainings": each}
+    return {name: "\n".join(lines) for name, lines in parts.items()}
+
+
+def recipe(result: Mapping[str, Any]) -> str:
+    """Return a line with the seeds, epochs, learning rates and the penalty's weight of a run."""
+    settings = Settings.from_json(result["settings"])
+    return (
+        f"* seeds {', '.join(map(str, settings.seeds))}; {settings.epochs} epochs; learning rate "
+        f"{settings.base_lr('erm'):g} (ERM), {settings.base_lr('diversevit'):g} (DiverseViT); penalty "
+        f"weight {settings.penalty_weight:g}"
+    )
+
+
+def tables(pilot: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> dict[str, str]:
+    """Return the page's tables by the names of their markers."""
     shown = result["splits"]["test_ood"]
     facts = [
         f"* commit {result['commit']}, torch {result['versions']['torch']}, {result['processor']}",
-        f"* seeds {', '.join(map(str, settings.seeds))}; {settings.epochs} epochs; learning rate "
-        f"{settings.base_lr('erm'):g} (ERM), {settings.base_lr('diversevit'):g} (DiverseViT); penalty "
-        f"weight {settings.penalty_weight:g}",
+        recipe(result),
         f"* {shown['samples']} OOD test images of {shown['photographs']} tiles and {shown['digits']} digits; "
         f"the digit agrees with the label in {agreement(shown['groups']):.1%} of them",
         f"* {result['cpu_seconds']} s of processor time in all processes",
     ]
-    parts = {"facts": facts, "verdicts": said, "compared": compared, "trainings": each}
-    return {"pilot": table(pilot), **{name: "\n".join(lines) for name, lines in parts.items()}}
+    return {"pilot": table(pilot), "facts": "\n".join(facts), **run_tables(result)}
 
 
 def _wrapped(line: str) -> str:

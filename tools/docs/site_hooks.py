@@ -45,10 +45,11 @@ _FENCE = re.compile(r"^(```.*?^```)", re.MULTILINE | re.DOTALL)
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Complete the navigation; give headings the anchors that GitHub gives them, and formulas their renderer."""
     config.markdown_extensions.append(Docstrings())  # pyright: ignore[reportArgumentType]
-    config.nav = [_listed(entry) for entry in config.nav or []]
+    nav = [_listed(entry) for entry in config.nav or []]
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
-    if forgotten := sorted(page for page in pages if f"'{page}'" not in str(config.nav)):
-        config.nav.append({"More": forgotten})
+    if forgotten := sorted(page for page in pages if f"'{page}'" not in str(nav)):
+        nav.append({"More": forgotten})
+    config.nav = nav
     config.mdx_configs.setdefault("toc", {})["slugify"] = slug
     math = {"name": "math", "class": "math", "format": formula}
     config.mdx_configs.setdefault("pymdownx.superfences", {})["custom_fences"] = [math]
