@@ -15,8 +15,7 @@ from typing import Any
 from diversevit_fast.data.corruptions import CORRUPTIONS, SEVERITIES
 from diversevit_fast.experiment.corrupted import CHOICES, SPLITS
 from diversevit_fast.experiment.progress import NAMES
-from tools.docs.kept_run import keep_run
-from tools.docs.support import between
+from tools.docs.kept_run import keep_run, write_tables
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/science/corruptions.md"
@@ -88,10 +87,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Keep results, if a folder is given, and write the page."""
     keep_run("corrupted", __doc__, result_of, RESULT, arguments)
-    page = PAGE.read_text(encoding="utf-8")
-    for name, lines in tables(json.loads(RESULT.read_text(encoding="utf-8"))).items():
-        page = between(page, name, lines)
-    PAGE.write_text(page, encoding="utf-8")
+    write_tables(PAGE, tables(json.loads(RESULT.read_text(encoding="utf-8"))))
     return 0
 
 

@@ -26,8 +26,7 @@ from diversevit_fast.experiment.metrics import (
 from diversevit_fast.experiment.progress import NAMES
 from diversevit_fast.experiment.report import TITLES, verdict_sentence
 from diversevit_fast.experiment.verdict import mean_of_pairs, verdicts
-from tools.docs.kept_run import keep_run
-from tools.docs.support import between
+from tools.docs.kept_run import keep_run, write_tables
 from tools.pilot.cells import read_lines
 from tools.pilot.choose import table
 
@@ -151,10 +150,7 @@ def _wrapped(line: str) -> str:
 def write_page() -> None:
     """Write the tables into the page."""
     result = json.loads(RESULT.read_text(encoding="utf-8"))
-    page = PAGE.read_text(encoding="utf-8")
-    for name, lines in tables(read_lines(PILOT), result).items():
-        page = between(page, name, lines)
-    PAGE.write_text(page, encoding="utf-8")
+    write_tables(PAGE, tables(read_lines(PILOT), result))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

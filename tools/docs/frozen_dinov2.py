@@ -29,8 +29,7 @@ from diversevit_fast.experiment.run import load, tasks_of
 from diversevit_fast.experiment.verdict import mean_of_pairs, verdicts
 from diversevit_fast.models import timm_last_block
 from diversevit_fast.weight_files import read_tensors
-from tools.docs.kept_run import keep_run
-from tools.docs.support import between
+from tools.docs.kept_run import keep_run, write_tables
 
 ROOT = Path(__file__).parents[2]
 SCIENCE = ROOT / "docs/science"
@@ -189,11 +188,8 @@ def result_file(name: str) -> Path:
 
 def write_page(name: str) -> None:
     """Write the tables into a page."""
-    path = SCIENCE / f"{name}.md"
-    page = path.read_text(encoding="utf-8")
-    for marker, lines in tables(json.loads(result_file(name).read_text(encoding="utf-8"))).items():
-        page = between(page, marker, lines)
-    path.write_text(page, encoding="utf-8")
+    result = json.loads(result_file(name).read_text(encoding="utf-8"))
+    write_tables(SCIENCE / f"{name}.md", tables(result))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

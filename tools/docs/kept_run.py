@@ -1,10 +1,12 @@
-"""The command line of programs that keep what a page needs of a finished run."""
+"""What programs share that keep what a page needs of a finished run, and write the page's tables from it."""
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tools.docs.support import between
 
 
 def keep_run(
@@ -31,3 +33,11 @@ def keep_run(
     result = result_of(given.run, given.commit, given.cpu_seconds)
     path = file if isinstance(file, Path) else file(result)
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def write_tables(page: Path, tables: Mapping[str, str]) -> None:
+    """Write tables into a page, each between the markers of its name."""
+    text = page.read_text(encoding="utf-8")
+    for name, lines in tables.items():
+        text = between(text, name, lines)
+    page.write_text(text, encoding="utf-8")

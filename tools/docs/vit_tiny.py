@@ -13,8 +13,7 @@ from typing import Any
 from diversevit_fast.experiment.config import Settings
 from diversevit_fast.experiment.models import described
 from tools.docs.default_run import recipe, result_of, run_tables
-from tools.docs.kept_run import keep_run
-from tools.docs.support import between
+from tools.docs.kept_run import keep_run, write_tables
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/science/vit_tiny.md"
@@ -37,10 +36,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Keep a run, if one is given, and write the page."""
     keep_run("vit_tiny", __doc__, result_of, RESULT, arguments)
-    page = PAGE.read_text(encoding="utf-8")
-    for name, lines in tables(json.loads(RESULT.read_text(encoding="utf-8"))).items():
-        page = between(page, name, lines)
-    PAGE.write_text(page, encoding="utf-8")
+    write_tables(PAGE, tables(json.loads(RESULT.read_text(encoding="utf-8"))))
     return 0
 
 
