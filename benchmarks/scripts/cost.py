@@ -152,13 +152,15 @@ def main(given: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     for wanted, measure in ((options.only, measured), (options.held, held_by_a_process)):
         if wanted:
-            print(json.dumps(measure(*wanted, options.batch)))
+            model, step, dtype = wanted
+            print(json.dumps(measure(model, step, dtype, options.batch)))
             return 0
     machine = calibrate()
     path = RESULTS / "cost.json"
     known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if options.whole:
-        row = whole_row_of(machine, *options.whole, options.batch)
+        model, step, dtype = options.whole
+        row = whole_row_of(machine, model, step, dtype, options.batch)
         print(row)
         write("cost", {**known, "whole": [*known.get("whole", ()), row]})
         return 0
