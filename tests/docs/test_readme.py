@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import statistics
 from xml.etree import ElementTree
 
 import pytest
@@ -12,7 +13,7 @@ import diversevit_fast as dvf
 from benchmarks import front_page, records, report
 from benchmarks.orders import DOUBLE_BWD
 from tests.helpers.pages import PAGES, ROOT
-from tools.docs import pipeline, support
+from tools.docs import effect, pipeline, support
 
 BENCHMARKS = PAGES["docs/benchmarks.md"]
 
@@ -130,6 +131,31 @@ def test_the_number_of_models_is_the_tested_one():
 
 def test_picture_is_drawn_by_its_script():
     assert pipeline.PICTURE.read_text(encoding="utf-8") == pipeline.draw()
+
+
+def test_the_effect_is_drawn_from_the_record():
+    """Picture, its alternative text and the page of the run say the same; another record gives another picture."""
+    record = json.loads(effect.RESULT.read_text("utf-8"))
+    drawn = effect.draw(record)
+    assert effect.PICTURE.read_text("utf-8") == drawn
+    words = [
+        node.text for node in ElementTree.fromstring(drawn).iter() if node.tag.endswith("text")
+    ]
+    page = " ".join(PAGES["docs/science/default_run.md"].split())
+    for title in ("The penalty makes heads read differently", "Pruning to the selected head helps"):
+        verdict, value = words[words.index(title) + 1].split(", ")
+        assert f"**{title}: {verdict}.**" in page
+        assert f"{value} over" in page
+    alike = {
+        method: statistics.mean(
+            one.alike for one in effect.trainings(record) if one.method == method
+        )
+        for method in effect.COLORS
+    }
+    told = f"about {alike['erm']:.2f} after ERM and {alike['diversevit']:.2f} after DiverseViT"
+    assert told in PAGES["README.md"]
+    record["cosines"]["erm-seed0"]["after"] = record["cosines"]["diversevit-seed0"]["after"]
+    assert effect.draw(record) != drawn
 
 
 def test_the_picture_names_files_that_do_it():
