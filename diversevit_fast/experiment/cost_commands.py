@@ -2,6 +2,7 @@
 
 import csv
 import io
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,9 @@ def cost(
     ] = "float32",
     optimizer: Annotated[str, _option("adamw, adam or sgd.", _STEP)] = "adamw",
     checkpointing: Annotated[bool, _option("Recompute activations.", _STEP)] = False,
-    device: Annotated[str, _option("cpu, A100, H100, H200, B200 or MI300X.", _MACHINE)] = "cpu",
+    device: Annotated[
+        str, _option("cpu, cuda, A100, H100, H200, B200 or MI300X.", _MACHINE)
+    ] = "cpu",
     parallel: Annotated[str | None, _option("ddp:N or fsdp2:N.", _MACHINE)] = None,
     graph: Annotated[bool, _option("Steps are replayed as CUDA graphs.", _MACHINE)] = False,
     gpus: Annotated[
@@ -44,7 +47,7 @@ def cost(
         float | None, _option("GB; says the largest batch that fits.", _MACHINE)
     ] = None,
     calibrate: Annotated[
-        bool, _option("Measure this machine, under a minute, and keep it.", _MACHINE)
+        bool, _option("Measure this CPU, or with --device cuda this GPU, and keep it.", _MACHINE)
     ] = False,
     as_json: o.Json = False,
     figure: Annotated[
@@ -66,9 +69,13 @@ def cost(
     if calibrate:
         from ..cost.calibration import calibrate as measure
         from ..cost.calibration import save
+        from ..cost.clocks import ROUNDS
 
-        where = save(measure())
-        typer.echo(f"measured: {where}", err=as_json)
+        begun = time.perf_counter()
+        where = save(measure(device))
+        seconds = time.perf_counter() - begun
+        said = f"measured in {seconds:.0f} s, each job in at most {ROUNDS} rounds: {where}"
+        typer.echo(said, err=as_json)
     options: dict[str, Any] = {
         **{"batch": batch, "dtype": dtype, "optimizer": optimizer, "device": device},
         **{"checkpointing": checkpointing, "parallel": parallel, "graph": graph},
