@@ -197,15 +197,20 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str) -> None:
             erm = _row(rows, model, "erm", "alone")
             one = _row(rows, model, "last" if step == "last" else "all", "alone")
             line.append(_over(one, erm) if step in STEPS else _every(one, erm))
-        look = {"color": colour, "marker": MARKERS[step], "markersize": 5}
+        look: Any = {"color": colour, "marker": MARKERS[step], "markersize": 5}
         axis.plot(list(sizes.values()), line, label=f"{step}: predicted, H200", **look)
     for where, model, step, ratio in measured():
         if model in sizes:
             marker = "D" if where == "a CPU" else "*"
-            look = {"marker": marker, "facecolors": "none", "edgecolors": COLOURS[step]}
+            look: Any = {"marker": marker, "facecolors": "none", "edgecolors": COLOURS[step]}
             axis.scatter(sizes[model], ratio, s=50 if marker == "D" else 130, **look)
     for where, marker in (("a CPU", "D"), ("an H200", "*")):
-        look = {"marker": marker, "linestyle": "", "markerfacecolor": "none", "color": "#55554f"}
+        look: Any = {
+            "marker": marker,
+            "linestyle": "",
+            "markerfacecolor": "none",
+            "color": "#55554f",
+        }
         axis.plot([], [], label=f"measured on {where}", **look)
     axis.set(xscale="log", yscale="log", ylabel="time of a step over one without penalty")
     axis.set_xticks(list(sizes.values()), [name.removeprefix("ViT-") for name in sizes])

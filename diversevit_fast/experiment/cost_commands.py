@@ -224,8 +224,10 @@ def _show(rows: list[dict[str, Any]], title: str, as_json: bool) -> None:
 def _said(name: str, value: Any) -> str:
     if value is None:
         return ""
-    if isinstance(value, str | bool):
-        return {True: "yes", False: "no"}.get(value, str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value
     if "bytes" in name or name.startswith("peak"):
         return f"{value / GIB:.3g} GiB"
     if "seconds" in name:
