@@ -6,6 +6,7 @@
     cells/<name>/      a finished run of one method and one seed; <name>.partial while it is trained
     claims/            who trains what (``sweep_claims``)
     failed/<name>.json why a cell could not be trained
+    costs/             what their steps cost by prediction (``sweep_costs``)
     results.csv        of all finished cells (``sweep_results``)
     sweep.html, .png   what they show (``sweep_report``)
 
