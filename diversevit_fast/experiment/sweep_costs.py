@@ -21,6 +21,7 @@ COSTS = ("predicted_step_flops", "predicted_step_peak_bytes", "predicted_step_se
 rates of the machine are known: those of a calibration, or a GPU's of the table of ``cost``."""
 _SAME = (
     *("preset", "source", "metadata", "download", "correlation", "samples", "data_seed"),
+    "label_noise",
     *("methods", "seeds", "epochs", "schedule_epochs", "lr", "erm_lr", "weight_decay"),
     *("penalty_weight", "augment", "pretrained", "workers", "tensorboard", "keep_checkpoints"),
 )
