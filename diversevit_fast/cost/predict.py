@@ -9,13 +9,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .._torch_internals import fsdp_modules
 from ..attachment.parallel import is_ddp
 from ..errors import UnsupportedError, require, usage_error
 from ..penalty.head_diversity import HeadDiversity
 from .counting import KINDS, PHASES, Call
 from .devices import Device, device_of
 from .memory import Peak
-from .parallel import NODE, Parallel, memory_change, parallel_of, sent_bytes
+from .parallel import (
+    Layout,
+    Parallel,
+    Traffic,
+    layout_of,
+    memory_change,
+    parallel_of,
+    sending_seconds,
+    traffic_of,
+)
 from .samples import sample_of
 from .step import Counted, Optimizers, StepSpec, count_step
 
@@ -30,7 +40,7 @@ class Seconds(NamedTuple):
     Attributes:
         device: of its kernels, one after the other; on a CPU of its operators.
         host: of Python and C++ that starts them on a GPU; 0 in a CUDA graph.
-        communication: of what DDP or FSDP2 sends, if nothing hid it.
+        communication: of what DDP, FSDP2 or HSDP sends, if nothing hid it.
         step: the largest of the three, which overlap at best.
     """
 
@@ -56,7 +66,7 @@ class Cost:
         spec: what was counted.
         every: the penalty is that of every so many steps.
         device: the machine whose times are predicted; None: none are.
-        parallel: DDP or FSDP2, and how many processes; memory and times are those of each.
+        parallel: DDP, FSDP2 or HSDP, and how many processes; memory and times are those of each.
         graph: whether a GPU replays the step as a CUDA graph.
     """
 
@@ -96,7 +106,9 @@ class Cost:
     def peak(self) -> Peak:
         """The largest memory at once of a process, in bytes, and its parts."""
         alone = self.peak_alone
-        parts = memory_change(self.parallel, alone.parts, self.counted.trained_bytes)
+        if self.parallel is None:
+            return alone
+        parts = memory_change(self.parallel, alone.parts, self._layout)
         return Peak(alone.total + sum(parts.values()) - sum(alone.parts.values()), parts)
 
     @property
@@ -105,9 +117,21 @@ class Cost:
 
     @property
     def sent_bytes(self) -> dict[str, float]:
-        """Bytes that each process sends, by collective operation."""
-        counted = self.counted
-        return sent_bytes(self.parallel, counted.parameter_bytes, counted.trained_bytes)
+        """Bytes that each process sends, in rings, by collective operation."""
+        return self._traffic.sent
+
+    @property
+    def collectives(self) -> dict[str, float]:
+        """How many collective operations each process takes part in, by name."""
+        return self._traffic.calls
+
+    @property
+    def _layout(self) -> Layout:
+        return layout_of(self.spec.model, self.spec.diversity)
+
+    @property
+    def _traffic(self) -> Traffic:
+        return traffic_of(self.parallel, self._layout, self.every)
 
     @property
     def seconds(self) -> Seconds | None:
@@ -121,9 +145,9 @@ class Cost:
             for call, times in self.calls.items():
                 host += times * (device.host_operator if call.ours else device.host * call.launches)
         sending = 0.0
-        if self.parallel is not None and (sent := sum(self.sent_bytes.values())):
-            rate = device.link if self.parallel.ranks <= NODE else device.network
-            sending = sent / rate if rate else 0.0
+        if self.parallel is not None:
+            sent = self.sent_bytes
+            sending = sending_seconds(self.parallel, sent, device.link, device.network)
         return Seconds(computing, host, sending, max(computing, host, sending))
 
     @property
@@ -146,7 +170,7 @@ class Cost:
         """The same step on each of several processes; nothing is counted again.
 
         Args:
-            parallel: ``"ddp:8"`` or ``"fsdp2:8"``, each process with the same batch; None: one process.
+            parallel: as ``cost`` takes it, each process with the same batch; None: one process.
 
         Raises:
             UsageError: it says something else.
@@ -155,11 +179,10 @@ class Cost:
 
     def _own_calls(self) -> Iterator[tuple[Call, float]]:
         """The calls of a process: with FSDP2 each updates its share of the parameters alone."""
-        found = self.parallel
-        ranks = found.ranks if found is not None and found.kind == "fsdp2" else 1
+        shards = 1 if self.parallel is None else self.parallel.shards
         for call, times in self.calls.items():
-            if ranks > 1 and call.phase == "optimizer":
-                less = {"flops": -(-call.flops // ranks), "moved": -(-call.moved // ranks)}
+            if shards > 1 and call.phase == "optimizer":
+                less = {"flops": -(-call.flops // shards), "moved": -(-call.moved // shards)}
                 call = call._replace(**less)
             yield call, times
 
@@ -224,7 +247,8 @@ def cost(
             of a list of parameters.
         checkpointing: whether activations are recomputed, by the model's own switch.
         inputs: a batch as the model takes it, or the shape of a sample; None: images as the model says.
-        parallel: ``"ddp:8"`` or ``"fsdp2:8"``, each process with that batch; None: one process.
+        parallel: ``"ddp:8"``, ``"fsdp2:8"`` or ``"hsdp:2x8"`` (2 replicas of 8 processes), each process with that
+            batch; ``:keep`` after the last two is ``reshard_after_forward=False``. None: one process.
         device: ``"cpu"``, a GPU of the table (``"A100"``, ``"H100"``, ``"H200"``, ``"B200"``, ``"MI300X"``), or a
             ``Device``. Times of a CPU need ``diversevit cost --calibrate``.
         graph: whether a GPU replays the step as a CUDA graph (``graph_step``).
@@ -313,6 +337,10 @@ def _model_of(model: object) -> nn.Module:
         raise usage_error("model", wanted, got, "pass the model itself")
     if is_ddp(model):
         raise UnsupportedError("model: is inside DDP; pass its .module, and say parallel='ddp:8'")
+    if fsdp_modules(model):
+        raise UnsupportedError(
+            "model: is sharded by fully_shard; pass it as it was before, and say parallel='fsdp2:8'"
+        )
     return model
 
 

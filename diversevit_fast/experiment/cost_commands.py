@@ -37,7 +37,7 @@ def cost(
     device: Annotated[
         str, _option("cpu, cuda, A100, H100, H200, B200 or MI300X.", _MACHINE)
     ] = "cpu",
-    parallel: Annotated[str | None, _option("ddp:N or fsdp2:N.", _MACHINE)] = None,
+    parallel: Annotated[str | None, _option("ddp:N, fsdp2:N or hsdp:RxS.", _MACHINE)] = None,
     graph: Annotated[bool, _option("Steps are replayed as CUDA graphs.", _MACHINE)] = False,
     gpus: Annotated[
         str | None,
@@ -147,6 +147,7 @@ def row_of(step: str, found: Any) -> dict[str, Any]:
     row |= {"launches": sum(found.launches.values()), "bytes moved": found.bytes_moved}
     row |= {"peak bytes": found.peak_bytes}
     row |= {f"peak: {part}": n for part, n in found.peak.parts.items()}
+    row["collectives"] = sum(found.collectives.values())
     row["bytes sent"] = sum(found.sent_bytes.values())
     times = found.seconds
     for name in ("device", "host", "communication", "step"):
