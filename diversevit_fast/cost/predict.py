@@ -2,7 +2,7 @@
 
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -49,14 +49,19 @@ class Seconds(NamedTuple):
     communication: float
     step: float
 
+    @property
+    def limit(self) -> str:
+        """Which of the three a step waits for: ``"device"``, ``"host"`` or ``"communication"``."""
+        return max(("device", "host", "communication"), key=lambda name: getattr(self, name))
+
 
 @dataclass(frozen=True)
 class Cost:
     """The cost of one training step; with ``every`` above 1 the mean over so many steps, and the largest memory.
 
     Attributes:
-        calls: kind of call -> how often a step makes it (a mean, with ``every``).
-        peak: the largest memory at once, in bytes, and its parts.
+        calls: kind of call -> how often a step of one process alone makes it (a mean, with ``every``).
+        peak_alone: the largest memory at once of one process alone, in bytes, and its parts.
         parameters: their number.
         spec: what was counted.
         every: the penalty is that of every so many steps.
@@ -66,7 +71,7 @@ class Cost:
     """
 
     calls: Mapping[Call, float]
-    peak: Peak
+    peak_alone: Peak
     parameters: int
     spec: StepSpec
     every: int
@@ -79,7 +84,7 @@ class Cost:
     def flops(self) -> dict[str, float]:
         """Operations by kind: of products, and in ``"elementwise"`` all others."""
         found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-        for call, times in self.calls.items():
+        for call, times in self._own_calls():
             found[call.kind] += times * call.flops
             found["elementwise"] += times * call.elementwise
         return found
@@ -95,7 +100,16 @@ class Cost:
     @property
     def bytes_moved(self) -> float:
         """Bytes that operators read and write, each operand and result once."""
-        return sum(times * call.moved for call, times in self.calls.items())
+        return sum(times * call.moved for call, times in self._own_calls())
+
+    @property
+    def peak(self) -> Peak:
+        """The largest memory at once of a process, in bytes, and its parts."""
+        alone = self.peak_alone
+        if self.parallel is None:
+            return alone
+        parts = memory_change(self.parallel, alone.parts, self._layout)
+        return Peak(alone.total + sum(parts.values()) - sum(alone.parts.values()), parts)
 
     @property
     def peak_bytes(self) -> int:
@@ -125,7 +139,7 @@ class Cost:
         device = self.device
         if device is None:
             return None
-        computing = sum(times * device.seconds(call) for call, times in self.calls.items())
+        computing = sum(times * device.seconds(call) for call, times in self._own_calls())
         host = 0.0
         if device.is_gpu and not self.graph:
             for call, times in self.calls.items():
@@ -137,10 +151,40 @@ class Cost:
         return Seconds(computing, host, sending, max(computing, host, sending))
 
     @property
+    def kind_seconds(self) -> dict[str, float] | None:
+        """The device's seconds by kind of call, as ``flops`` has them; None without a device."""
+        if self.device is None:
+            return None
+        found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+        for call, times in self._own_calls():
+            found[call.kind] += times * self.device.seconds(call)
+        return found
+
+    @property
     def samples_per_second(self) -> float | None:
         """Samples of all processes together."""
         found, ranks = self.seconds, 1 if self.parallel is None else self.parallel.ranks
         return None if found is None else ranks * self.spec.batch / found.step
+
+    def with_parallel(self, parallel: str | None) -> "Cost":
+        """The same step on each of several processes; nothing is counted again.
+
+        Args:
+            parallel: as ``cost`` takes it, each process with the same batch; None: one process.
+
+        Raises:
+            UsageError: it says something else.
+        """
+        return replace(self, parallel=parallel_of(parallel))
+
+    def _own_calls(self) -> Iterator[tuple[Call, float]]:
+        """The calls of a process: with FSDP2 each updates its share of the parameters alone."""
+        shards = 1 if self.parallel is None else self.parallel.shards
+        for call, times in self.calls.items():
+            if shards > 1 and call.phase == "optimizer":
+                less = {"flops": -(-call.flops // shards), "moved": -(-call.moved // shards)}
+                call = call._replace(**less)
+            yield call, times
 
     def largest_batch(self, memory: int) -> int:
         """The largest batch, on each process, whose peak is at most ``memory`` bytes; 0 if none is.
@@ -222,7 +266,7 @@ def cost(
         model,
         options,
         sample_of(model, inputs),
-        _batch_of(batch),
+        check_batch(batch),
         _dtype_of(dtype),
         _optimizer_of(optimizer, architecture is not None),
         architecture,
@@ -246,8 +290,6 @@ def _cost_of(spec: StepSpec, every: int, parallel: Parallel | None = None) -> Co
         calls = dict(mean)
         peak = max(counted.peak, plain.peak, key=lambda one: one.total)
     parameters = sum(p.numel() for p in spec.model.parameters())
-    parts = memory_change(parallel, peak.parts, layout_of(spec.model, spec.diversity))
-    peak = Peak(peak.total + sum(parts.values()) - sum(peak.parts.values()), parts)
     return Cost(calls, peak, parameters, spec, every, counted, parallel=parallel)
 
 
@@ -302,7 +344,8 @@ def _model_of(model: object) -> nn.Module:
     return model
 
 
-def _batch_of(batch: object) -> int:
+def check_batch(batch: object) -> int:
+    """Return ``batch`` if it is a number of samples; raise ``UsageError`` if not."""
     if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MOST_BATCH:
         wanted = f"a whole number from 1 to {MOST_BATCH}"
         raise usage_error("batch", wanted, reprlib.repr(batch), "try 64")

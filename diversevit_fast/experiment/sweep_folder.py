@@ -7,6 +7,7 @@
     claims/            who trains what (``sweep_claims``)
     failed/<name>.json why a cell could not be trained
     data/              the prepared data, mapped by every process (``prepared_data``); until all cells are finished
+    costs/             what their steps cost by prediction (``sweep_costs``)
     results.csv        of all finished cells (``sweep_results``)
     sweep.html, .png   what they show (``sweep_report``)
 
