@@ -212,6 +212,24 @@ def saved_tensors_hooked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
 
 
+def recomputes_for_checkpoint() -> bool:
+    """Whether a non-reentrant checkpoint runs its function again here, to save what it dropped."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+    return hooks is not None and hooks[0].__qualname__.startswith("_recomputation_hook.")
+
+
+@contextmanager
+def below_saved_tensors_hooks() -> Iterator[None]:
+    """A context in which the innermost ``saved_tensors_hooks`` are not entered. Publicly only all can be disabled."""
+    autograd: Any = torch._C._autograd
+    pack, unpack = autograd._top_saved_tensors_default_hooks(True)
+    autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
 def in_checkpoint() -> bool:
     """Whether ``torch.utils.checkpoint`` drops what is saved for backward now, to recompute it."""
     return checkpoint_frame() is not None
