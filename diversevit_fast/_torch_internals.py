@@ -221,7 +221,7 @@ def recomputes_for_checkpoint() -> bool:
 @contextmanager
 def below_saved_tensors_hooks() -> Iterator[None]:
     """A context in which the innermost ``saved_tensors_hooks`` are not entered. Publicly only all can be disabled."""
-    autograd: Any = torch._C._autograd
+    autograd: Any = torch._C._autograd  # pyright: ignore
     pack, unpack = autograd._top_saved_tensors_default_hooks(True)
     autograd._pop_saved_tensors_default_hooks()
     try:

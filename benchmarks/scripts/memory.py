@@ -1,9 +1,9 @@
 """Measure peak memory, each row in a process of its own: of steps, of attention at 4097 tokens, of R1 of critics.
 
 ``python -m benchmarks.scripts.memory`` prints the table and stores ``benchmarks/results/memory.json``;
-``--workload NAME`` measures that one and leaves the others of the file as they are, ``--out NAME`` writes another file of
-that folder: workloads that were measured on another machine stay apart. A row is what one run adds at its
-peak to the resident memory of a process that has run a small case of the same:
+``--workload NAME`` measures that one and leaves the others of the file as they are, and ``--out NAME`` writes another
+file of that folder, for a workload that is measured on another machine. A row is what one run adds at its peak to the
+resident memory of a process that has run a small case of the same:
 
 * ``peak``: freed memory goes back to the system at once (glibc's ``MALLOC_MMAP_THRESHOLD_`` fixed), so it is what is
   in use. The same for any number of threads, to about 1 %.

@@ -92,6 +92,9 @@ class HeadDiversity(Attachment):
             synchronisation each step).
         check_finite: whether logits with NaN or infinity are refused: by ``penalty`` on a CPU; on a GPU, which
             nothing waits for, by a later step or by ``check``. False for whoever looks at the loss himself.
+        checkpoint_blocks: whether blocks that a non-reentrant checkpoint runs keep only what they were given in the
+            pass to the heads' gradients too, and are computed again for each order of derivative. False: they keep
+            what that pass computed again, which takes less time.
 
     Attributes:
         cosines: of the last ``penalty`` that was not a zero of ``every``, the detached cosine Gram
@@ -127,6 +130,7 @@ class HeadDiversity(Attachment):
         generator: torch.Generator | None = None,
         grad_scale: float | None = None,
         check_finite: bool = True,
+        checkpoint_blocks: bool = True,
     ):
         check_choice("wrt", wrt, ("input", "output"))
         check_choice("granularity", granularity, ("token", "sample"))
@@ -153,7 +157,7 @@ class HeadDiversity(Attachment):
         self.cosines: list[Tensor] = []
         self.samples: Tensor | None = None
         self._scale = InnerScale(grad_scale)
-        self.check_finite = bool(check_finite)
+        self.check_finite, self.checkpoint_blocks = bool(check_finite), bool(checkpoint_blocks)
 
     def __enter__(self) -> "HeadDiversity":
         super().__enter__()
@@ -404,7 +408,8 @@ class HeadDiversity(Attachment):
 
     def _runs_alone(self) -> bool:
         """Whether a block that runs now belongs to the penalty, and no other context sees it."""
-        return self._capturing() and self.fraction == 1 and open_attachments() == [self]
+        wanted = self.checkpoint_blocks and self.fraction == 1 and self._capturing()
+        return wanted and open_attachments() == [self]
 
     def _copy(self) -> Callable[[], AbstractContextManager[Recording]]:
         """What enters a copy of the ``with`` block as it is now, and gives what the copy records."""

@@ -304,6 +304,9 @@ class TestRunAsTheyAre:
         with pytest.raises(UnsupportedError, match="pass use_reentrant=False"):
             logits_and_loss(model)
 
+    def test_where_it_is_not_wanted(self):
+        assert_as_without(Model(), 0, checkpoint_blocks=False)
+
     def test_no_checkpoint_and_outside(self):
         model = Model()
         with dvf.HeadDiversity(model, layers="all"):
