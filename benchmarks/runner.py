@@ -167,12 +167,12 @@ def peak_bytes(job: Callable[[], Any], device: torch.device) -> int | None:
         clear.write_text("5")
     except OSError:
         return None
-    before = _status_bytes(status, "VmRSS")
+    before = status_bytes(status, "VmRSS")
     job()
-    return max(0, _status_bytes(status, "VmHWM") - before)
+    return max(0, status_bytes(status, "VmHWM") - before)
 
 
-def _status_bytes(status: Path, key: str) -> int:
+def status_bytes(status: Path, key: str) -> int:
     line = next(x for x in status.read_text().splitlines() if x.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024
 

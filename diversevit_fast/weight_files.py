@@ -146,6 +146,21 @@ def path_error(path: StrPath, wanted: str, got: object, hint: str) -> UsageError
     return usage_error(f"path {str(path)!r}", wanted, got, hint)
 
 
+def check_no_checkpoint(path: StrPath, content: object) -> None:
+    """Refuse what a run keeps to go on from, which holds an optimizer's state and says nothing of sizes.
+
+    Args:
+        path: of the file, for the message.
+        content: what was read from it.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if isinstance(content, Mapping) and {"format", "run", "epoch", "model"} <= content.keys():
+        hint = f"pass {Path(path).stem}-last.safetensors, in the folder of that run once it is finished"
+        raise path_error(path, "a file of weights", "the checkpoint of a run", hint)
+
+
 def listing(keys: Sequence[object]) -> str:
     """Name the first three keys and count the rest."""
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""

@@ -167,7 +167,7 @@ DEVICES = {
 
 
 def device_of(device: object) -> Device | None:
-    """The device that is meant: a ``Device``, a name of the table, or ``"cpu"``, which is what ``calibrate`` measured.
+    """The device that is meant: a ``Device``, a name of the table, or ``"cpu"`` or ``"cuda"`` as it was measured.
 
     Returns:
         None for a CPU that was not measured: counts and memory, no times.
@@ -180,9 +180,16 @@ def device_of(device: object) -> Device | None:
             from .calibration import load
 
             return load()
+        if device == "cuda":
+            from .calibration import load
+
+            if (measured := load(device="cuda")) is not None:
+                return measured
+            hint = "run diversevit cost --calibrate --device cuda on it, or name one of the table"
+            raise usage_error("device", "a GPU that was measured", "none for cuda", hint)
         if device in DEVICES:
             return DEVICES[device]
-        names = ", ".join(["cpu", *DEVICES])
+        names = ", ".join(["cpu", "cuda", *DEVICES])
         hint = "or make a Device of your own"
         raise usage_error("device", f"one of {names}", reprlib.repr(device), hint)
     if not isinstance(device, Device):

@@ -2,20 +2,30 @@
 
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from .._torch_internals import fsdp_modules
 from ..attachment.parallel import is_ddp
 from ..errors import UnsupportedError, require, usage_error
 from ..penalty.head_diversity import HeadDiversity
 from .counting import KINDS, PHASES, Call
 from .devices import Device, device_of
 from .memory import Peak
-from .parallel import NODE, Parallel, memory_change, parallel_of, sent_bytes
+from .parallel import (
+    Layout,
+    Parallel,
+    Traffic,
+    layout_of,
+    memory_change,
+    parallel_of,
+    sending_seconds,
+    traffic_of,
+)
 from .samples import sample_of
 from .step import Counted, Optimizers, StepSpec, count_step
 
@@ -30,7 +40,7 @@ class Seconds(NamedTuple):
     Attributes:
         device: of its kernels, one after the other; on a CPU of its operators.
         host: of Python and C++ that starts them on a GPU; 0 in a CUDA graph.
-        communication: of what DDP or FSDP2 sends, if nothing hid it.
+        communication: of what DDP, FSDP2 or HSDP sends, if nothing hid it.
         step: the largest of the three, which overlap at best.
     """
 
@@ -39,24 +49,29 @@ class Seconds(NamedTuple):
     communication: float
     step: float
 
+    @property
+    def limit(self) -> str:
+        """Which of the three a step waits for: ``"device"``, ``"host"`` or ``"communication"``."""
+        return max(("device", "host", "communication"), key=lambda name: getattr(self, name))
+
 
 @dataclass(frozen=True)
 class Cost:
     """The cost of one training step; with ``every`` above 1 the mean over so many steps, and the largest memory.
 
     Attributes:
-        calls: kind of call -> how often a step makes it (a mean, with ``every``).
-        peak: the largest memory at once, in bytes, and its parts.
+        calls: kind of call -> how often a step of one process alone makes it (a mean, with ``every``).
+        peak_alone: the largest memory at once of one process alone, in bytes, and its parts.
         parameters: their number.
         spec: what was counted.
         every: the penalty is that of every so many steps.
         device: the machine whose times are predicted; None: none are.
-        parallel: DDP or FSDP2, and how many processes; memory and times are those of each.
+        parallel: DDP, FSDP2 or HSDP, and how many processes; memory and times are those of each.
         graph: whether a GPU replays the step as a CUDA graph.
     """
 
     calls: Mapping[Call, float]
-    peak: Peak
+    peak_alone: Peak
     parameters: int
     spec: StepSpec
     every: int
@@ -69,7 +84,7 @@ class Cost:
     def flops(self) -> dict[str, float]:
         """Operations by kind: of products, and in ``"elementwise"`` all others."""
         found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-        for call, times in self.calls.items():
+        for call, times in self._own_calls():
             found[call.kind] += times * call.flops
             found["elementwise"] += times * call.elementwise
         return found
@@ -85,7 +100,16 @@ class Cost:
     @property
     def bytes_moved(self) -> float:
         """Bytes that operators read and write, each operand and result once."""
-        return sum(times * call.moved for call, times in self.calls.items())
+        return sum(times * call.moved for call, times in self._own_calls())
+
+    @property
+    def peak(self) -> Peak:
+        """The largest memory at once of a process, in bytes, and its parts."""
+        alone = self.peak_alone
+        if self.parallel is None:
+            return alone
+        parts = memory_change(self.parallel, alone.parts, self._layout)
+        return Peak(alone.total + sum(parts.values()) - sum(alone.parts.values()), parts)
 
     @property
     def peak_bytes(self) -> int:
@@ -93,9 +117,21 @@ class Cost:
 
     @property
     def sent_bytes(self) -> dict[str, float]:
-        """Bytes that each process sends, by collective operation."""
-        counted = self.counted
-        return sent_bytes(self.parallel, counted.parameter_bytes, counted.trained_bytes)
+        """Bytes that each process sends, in rings, by collective operation."""
+        return self._traffic.sent
+
+    @property
+    def collectives(self) -> dict[str, float]:
+        """How many collective operations each process takes part in, by name."""
+        return self._traffic.calls
+
+    @property
+    def _layout(self) -> Layout:
+        return layout_of(self.spec.model, self.spec.diversity)
+
+    @property
+    def _traffic(self) -> Traffic:
+        return traffic_of(self.parallel, self._layout, self.every)
 
     @property
     def seconds(self) -> Seconds | None:
@@ -103,22 +139,52 @@ class Cost:
         device = self.device
         if device is None:
             return None
-        computing = sum(times * device.seconds(call) for call, times in self.calls.items())
+        computing = sum(times * device.seconds(call) for call, times in self._own_calls())
         host = 0.0
         if device.is_gpu and not self.graph:
             for call, times in self.calls.items():
                 host += times * (device.host_operator if call.ours else device.host * call.launches)
         sending = 0.0
-        if self.parallel is not None and (sent := sum(self.sent_bytes.values())):
-            rate = device.link if self.parallel.ranks <= NODE else device.network
-            sending = sent / rate if rate else 0.0
+        if self.parallel is not None:
+            sent = self.sent_bytes
+            sending = sending_seconds(self.parallel, sent, device.link, device.network)
         return Seconds(computing, host, sending, max(computing, host, sending))
+
+    @property
+    def kind_seconds(self) -> dict[str, float] | None:
+        """The device's seconds by kind of call, as ``flops`` has them; None without a device."""
+        if self.device is None:
+            return None
+        found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+        for call, times in self._own_calls():
+            found[call.kind] += times * self.device.seconds(call)
+        return found
 
     @property
     def samples_per_second(self) -> float | None:
         """Samples of all processes together."""
         found, ranks = self.seconds, 1 if self.parallel is None else self.parallel.ranks
         return None if found is None else ranks * self.spec.batch / found.step
+
+    def with_parallel(self, parallel: str | None) -> "Cost":
+        """The same step on each of several processes; nothing is counted again.
+
+        Args:
+            parallel: as ``cost`` takes it, each process with the same batch; None: one process.
+
+        Raises:
+            UsageError: it says something else.
+        """
+        return replace(self, parallel=parallel_of(parallel))
+
+    def _own_calls(self) -> Iterator[tuple[Call, float]]:
+        """The calls of a process: with FSDP2 each updates its share of the parameters alone."""
+        shards = 1 if self.parallel is None else self.parallel.shards
+        for call, times in self.calls.items():
+            if shards > 1 and call.phase == "optimizer":
+                less = {"flops": -(-call.flops // shards), "moved": -(-call.moved // shards)}
+                call = call._replace(**less)
+            yield call, times
 
     def largest_batch(self, memory: int) -> int:
         """The largest batch, on each process, whose peak is at most ``memory`` bytes; 0 if none is.
@@ -181,7 +247,8 @@ def cost(
             of a list of parameters.
         checkpointing: whether activations are recomputed, by the model's own switch.
         inputs: a batch as the model takes it, or the shape of a sample; None: images as the model says.
-        parallel: ``"ddp:8"`` or ``"fsdp2:8"``, each process with that batch; None: one process.
+        parallel: ``"ddp:8"``, ``"fsdp2:8"`` or ``"hsdp:2x8"`` (2 replicas of 8 processes), each process with that
+            batch; ``:keep`` after the last two is ``reshard_after_forward=False``. None: one process.
         device: ``"cpu"``, a GPU of the table (``"A100"``, ``"H100"``, ``"H200"``, ``"B200"``, ``"MI300X"``), or a
             ``Device``. Times of a CPU need ``diversevit cost --calibrate``.
         graph: whether a GPU replays the step as a CUDA graph (``graph_step``).
@@ -199,7 +266,7 @@ def cost(
         model,
         options,
         sample_of(model, inputs),
-        _batch_of(batch),
+        check_batch(batch),
         _dtype_of(dtype),
         _optimizer_of(optimizer, architecture is not None),
         architecture,
@@ -223,8 +290,6 @@ def _cost_of(spec: StepSpec, every: int, parallel: Parallel | None = None) -> Co
         calls = dict(mean)
         peak = max(counted.peak, plain.peak, key=lambda one: one.total)
     parameters = sum(p.numel() for p in spec.model.parameters())
-    parts = memory_change(parallel, peak.parts, counted.trained_bytes)
-    peak = Peak(peak.total + sum(parts.values()) - sum(peak.parts.values()), parts)
     return Cost(calls, peak, parameters, spec, every, counted, parallel=parallel)
 
 
@@ -272,10 +337,15 @@ def _model_of(model: object) -> nn.Module:
         raise usage_error("model", wanted, got, "pass the model itself")
     if is_ddp(model):
         raise UnsupportedError("model: is inside DDP; pass its .module, and say parallel='ddp:8'")
+    if fsdp_modules(model):
+        raise UnsupportedError(
+            "model: is sharded by fully_shard; pass it as it was before, and say parallel='fsdp2:8'"
+        )
     return model
 
 
-def _batch_of(batch: object) -> int:
+def check_batch(batch: object) -> int:
+    """Return ``batch`` if it is a number of samples; raise ``UsageError`` if not."""
     if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= MOST_BATCH:
         wanted = f"a whole number from 1 to {MOST_BATCH}"
         raise usage_error("batch", wanted, reprlib.repr(batch), "try 64")

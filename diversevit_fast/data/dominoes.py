@@ -160,7 +160,8 @@ def stream(generator: torch.Generator | None, name: str) -> torch.Generator:
 
     The seed is ``generator.initial_seed()`` (0 for None); its state is neither read nor advanced.
     The names in use are the splits, for flips and pairing; ``sources``, for cutting the sources
-    in parts; and ``cells``, ``patches/train``, ``patches/val``, ``patches/test`` for ``DigitsPhotos``.
+    in parts; ``label noise``; and ``cells``, ``patches/train``, ``patches/val``, ``patches/test`` for
+    ``DigitsPhotos``.
     """
     if not (generator is None or isinstance(generator, torch.Generator)):
         got = type(generator).__name__

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from ..errors import usage_error
 from . import garments_places
 from .digits_photos import DigitsPhotos
-from .dominoes import IMAGE_SIZE, SPLITS, Dominoes, role_of
+from .dominoes import IMAGE_SIZE, SPLITS, Dominoes, role_of, stream
 from .garments_places import GarmentsPlaces
 from .group_images import check_img_size, check_memory, folder_images
+from .label_noise import check_label_noise, noisy_labels
 from .mnist_cifar import MNISTCIFAR, PREPARE
 
 NAMES = ("digits-photos", "mnist-cifar", "garments-places", "folder")
@@ -40,6 +41,7 @@ def load_splits(
     download: bool = False,
     metadata: str | os.PathLike[str] | None = None,
     img_size: int | None = None,
+    label_noise: float | None = None,
 ) -> dict[str, Any]:
     """Build the five ``SPLITS`` of a data set from one seed.
 
@@ -55,6 +57,8 @@ def load_splits(
         metadata: the CSV file of a folder; see ``folder_images``.
         img_size: height and width in pixels to which images are resized, once and bilinearly, without keeping their
             aspect ratio; None keeps the data set's own size.
+        label_noise: the fraction of the training images that have the label of another class; None is 0. Their groups
+            stay those of the true labels. All other splits keep their labels.
 
     Raises:
         UsageError: a bad argument, or a source that is missing or damaged.
@@ -80,6 +84,7 @@ def load_splits(
             "metadata", f"nothing for {name}", metadata, "leave it out, or name folder"
         )
     check_img_size(img_size)
+    check_label_noise(label_noise)
     if isinstance(samples, Mapping):
         for split in samples:
             role_of(split)
@@ -91,11 +96,12 @@ def load_splits(
             if given:
                 hint = "leave it out: a folder has the images that its CSV file lists"
                 raise usage_error(option, "nothing for folder", correlation or download, hint)
-        generator = torch.Generator().manual_seed(seed)
         assert source is not None
-        return folder_images(
-            source, metadata, img_size=img_size, samples=sizes, generator=generator
-        )
+        generator = torch.Generator().manual_seed(seed)
+        splits: dict[str, Any] = {
+            **folder_images(source, metadata, img_size=img_size, samples=sizes, generator=generator)
+        }
+        return _with_wrong_labels(splits, label_noise, seed)
 
     def load(split: str) -> Dominoes:
         generator = torch.Generator().manual_seed(seed)
@@ -120,4 +126,13 @@ def load_splits(
                 split.images, (img_size, img_size), mode="bilinear", antialias=True
             )
             split.image_size = (img_size, img_size)
+    return _with_wrong_labels(splits, label_noise, seed)
+
+
+def _with_wrong_labels(splits: dict[str, Any], fraction: float | None, seed: int) -> dict[str, Any]:
+    """Return the splits, a fraction of the labels of ``train`` replaced."""
+    if fraction:
+        generator = stream(torch.Generator().manual_seed(seed), "label noise")
+        train = splits["train"]
+        train.labels = noisy_labels(train.labels, fraction, train.num_classes, generator)
     return splits

@@ -56,7 +56,8 @@ class Settings:
     Attributes:
         preset: the preset the settings started from (a label; the values below decide).
         data: name of a data set of ``diversevit_fast.data``.
-        source, metadata, img_size, download, correlation, samples: passed to ``diversevit_fast.data.load_splits``.
+        source, metadata, img_size, download, correlation, samples, label_noise: passed to
+            ``diversevit_fast.data.load_splits``.
         data_seed: seed of the data, one for all ``seeds``: none trains on another's test images. Below
             2**63.
         methods: which of ``"erm"`` (penalty weight 0) and ``"diversevit"`` to train.
@@ -99,6 +100,7 @@ class Settings:
     download: bool = False
     correlation: float | None = None
     samples: int | None = None
+    label_noise: float | None = None
     data_seed: int = 0
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1)
@@ -187,6 +189,7 @@ class Settings:
             "seed": self.data_seed,
             "correlation": self.correlation,
             "samples": self.samples,
+            "label_noise": self.label_noise,
             "download": self.download,
         }
 
@@ -327,6 +330,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda x: x is None or (_whole(2)(x) and x % 2 == 0),
         "a positive even number of at most 10**9",
     ),
+    "label_noise": (_maybe(_number(0, 1)), "a number from 0 to 1"),
     "data_seed": (_whole(0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"),
     "methods": (_several(METHODS.__contains__), "different methods among erm, diversevit"),
     "seeds": (

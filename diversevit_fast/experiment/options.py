@@ -39,6 +39,13 @@ Correlation = Annotated[
     float | None,
     typer.Option(help="How often the digit agrees with the label.", rich_help_panel=_DATA),
 ]
+LabelNoise = Annotated[
+    float | None,
+    typer.Option(
+        help="Fraction of the training images that have the label of another class.",
+        rich_help_panel=_DATA,
+    ),
+]
 Samples = Annotated[int | None, typer.Option(help="Images per split.", rich_help_panel=_DATA)]
 Preset = Annotated[
     str | None,

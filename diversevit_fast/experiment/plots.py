@@ -49,12 +49,12 @@ def draw(rows: Sequence[Row], cosines: Mapping[str, Any], folder: Path) -> None:
             write_atomically(folder / name, lambda file, data=data: file.write(data))
 
 
-def picture(width: float, height: float, fill: Callable[[Any], object]) -> bytes:
-    """Return the PNG of a figure of a size in inches that ``fill`` has drawn on, in this module's style."""
+def picture(width: float, height: float, fill: Callable[[Any], object], form: str = "png") -> bytes:
+    """Return the PNG or SVG of a figure of a size in inches that ``fill`` has drawn on, in this module's style."""
     with _own_style():
         figure = _figure(width, height)
         fill(figure)
-        return _png(figure)
+        return _png(figure) if form == "png" else _svg(figure)
 
 
 def rehearse() -> None:
@@ -102,6 +102,15 @@ def _png(figure: Any) -> bytes:
     picture = io.BytesIO()
     agg.FigureCanvasAgg(figure)  # the figure's canvas from here on
     figure.savefig(picture, format="png", backend="agg")
+    return picture.getvalue()
+
+
+def _svg(figure: Any) -> bytes:
+    """Return the same bytes for the same figure: no date, no random names."""
+    matplotlib = require("matplotlib", extra="train")
+    picture = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "diversevit"}):
+        figure.savefig(picture, format="svg", metadata={"Date": None})
     return picture.getvalue()
 
 

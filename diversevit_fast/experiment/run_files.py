@@ -10,8 +10,8 @@ from ..errors import usage_error
 from ..files import open_plain, read_bytes, reading, write_atomically, writing
 from .config import is_path
 
-_MARK = b"\nsha256:"
-_SEAL = len(_MARK) + 64  # at the end of a file, where PyTorch's own reader does not look
+MARK = b"\nsha256:"
+_SEAL = len(MARK) + 64  # at the end of a file, where PyTorch's own reader does not look
 
 
 class DamagedError(Exception):
@@ -32,7 +32,7 @@ def write_json(path: Path, values: Any) -> None:
 
 def write_sealed(path: Path, content: bytes) -> None:
     """Write ``content`` followed by its checksum."""
-    seal = _MARK + hashlib.sha256(content).hexdigest().encode("ascii")
+    seal = MARK + hashlib.sha256(content).hexdigest().encode("ascii")
     write_atomically(path, lambda file: (file.write(content), file.write(seal)))
 
 
@@ -45,11 +45,26 @@ def read_sealed(path: Path) -> tuple[bytes, bool]:
     """
     data = read_bytes(path)
     content, seal = data[:-_SEAL], data[-_SEAL:]
-    if not seal.startswith(_MARK):
+    if not seal.startswith(MARK):
         return data, False
-    if seal[len(_MARK) :] != hashlib.sha256(content).hexdigest().encode("ascii"):
+    if seal[len(MARK) :] != hashlib.sha256(content).hexdigest().encode("ascii"):
         raise DamagedError
     return content, True
+
+
+def check_seal(path: Path) -> bool:
+    """Return True if the file ends with ``MARK`` and the checksum of all that precedes it; it is read in parts.
+
+    Raises:
+        FileError: the file cannot be read.
+    """
+    digest, seal = hashlib.sha256(), b""
+    with reading(path), open_plain(path) as file:
+        while part := file.read(1 << 20):
+            part = seal + part
+            content, seal = part[:-_SEAL], part[-_SEAL:]
+            digest.update(content)
+    return seal == MARK + digest.hexdigest().encode("ascii")
 
 
 def check_new(option: str, name: str) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..data import load_splits
+from ..data.label_noise import noisy_labels
 from ..errors import UsageError, usage_error
 from ..files import make_folder, path_exists
 from ..heads.head_table import HeadTable
@@ -202,7 +203,8 @@ def _conditioned(table: HeadTable, conditions: Conditions) -> HeadTable:
     ident = splits[conditions.id_split]
     if conditions.label_noise:
         assert ident.labels is not None
-        labels = _noisy(ident.labels, conditions.label_noise, table.classes)
+        generator = torch.Generator().manual_seed(0)
+        labels = noisy_labels(ident.labels, conditions.label_noise, table.classes, generator)
         ident = replace(ident, labels=labels)
     if conditions.shift:
         ood, test_id, test_ood = (splits[name] for name in ("val_ood", "test_id", "test_ood"))
@@ -213,14 +215,6 @@ def _conditioned(table: HeadTable, conditions: Conditions) -> HeadTable:
         test_id = test_ood = splits["test_id"].images(order[half:])
     chosen = {"id": ident, "ood": ood, "test_id": test_id, "test_ood": test_ood}
     return replace(table, splits=chosen)
-
-
-def _noisy(labels: Tensor, fraction: float, classes: int) -> Tensor:
-    """Replace a random fraction of the labels by another class; the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    wrong = torch.rand(len(labels), generator=generator) < fraction
-    others = labels + torch.randint(1, max(classes, 2), (len(labels),), generator=generator)
-    return torch.where(wrong, others % classes, labels)
 
 
 def _compare(model: Trained, table: HeadTable) -> list[dict[str, Any]]:

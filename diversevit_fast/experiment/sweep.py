@@ -6,6 +6,7 @@ Data flow: ``sweep_grid`` (cells) -> ``sweep_folder`` with ``sweep_claims`` (whi
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -104,6 +105,8 @@ def run_sweep(
             digests.setdefault(settings.pretrained, backbone(settings)["sha256"])
     more = {"splits": prints, "weights": digests, "versions": versions(), "commit": commit()}
     sweep = SweepFolder.create(out, grid, more, hands.stale_after)
+    if sweep.progress().left:
+        shelf.share(sweep.data)
     return _continue(sweep, hands, say)
 
 
@@ -147,6 +150,8 @@ def _continue(sweep: SweepFolder, hands: Hands, say: Say) -> Outcome:
     except FileError as failure:
         raise FileError(f"{failure}, then continue with: {command}") from None
     progress = sweep.progress()
+    if not progress.left and not progress.running:
+        shutil.rmtree(sweep.data, ignore_errors=True)
     index, count = hands.shard
     return Outcome(
         sweep.path,

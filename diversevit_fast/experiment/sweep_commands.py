@@ -28,6 +28,9 @@ def sweep(
     data: Annotated[str | None, _list("Data sets.")] = None,
     correlation: Annotated[str | None, _list("How often digit and label agree.")] = None,
     samples: Annotated[str | None, _list("Images per split.")] = None,
+    label_noise: Annotated[
+        str | None, _list("Fractions of the training images with wrong labels.")
+    ] = None,
     img_size: Annotated[str | None, _list("Sizes of a folder's images, in pixels.")] = None,
     data_seed: Annotated[str | None, _list("Seeds of the data.")] = None,
     wrt: Annotated[str | None, _list("input, output.")] = None,

@@ -6,6 +6,8 @@
     cells/<name>/      a finished run of one method and one seed; <name>.partial while it is trained
     claims/            who trains what (``sweep_claims``)
     failed/<name>.json why a cell could not be trained
+    data/              the prepared data, mapped by every process (``prepared_data``); until all cells are finished
+    costs/             what their steps cost by prediction (``sweep_costs``)
     results.csv        of all finished cells (``sweep_results``)
     sweep.html, .png   what they show (``sweep_report``)
 
@@ -140,6 +142,11 @@ class SweepFolder:
             got = f"{path}, a sweep that differs in {_difference(found.grid, grid)}"
             raise usage_error("out", "a new folder, or the same sweep's", got, hint)
         return found
+
+    @property
+    def data(self) -> Path:
+        """The folder of prepared data."""
+        return self.path / "data"
 
     def place(self, cell: Cell) -> Place:
         """Return the paths of a cell's run."""

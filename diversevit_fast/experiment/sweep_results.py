@@ -19,6 +19,7 @@ from .config import MODEL_KEYS, Settings, read_json
 from .metrics import EVALUATED, RULES, Row, Rule, find, read_csv
 from .run_files import write_text
 from .run_record import settings_of
+from .sweep_costs import COSTS, costs_of
 from .sweep_folder import SweepFolder
 from .sweep_grid import Cell, as_text
 from .verdict import mean_of_pairs
@@ -36,7 +37,7 @@ _SETTINGS = tuple(name for name in Settings.__dataclass_fields__ if name not in 
 _MODEL = tuple(f"model.{name}" for name in MODEL_KEYS)
 FOUND = ("commit", "torch", "device", "seconds", "epoch", "heads")
 MEASURED = (*EVALUATED, "worst_group", "penalty", "cosine", "dead_heads")
-COLUMNS = ("cell", "rule", "role", "seed", *_SETTINGS, *_MODEL, *FOUND, *MEASURED)
+COLUMNS = ("cell", "rule", "role", "seed", *_SETTINGS, *_MODEL, *FOUND, *MEASURED, *COSTS)
 _DEAD = 0.05
 _WORDS = ("commit", "cell", "torch", "rule", "heads", "source", "pretrained")  # never numbers
 
@@ -83,13 +84,14 @@ def rows_of(sweep: SweepFolder, cell: Cell) -> list[Row]:
     try:
         groups = record["splits"]["val_id"]["groups"]
         after = next(iter(cosines.values()))["after"]
+        gpu = record["machine"].get("gpu") if _on_gpu(record) else None
         given: Row = {"cell": cell.name, "role": cell.role, "seed": cell.seed}
         given |= {name: getattr(cell.settings, name) for name in _SETTINGS}
         given |= {f"model.{name}": value for name, value in cell.settings.model.items()}
         given |= {
             "commit": record.get("commit"),
             "torch": record["versions"].get("torch"),
-            "device": record["machine"].get("gpu") if _on_gpu(record) else "cpu",
+            "device": gpu if _on_gpu(record) else "cpu",
             "seconds": sum(row["seconds"] for row in _timed(rows)),
             "cosine": mean_of_pairs(after),
         }
@@ -97,6 +99,8 @@ def rows_of(sweep: SweepFolder, cell: Cell) -> list[Row]:
         got = f"incomplete ones ({type(failure).__name__}: {failure})"
         hint = f"move {folder} away, then resume"
         raise usage_error("sweep", f"the files of a run in {folder}", got, hint) from None
+    weights = folder / f"{next(iter(cosines))}.safetensors"
+    given |= costs_of(cell.settings, gpu, weights, sweep.path / "costs")
     return [{**given, **_chosen(rule, rows, groups)} for rule in RULES]
 
 

@@ -1,16 +1,19 @@
 """The work of one process of a sweep: claim a cell, run or resume it, record it, and go on until none is left."""
 
+import hashlib
 import io
 import json
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedError, UsageError, require, usage_error
-from ..files import FileError, path_exists
+from ..files import FileError, make_folder, path_exists
 from ..models.pretrained import weights_file
 from .config import Settings
+from .prepared_data import read_splits, write_splits
 from .run import fingerprint, load, resume, run
 from .run_files import digest_of, out_of_memory
 from .run_folder import BusyError
@@ -30,35 +33,63 @@ def data_key(settings: Settings) -> str:
 
 
 class Shelf:
-    """Data sets, each prepared once in a process and handed out again.
+    """Data sets, each prepared once and handed out again.
 
     Args:
         prints: the fingerprints that they must have, by ``data_key``; what is not there is not checked.
+        folder: where processes share what one of them prepared, in a file for each data set; None: nowhere.
         most: how many are kept.
     """
 
-    def __init__(self, prints: Mapping[str, Any], most: int = 4):
-        self._prints, self._most = prints, most
+    def __init__(self, prints: Mapping[str, Any], folder: Path | None = None, most: int = 4):
+        self._prints, self._folder, self._most = prints, folder, most
         self._kept: dict[str, Mapping[str, Any]] = {}
 
     def load(self, settings: Settings) -> Mapping[str, Any]:
         """Return the splits for ``settings``.
 
         Raises:
-            UsageError: no such data, or others than the sweep began with.
+            UsageError: no such data, others than the sweep began with, or a damaged file of them.
+            FileError: the file of them cannot be written or read.
         """
         key = data_key(settings)
         if key not in self._kept:
-            splits = load(settings)
+            path = None if self._folder is None else _file(self._folder, key)
+            there = path is not None and path_exists(path)
+            splits = read_splits(path) if path is not None and there else load(settings)
             if key in self._prints:
                 found = {name: fingerprint(split) for name, split in splits.items()}
                 if json.loads(json.dumps(found)) != self._prints[key]:
                     hint = "restore the data it started with, or start a new sweep"
                     raise usage_error("data", "what the sweep started with", "other data", hint)
+            if path is not None and not there:
+                splits = _shared(path, splits)
             while len(self._kept) >= self._most:
                 del self._kept[next(iter(self._kept))]
             self._kept[key] = splits
         return self._kept[key]
+
+    def share(self, folder: Path) -> None:
+        """Write what is kept to ``folder``, for the processes of a sweep, and keep it no longer.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        for key, splits in self._kept.items():
+            if not path_exists(path := _file(folder, key)):
+                _shared(path, splits)
+        self._kept.clear()
+
+
+def _file(folder: Path, key: str) -> Path:
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
+
+
+def _shared(path: Path, splits: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write the splits, and return them as every process finds them: mapped from the file."""
+    make_folder(path.parent)
+    write_splits(path, splits)
+    return read_splits(path)
 
 
 def work(
@@ -76,7 +107,7 @@ def work(
         Interrupted: Ctrl-C; the cell is released, with the checkpoint of its last epoch.
     """
     _check_weights(sweep.record.get("weights", {}))
-    shelf = Shelf(sweep.record["splits"])
+    shelf = Shelf(sweep.record["splits"], sweep.data)
     results = results or Results(sweep)
     index, count = shard
     mine = list(sweep.cells)[index - 1 :: count]

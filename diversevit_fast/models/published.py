@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import usage_error
 from ..files import read_bytes
-from ..weight_files import StrPath, existing_file, listing, path_error
+from ..weight_files import StrPath, check_no_checkpoint, existing_file, listing, path_error
 from .restore import check_tensors, skeleton
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def _read(path: StrPath) -> Mapping[str, Any]:
         hint = "re-save the weights with torch.save(model.state_dict(), path)"
         got = f"one that weights-only loading refuses ({type(failure).__name__})"
         raise path_error(path, "an intact torch.save file of tensors", got, hint) from None
+    check_no_checkpoint(path, content)
     if not isinstance(content, Mapping):
         raise path_error(path, "a state dict", type(content).__name__, "save model.state_dict()")
     if any(str(key).startswith("vit.") for key in content):

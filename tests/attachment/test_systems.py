@@ -16,10 +16,7 @@ from tests.helpers.vits import assert_same, diverse_vit, gradients, images_for, 
 
 system = pytest.mark.system
 """What a user combines with the penalty, and whether that is right or refused: rows of ``docs/systems.md``."""
-
-
-def vit():
-    return timm_vit(global_pool="avg", class_token=False)
+vit = ranks.average_vit
 
 
 def loss_of(model, forward=None, diversity=None, **options):
@@ -422,9 +419,9 @@ def test_ddp_called_past():
     ranks.run("ddp_called_past")
 
 
-@system("FSDP2 (fully_shard), with and without resharding after forward", "right")
+@system("FSDP2 (fully_shard), with and without resharding after forward; HSDP", "right")
 def test_fsdp2():
-    ranks.run("fsdp2")
+    ranks.run("fsdp2", "hsdp")
 
 
 @system("DDP and FSDP2 with checkpointing (non-reentrant) of every block", "right")
@@ -437,6 +434,11 @@ def test_checkpointed_on_ranks():
 )
 def test_gradient_penalty_on_ranks():
     ranks.run("ddp_gradient_penalty", "fsdp2_gradient_penalty")
+
+
+@system("`compile_loss`, `prune_heads`, `cost` of a model in DDP or FSDP2", "refused")
+def test_refused_on_ranks():
+    ranks.run("refused_on_ranks")
 
 
 @system("DDP(static_graph=True), FSDP1, FSDP2 of blocks without a root, DataParallel", "refused")

@@ -11,9 +11,14 @@ import torch
 import diversevit_fast as dvf
 from tests.test_tree import ROOT
 
-RECORD = json.loads((ROOT / "benchmarks/results/cost.json").read_text("utf-8"))["rows"]
+RESULTS = json.loads((ROOT / "benchmarks/results/cost.json").read_text("utf-8"))
+RECORD = RESULTS["rows"]
 PAGE = (ROOT / "docs/scaling.md").read_text("utf-8")
-NAMES = {"ViT-Ti": "vit_tiny_patch16_224", "ViT-S": "vit_small_patch16_224"}
+NAMES = {
+    "ViT-Ti": "vit_tiny_patch16_224",
+    "ViT-S": "vit_small_patch16_224",
+    "ViT-L": "vit_large_patch16_224",
+}
 
 
 def error(row, what):
@@ -48,3 +53,19 @@ def test_memory_is_predicted_as_it_was_measured(row):
     parts = found.peak.parts
     before = ("parameters", "optimizer state", "batch", "workspace")
     assert found.peak_bytes - sum(parts[x] for x in before) == pytest.approx(row["bytes"], rel=0.1)
+
+
+@pytest.mark.parametrize("row", RESULTS["whole"], ids=lambda row: f"{row['model']} {row['step']}")
+def test_a_whole_process_held_what_is_predicted(row):
+    name = f"| {row['model']} {row['dtype']}, {row['step']}, batch {row['batch']} |"
+    line = next(line for line in PAGE.splitlines() if line.startswith(name))
+    shown = [float(x) for x in re.findall(r"-?[\d.]+(?= (?:s|%|GiB))", line)]
+    sizes = (row[f"{key}bytes"] / 2**30 for key in ("predicted_", ""))
+    times = row["predicted_seconds"], row["seconds"]
+    wanted = [*sizes, 100 * error(row, "bytes"), *times, 100 * error(row, "seconds")]
+    assert shown == pytest.approx(wanted, rel=0.01, abs=0.6)
+    with torch.device("meta"):
+        model = timm.create_model(NAMES[row["model"]], num_classes=10)
+    found = dvf.cost(model, row["step"], batch=row["batch"], dtype=row["dtype"])
+    assert found.peak_bytes == pytest.approx(row["bytes"], rel=0.05)
+    assert f"{row['bytes_with_libraries'] / 2**30:.2f} GiB with the libraries" in PAGE

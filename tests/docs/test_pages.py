@@ -67,7 +67,7 @@ def test_options_by_themselves_exist():
     params = [p for name in names for p in command(name).params]
     params += command("").params  # of diversevit itself
     ours = {o for p in params for o in (*p.opts, *p.secondary_opts)}
-    others = {"--readme"}
+    others = {"--readme", "--max-restarts"}  # of torchrun
     for page in ("README.md", *(name for name in PAGES if name.startswith("docs/"))):
         alone = [o for span in spans(page) if span.startswith("--") for o in span.split()]
         assert {o for o in alone if o.startswith("--")} <= ours | others, page

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import statistics
 from xml.etree import ElementTree
 
 import pytest
@@ -12,7 +13,7 @@ import diversevit_fast as dvf
 from benchmarks import front_page, records, report
 from benchmarks.orders import DOUBLE_BWD
 from tests.helpers.pages import PAGES, ROOT
-from tools.docs import pipeline, support
+from tools.docs import effect, pipeline, support
 
 BENCHMARKS = PAGES["docs/benchmarks.md"]
 
@@ -134,6 +135,30 @@ def test_picture_is_drawn_by_its_script():
     assert pipeline.PICTURE.read_text(encoding="utf-8") == pipeline.draw()
 
 
+def test_the_effect_is_drawn_from_the_record():
+    """Picture, its alternative text and the page of the run say the same; another record gives another picture."""
+    record = json.loads(effect.RESULT.read_text("utf-8"))
+    drawn = effect.draw(record)
+    assert effect.PICTURE.read_text("utf-8") == drawn
+    drawn_parts = ElementTree.fromstring(drawn).iter()
+    words = [part.text or "" for part in drawn_parts if part.tag.endswith("text")]
+    page = " ".join(PAGES["docs/science/default_run.md"].split())
+    for title in ("The penalty makes heads read differently", "Pruning to the selected head helps"):
+        verdict, value = words[words.index(title) + 1].split(", ")
+        assert f"**{title}: {verdict}.**" in page
+        assert f"{value} over" in page
+    alike = {
+        method: statistics.mean(
+            one.alike for one in effect.trainings(record) if one.method == method
+        )
+        for method in effect.COLORS
+    }
+    told = f"about {alike['erm']:.2f} after ERM and {alike['diversevit']:.2f} after DiverseViT"
+    assert told in PAGES["README.md"]
+    record["cosines"]["erm-seed0"]["after"] = record["cosines"]["diversevit-seed0"]["after"]
+    assert effect.draw(record) != drawn
+
+
 def test_the_picture_names_files_that_do_it():
     """Each step's file exists and holds what the step is about; the last one is the user's."""
     boxes = [box for boxes in pipeline.LANES.values() for box in boxes]
@@ -145,7 +170,7 @@ def test_the_picture_names_files_that_do_it():
 
 
 def test_the_formula_of_the_front_page_is_what_is_computed():
-    (formula,) = re.findall(r"```math\n(.*?)```", PAGES["README.md"], re.DOTALL)
+    formula, _ = re.findall(r"```math\n(.*?)```", PAGES["README.md"], re.DOTALL)
     assert r"\frac{1}{B N H^2} \sum_{b,\,n} \; \sum_{h \neq h'} \cos^2" in formula
     B, H, N, D = 2, 3, 4, 5
     u = torch.randn(B, H, N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -39,3 +39,7 @@ def test_studies_are_kept_as_they_are(tmp_path):
         (tmp_path / str(i) / "selection.json").write_text(json.dumps(study))
     folders = {name: str(tmp_path / str(i)) for i, name in enumerate(studies)}
     assert json.loads(selection.keep(folders)) == studies
+    first, *_, last = studies
+    added = json.loads(selection.keep({first: folders[last], "new": folders[first]}, studies))
+    assert list(added) == [*studies, "new"]
+    assert added == {**studies, first: studies[last], "new": studies[first]}

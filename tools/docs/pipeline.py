@@ -3,7 +3,8 @@
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
-from xml.sax.saxutils import escape
+
+from tools.docs.svg import FILL, LINE, picture, text
 
 PICTURE = Path(__file__).parents[2] / "docs/pipeline.svg"
 
@@ -73,7 +74,6 @@ LANES = {
     ),
 }
 WIDTH, HEIGHT, GAP, MARGIN, HEADING = 232, 104, 30, 14, 34
-INK, LINE, FILL = "#14283c", "#47617a", "#eef3f8"
 
 
 def draw() -> str:
@@ -82,21 +82,19 @@ def draw() -> str:
     width = 2 * MARGIN + columns * WIDTH + (columns - 1) * GAP
     lane_height = HEADING + HEIGHT + GAP // 2
     height = 2 * MARGIN + len(LANES) * lane_height - GAP // 2
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" font-family="Helvetica, Arial, sans-serif">',
+    tip = (
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
-        f'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="{LINE}"/></marker></defs>',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-    ]
+        f'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="{LINE}"/></marker></defs>'
+    )
+    parts: list[str] = []
     for i, (code, boxes) in enumerate(LANES.items()):
         parts += _lane(code, boxes, MARGIN + i * lane_height)
-    return "\n".join([*parts, "</svg>", ""])
+    return picture(width, height, parts, tip)
 
 
 def _lane(code: str, boxes: tuple[Box, ...], top: int) -> list[str]:
     """The code as a heading, the boxes below it, and the arrows between them."""
-    parts = [_text(MARGIN, top + 20, 15, code, "monospace", anchor="start")]
+    parts = [text(MARGIN, top + 20, 15, code, "monospace", anchor="start")]
     corners = [MARGIN + i * (WIDTH + GAP) for i in range(len(boxes))]
     for x, box in zip(corners, boxes, strict=True):
         parts += _box(box, x, top + HEADING)
@@ -114,27 +112,11 @@ def _box(box: Box, x: int, y: int) -> list[str]:
     frame = f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="8" fill="{FILL}" stroke="{LINE}"/>'
     return [
         frame,
-        _text(middle, y + 27, 17, box.name, weight="bold"),
-        _text(middle, y + 49, 13, box.lines[0]),
-        _text(middle, y + 68, 13, box.lines[1]),
-        _text(middle, y + 91, 12, box.file, "monospace", color=LINE),
+        text(middle, y + 27, 17, box.name, weight="bold"),
+        text(middle, y + 49, 13, box.lines[0]),
+        text(middle, y + 68, 13, box.lines[1]),
+        text(middle, y + 91, 12, box.file, "monospace", color=LINE),
     ]
-
-
-def _text(
-    x: int,
-    y: int,
-    size: int,
-    text: str,
-    family: str = "inherit",
-    weight: str = "normal",
-    anchor: str = "middle",
-    color: str = INK,
-) -> str:
-    return (
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}" '
-        f'font-family="{family}" fill="{color}">{escape(text)}</text>'
-    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Write the tables of docs/science/selection.md from docs/science/results/selection.json.
 
 ``python -m tools.docs.selection "NAME=FOLDER" ...`` first keeps what the page needs of the folders that
-``diversevit selection-study`` wrote, in this order, in place of what was kept before.
+``diversevit selection-study`` wrote, in this order, in place of what was kept before. With ``--add`` before the first
+name it adds them to that, each at the end, or in the place of the study of its name.
 """
 
 import json
@@ -39,19 +40,24 @@ def page(text: str, studies: Mapping[str, Any]) -> str:
     return text
 
 
-def keep(folders: Mapping[str, str]) -> str:
-    """The record of several studies, a line each."""
-    lines = []
-    for name, folder in folders.items():
-        study = read_json(Path(folder) / "selection.json", name)
-        lines.append(f"{json.dumps(name)}: {json.dumps(study, separators=(',', ':'))}")
+def keep(folders: Mapping[str, str], before: Mapping[str, Any] | None = None) -> str:
+    """The record of several studies, a line each: those kept ``before``, and those in ``folders``."""
+    found = {
+        name: read_json(Path(folder) / "selection.json", name) for name, folder in folders.items()
+    }
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(study, separators=(',', ':'))}"
+        for name, study in {**(before or {}), **found}.items()
+    ]
     return "{" + ",\n".join(lines) + "}\n"
 
 
 def main(arguments: Sequence[str]) -> None:
     """Keep the studies that are named, if any, and write the page."""
-    if arguments:
-        write_text(RECORD, keep(dict(argument.split("=", 1) for argument in arguments)))
+    named = [argument for argument in arguments if argument != "--add"]
+    if named:
+        before = read_json(RECORD, "results") if "--add" in arguments else None
+        write_text(RECORD, keep(dict(argument.split("=", 1) for argument in named), before))
     studies = read_json(RECORD, "results")
     write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), studies))
 
