@@ -91,7 +91,7 @@ class Derivative:
 def leaves(tensors: Tensors, weights: int) -> Tensors:
     """The tensors without what made them; the last ones are weights, and leaves already."""
     given, told = tensors[: len(tensors) - weights], tensors[len(tensors) - weights :]
-    return (*(x.detach().requires_grad_(x.requires_grad) for x in given), *told)
+    return (*(x.detach().requires_grad_() if x.requires_grad else x for x in given), *told)
 
 
 def node(f: Again, made: Sequence[Tensor], tensors: Tensors) -> tuple[Tensor, ...]:

@@ -27,7 +27,6 @@ from .._torch_internals import (
     in_forward_mode,
     is_looked_at,
     place_in_graph,
-    recomputes_for_checkpoint,
     tree_flatten,
     tree_unflatten,
 )
@@ -188,7 +187,7 @@ class CheckpointedBlocks:
 
         def run(_: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
             apart = not (torch.compiler.is_compiling() or self.running or mixes)
-            apart = apart and (in_checkpoint() or recomputes_for_checkpoint())
+            apart = apart and in_checkpoint(again=True)
             if not apart or not alone() or module in self.left_out or _looked_into(module):
                 return forward(*args, **kwargs)
             recompute_inside()

@@ -206,6 +206,17 @@ def test_a_gradient_penalty_alone():
     assert_same(*found)
 
 
+def test_many_gradients_at_once():
+    model, found = Model(), []
+    each = torch.eye(3, dtype=torch.float64).unsqueeze(1).expand(3, 2, 3)
+    for model.checkpoints in (False, True):
+        with dvf.HeadDiversity(model, layers="all"):
+            logits = model(TOKENS)
+        weights = [model.blocks[0].mlp.weight, model.scale]
+        found.append(torch.autograd.grad(logits, weights, each, is_grads_batched=True))
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rounding_is_that_of_the_step_without(dtype):
     model, x = Model().float(), TOKENS.float()
