@@ -197,7 +197,7 @@ def checkpoint_frame() -> Any:
 
     It calls ``recompute_fn`` of this object to make again what it drops. Publicly its hooks cannot be looked at.
     """
-    hooks = _top_hooks(True)
+    hooks: Any = _top_hooks(True)
     if hooks is None or not hooks[0].__qualname__.startswith("_checkpoint_hook."):
         return None
     variables = zip(hooks[0].__code__.co_freevars, hooks[0].__closure__, strict=True)
