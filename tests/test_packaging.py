@@ -100,7 +100,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel):
     wanted = {f"{PACKAGES[folder]}/{name}" for folder, names in shipped().items() for name in names}
     assert names == wanted
     assert {f"{package}/py.typed" for package in PACKAGES.values()} <= names
-    for kind in (".cpp", ".h", ".html.jinja"):
+    for kind in (".cpp", ".h", ".html.jinja", ".css.jinja"):
         assert any(name.endswith(kind) for name in names)
 
 

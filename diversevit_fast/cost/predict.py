@@ -249,8 +249,9 @@ def cost(
         inputs: a batch as the model takes it, or the shape of a sample; None: images as the model says.
         parallel: ``"ddp:8"``, ``"fsdp2:8"`` or ``"hsdp:2x8"`` (2 replicas of 8 processes), each process with that
             batch; ``:keep`` after the last two is ``reshard_after_forward=False``. None: one process.
-        device: ``"cpu"``, a GPU of the table (``"A100"``, ``"H100"``, ``"H200"``, ``"B200"``, ``"MI300X"``), or a
-            ``Device``. Times of a CPU need ``diversevit cost --calibrate``.
+        device: ``"cpu"``; a GPU of the table (``"A100"``, ``"H100"``, ``"H200"``, ``"B200"``, ``"MI300X"``);
+            ``"cuda"``, the one that was measured; or a ``Device``. Times of ``"cpu"`` and all of ``"cuda"`` need
+            ``diversevit cost --calibrate``.
         graph: whether a GPU replays the step as a CUDA graph (``graph_step``).
 
     Raises:

@@ -83,6 +83,7 @@ def report_health(*, as_json: bool = False) -> bool:
 
 def examine() -> Health:
     """Return what is installed and can run, without the self-checks."""
+    threads = torch.get_num_threads()
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     devices = {name: torch.cuda.get_device_name(name) for name in cuda}
     return Health(
@@ -94,7 +95,7 @@ def examine() -> Health:
             for extra in extras()
             if extra not in _NOT_FOR_USE
         },
-        devices=devices | {"cpu": f"{torch.get_num_threads()} threads"},
+        devices=devices | {"cpu": f"{threads} thread{'' if threads == 1 else 's'}"},
         backends=dict(backends.unavailable()),
         compiler=next(filter(None, map(shutil.which, _COMPILERS)), None),
     )

@@ -21,7 +21,7 @@ from ..errors import UsageError, require, usage_error
 from ..files import FileError
 from . import run_folder
 from .checkpoint import State, Task
-from .config import DIVERSEVIT, Settings
+from .config import Settings
 from .distributed import OneProcess, launched, noticing_lost_ranks, open_ranks, resume_command
 from .frozen_trunk import inputs_of
 from .head_probes import try_to_probe
@@ -256,10 +256,10 @@ def prepare(
 ) -> tuple[Mapping[str, Any], dict[str, dict[str, Any]]]:
     """Load the data, the same on every rank, with fingerprints; refuse what cannot be trained."""
     ranks.together(lambda: check_model(settings, ranks.device))
-    if ranks.launched and settings.architecture != DIVERSEVIT:
+    if ranks.launched and settings.freeze_below:
+        wanted, got = "a model that is trained whole on several ranks", settings.freeze_below
         hint = "start it without torchrun"
-        wanted = "DiverseViT on several ranks"
-        raise ranks.agreed(usage_error("architecture", wanted, settings.architecture, hint))
+        raise ranks.agreed(usage_error("freeze_below", wanted, repr(got), hint))
     if settings.download:
         ranks.on_first(lambda: loader(settings) and None)  # one fetches, the others find the files
 

@@ -157,6 +157,7 @@ def test_the_figure(capsys, tmp_path, monkeypatch):
         (("--gpus", ""), "gpus: expected numbers"),
         (("--gpus", "8", "--device", "cpu"), "gpus: expected a GPU"),
         (("--gpus", "8", "--parallel", "ddp:8"), "parallel: expected none"),
+        (("--calibrate",), "calibrate: expected cpu or cuda, got 'H200'"),
         (("--figure", "cost.pdf"), "figure: expected a name that ends in .png or .svg"),
         (("--figure", "cost"), "figure: expected a name"),
         (("--figure", "cost.png", "--layers", "erm"), "layers: expected a step with the penalty"),

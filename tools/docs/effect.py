@@ -13,8 +13,8 @@ from tools.docs.svg import LINE, picture, text
 
 PICTURE = Path(__file__).parents[2] / "docs/effect.svg"
 COLORS = {
-    "erm": "#d55e00",
-    "diversevit": "#0072b2",
+    "erm": "#0072b2",
+    "diversevit": "#d55e00",
 }  # Okabe and Ito's, told apart by colour-blind readers too
 WIDTH, HEIGHT = 860, 330
 TOP, BOTTOM = 92, 268  # pixels of the panels' upper and lower end
