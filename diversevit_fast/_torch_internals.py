@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks  # pyright: ignore
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
@@ -106,10 +107,7 @@ def remove_function_mode(mode: Any) -> None:
 
 
 def in_forward_mode() -> bool:
-    """Whether a forward-mode level is open (``torch.func.jvp``, ``forward_ad.dual_level``).
-
-    ``forward_ad`` publishes how to enter a level, not whether one is.
-    """
+    """Whether a forward-mode level is open (``torch.func.jvp``, ``forward_ad.dual_level``); public is to enter one."""
     return forward_ad._current_level >= 0
 
 
@@ -197,10 +195,9 @@ def write_count(x: Tensor) -> int:
 def checkpoint_frame() -> Any:
     """What ``torch.utils.checkpoint`` keeps of the non-reentrant checkpoint whose forward runs here, or None.
 
-    It drops what is saved for backward now, and calls ``recompute_fn`` of this object to make it again. Saved
-    tensors' hooks can be entered and disabled publicly, not looked at.
+    It calls ``recompute_fn`` of this object to make again what it drops. Publicly its hooks cannot be looked at.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
+    hooks: Any = _top_hooks(True)
     if hooks is None or not hooks[0].__qualname__.startswith("_checkpoint_hook."):
         return None
     variables = zip(hooks[0].__code__.co_freevars, hooks[0].__closure__, strict=True)
@@ -209,12 +206,25 @@ def checkpoint_frame() -> Any:
 
 def saved_tensors_hooked() -> bool:
     """Whether somebody's ``saved_tensors_hooks`` are entered: a checkpoint's, ``save_on_cpu`` ..."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
+    return _top_hooks(True) is not None
 
 
-def in_checkpoint() -> bool:
-    """Whether ``torch.utils.checkpoint`` drops what is saved for backward now, to recompute it."""
-    return checkpoint_frame() is not None
+@contextmanager
+def below_saved_tensors_hooks() -> Iterator[None]:
+    """A context in which the innermost ``saved_tensors_hooks`` are not entered. Publicly only all can be disabled."""
+    hooks = _top_hooks(True)
+    torch._C._autograd._pop_saved_tensors_default_hooks()  # pyright: ignore
+    try:
+        yield
+    finally:
+        torch._C._autograd._push_saved_tensors_default_hooks(*hooks)  # pyright: ignore
+
+
+def in_checkpoint(again: bool = False) -> bool:
+    """Whether ``torch.utils.checkpoint`` drops what is saved for backward now; ``again``: or recomputes it."""
+    hooks = _top_hooks(True) if again else None
+    recomputes = hooks is not None and hooks[0].__qualname__.startswith("_recomputation_hook.")
+    return recomputes or checkpoint_frame() is not None
 
 
 def in_reentrant_checkpoint() -> bool:

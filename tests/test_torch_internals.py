@@ -192,6 +192,27 @@ def test_checkpoints():
         assert not internals.in_checkpoint()
 
 
+def test_checkpoints_that_recompute_and_what_is_saved_around_them():
+    said, saved = [], []
+
+    def fn(y):
+        said.append((internals.in_checkpoint(), internals.in_checkpoint(again=True)))
+        with internals.below_saved_tensors_hooks():
+            inner = internals.in_checkpoint(), internals.saved_tensors_hooked()
+            y = y.sin()
+        said.append(inner)
+        assert internals.saved_tensors_hooked()
+        return y * y
+
+    leaf = torch.ones(2, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = checkpoint(fn, leaf, use_reentrant=False)
+    assert len(saved) == 2  # the checkpoint's input, and that of the sine
+    out.sum().backward()
+    assert said == [(True, True), (False, True), (False, True), (False, False)]
+    torch.testing.assert_close(leaf.grad, 2 * torch.ones(2).sin() * torch.ones(2).cos())
+
+
 @pytest.mark.filterwarnings(
     "ignore:Dynamo does not know how to trace:UserWarning"
 )  # it breaks the graph

@@ -1,8 +1,9 @@
 """Measure peak memory, each row in a process of its own: of steps, of attention at 4097 tokens, of R1 of critics.
 
 ``python -m benchmarks.scripts.memory`` prints the table and stores ``benchmarks/results/memory.json``;
-``--workload NAME`` measures that one and leaves the others of the file as they are. A row is what one run adds at its
-peak to the resident memory of a process that has run a small case of the same:
+``--workload NAME`` measures that one and leaves the others of the file as they are, and ``--out NAME`` writes another
+file of that folder, for a workload that is measured on another machine. A row is what one run adds at its peak to the
+resident memory of a process that has run a small case of the same:
 
 * ``peak``: freed memory goes back to the system at once (glibc's ``MALLOC_MMAP_THRESHOLD_`` fixed), so it is what is
   in use. The same for any number of threads, to about 1 %.
@@ -183,13 +184,13 @@ def measure(workload: str, size: Size) -> dict[str, dict[str, float]]:
     return found
 
 
-def stored(size: Size) -> dict[str, Any]:
+def stored(size: Size, name: str = "memory") -> dict[str, Any]:
     """Return the results of the file; empty ones if it is not there.
 
     Raises:
         ValueError: they are of another machine or of other sizes.
     """
-    path, here = timing.RESULTS / "memory.json", {"conditions": conditions(), **size._asdict()}
+    path, here = timing.RESULTS / f"{name}.json", {"conditions": conditions(), **size._asdict()}
     results = json.loads(path.read_text("utf-8")) if path.exists() else here
     if any(results[key] != value for key, value in here.items()):
         raise ValueError(f"{path}: measured elsewhere; leave --workload out to measure all again")
@@ -204,6 +205,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=Size().tokens, help="of attention")
     parser.add_argument("--tiny", action="store_true", help="steps of very small models")
     parser.add_argument("--workload", choices=ROWS, help="this one alone")
+    parser.add_argument("--out", default="memory", help="name of the file of results")
     parser.add_argument("--only", nargs=2, metavar=("WORKLOAD", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args(given)
     size = Size(options.batch, options.tokens, options.tiny)
@@ -215,14 +217,14 @@ def main(given: list[str] | None = None) -> int:
     results: dict[str, Any] = {"conditions": conditions(), **size._asdict()}
     if options.workload:
         try:
-            results = stored(size)
+            results = stored(size, options.out)
         except ValueError as problem:
             print(problem, file=sys.stderr)
             return 1
     for workload in [options.workload] if options.workload else ROWS:
         for what, found in measure(workload, size).items():
             results.setdefault(what, {})[workload] = found
-    path = write("memory", results)
+    path = write(options.out, results)
     print(table(results), path, sep="\n")
     return 0
 

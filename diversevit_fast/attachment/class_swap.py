@@ -77,6 +77,15 @@ def _bound_before(swapped: type, module: nn.Module, args: tuple, kwargs: dict) -
     return vars(now)["_wrapper"](module, forward, args, kwargs)
 
 
+def run_swapped(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """Run a module's own forward through the wrapper of the class that it has, past what else is around it.
+
+    transformers puts checkpoints around the forward of every class that is derived from its layers.
+    """
+    swapped: Any = type(module)
+    return vars(swapped)["_wrapper"](module, super(swapped, module).forward, args, kwargs)  # pyright: ignore
+
+
 def around(outer: Wrapper, inner: Wrapper) -> Wrapper:
     """The wrapper that runs ``inner`` as the forward of ``outer``."""
 

@@ -20,6 +20,11 @@ _HINTS = {
 }
 
 
+def is_opaque(node: Any) -> bool:
+    """Whether the node refuses a second derivative, or drops it."""
+    return type(node).__name__ in _HINTS
+
+
 def depends_on(
     score: Tensor, captured: Sequence[Sequence[Tensor]], earlier: Iterable[Any] = ()
 ) -> list[bool]:

@@ -26,6 +26,7 @@ class Moment(NamedTuple):
     attention_called: bool
     begun: bool = False  # whether a tensor was captured
     class_token_only: bool = False  # whether the class-token shortcut is being taken
+    left_out: Any = None  # blocks whose checkpoints keep their own graph
 
 
 def recompute_inside() -> None:
@@ -57,12 +58,12 @@ def copies_of(make: Callable[[], Any], pool: list[Any]) -> Callable[[Any], Any]:
     """
 
     @contextmanager
-    def entered(moment: Any) -> Iterator[None]:
+    def entered(moment: Any) -> Iterator[Any]:
         block = pool.pop() if pool else make()
         block.resume(moment)
         try:
             with block:
-                yield
+                yield block
         finally:
             block.forget()
             pool.append(block)

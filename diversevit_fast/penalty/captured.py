@@ -25,16 +25,24 @@ class Captured:
     tokens: int
     heads: Tensor | None = None
     projections: tuple[ProjectionOutput, ...] = ()
+    probe: Tensor | None = None
+    count: int = 0
 
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors to differentiate with respect to."""
+        if self.probe is not None:
+            return [self.probe]
         return [part.tensor for part in self.projections] if self.heads is None else [self.heads]
 
     @property
     def samples(self) -> int:
         """The batch size of the run, or the number of windows in it."""
-        return len(self.tensors[0])
+        return self.count or len(self.tensors[0])
+
+    def without_tensors(self, probe: Tensor) -> "Captured":
+        """The run in a block that was run apart; the gradient's pass gets to it if it gets to ``probe``."""
+        return Captured(self.layer, self.num_heads, self.tokens, probe=probe, count=self.samples)
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """HeadDiversity: the penalty on the gradients of a model's attention heads, for any training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +19,17 @@ from ..attachment.indices import Integers
 from ..attachment.parallel import check_ddp_forward, is_ddp, keep_unsharded, unwrap
 from ..attachment.replacements import OPERATORS, call_second_order
 from ..attachment.support import refuse
+from ..attachment.torch_calls import open_attachments, paused
 from ..errors import UnsupportedError, usage_error
 from ..ops.checks import check_choice
 from . import graph_capture
 from .batch_checks import check_batches, check_reached
 from .captured import Captured, Recording
+from .checkpointed_blocks import CheckpointedBlocks
 from .finite_logits import FiniteLogits
 from .grad_scale import InnerScale
-from .head_gradients import head_gradients
-from .layer_penalty import LayerPenalties
+from .head_gradients import HeadGradients, head_gradients
+from .layer_penalty import LayerPenalties, layer_penalty
 from .sample_split import SampleSplit
 from .score import Target, check_logits, check_target, prediction_score
 
@@ -88,6 +92,9 @@ class HeadDiversity(Attachment):
             synchronisation each step).
         check_finite: whether logits with NaN or infinity are refused: by ``penalty`` on a CPU; on a GPU, which
             nothing waits for, by a later step or by ``check``. False for whoever looks at the loss himself.
+        checkpoint_blocks: whether blocks that a non-reentrant checkpoint runs keep only what they were given in the
+            pass to the heads' gradients too, and are computed again for each order of derivative. False: they keep
+            what that pass computed again, which takes less time.
 
     Attributes:
         cosines: of the last ``penalty`` that was not a zero of ``every``, the detached cosine Gram
@@ -123,6 +130,7 @@ class HeadDiversity(Attachment):
         generator: torch.Generator | None = None,
         grad_scale: float | None = None,
         check_finite: bool = True,
+        checkpoint_blocks: bool = True,
     ):
         check_choice("wrt", wrt, ("input", "output"))
         check_choice("granularity", granularity, ("token", "sample"))
@@ -149,7 +157,7 @@ class HeadDiversity(Attachment):
         self.cosines: list[Tensor] = []
         self.samples: Tensor | None = None
         self._scale = InnerScale(grad_scale)
-        self.check_finite = bool(check_finite)
+        self.check_finite, self.checkpoint_blocks = bool(check_finite), bool(checkpoint_blocks)
 
     def __enter__(self) -> "HeadDiversity":
         super().__enter__()
@@ -230,14 +238,23 @@ class HeadDiversity(Attachment):
         """The penalties of all runs, from the gradients of their heads."""
         penalties = LayerPenalties(runs, self.layers, self.granularity, self.reduction)
 
+        kind, places = (
+            (self.granularity, self.reduction),
+            {id(run): i for i, run in enumerate(runs)},
+        )
+
+        def found(run: Captured, value: Tensor, cosines: Tensor) -> None:
+            penalties.take(places[id(run)], value, cosines)
+
         def differentiate(factor):
             # of a factor on the device the penalty gets the value that the host knows: it scales eps alone
             scale = self._scale.value if isinstance(factor, Tensor) else factor
-            return head_gradients(
-                *(score, runs, factor, weights),
-                on_run=lambda i, grads: penalties.add(i, grads, scale),
-                linears=linears,
-            )
+            with self._blocks.inner.running(partial(_of_run, scale, kind), found):
+                return head_gradients(
+                    *(score, runs, factor, weights),
+                    on_run=lambda i, grads: penalties.add(i, grads, scale),
+                    linears=linears,
+                )
 
         tensors = [x for run in runs for x in run.tensors]
         with keep_unsharded(self.model):
@@ -342,6 +359,7 @@ class HeadDiversity(Attachment):
         self._recording = Recording()
         self._class_token = ClassTokenShortcut()
         self._finite = FiniteLogits()
+        self._blocks = CheckpointedBlocks()
         self._in_graph_step = False  # whether ``dvf.graph_step`` captures this step
 
     def _options(self) -> dict[str, Any]:
@@ -352,21 +370,26 @@ class HeadDiversity(Attachment):
         if self._recording.begun:
             self._refuse_other_draws()
         now = {"begun": self._recording.begun, "class_token_only": self._class_token.active}
-        return super()._moment()._replace(**now)
+        return super()._moment()._replace(**now, left_out=self._blocks.left_out)
 
     def resume(self, moment: Moment) -> None:
         super().resume(moment)
         self._recording = Recording(resumed=moment.begun)
         self._class_token.active = moment.class_token_only
+        self._blocks.left_out = moment.left_out
 
     def forget(self) -> None:
         super().forget()
         self._recording, self._class_token.active = Recording(), False
+        self._blocks.running = False
 
     def _wrap_all(self) -> None:
         """Also wrap the model (its batch size, its class-token shortcut) and the blocks to be split."""
         super()._wrap_all()
         self._class_token.wrap(self, self.layers[-1], self._capturing, self._unseen_finish)
+        for block in blocks_from(self.model, self.layers[0]):
+            options = self._runs_alone, lambda: self._recording, self._copy
+            self.wrap(block, self._blocks.wrapper_of(block, *options))
         self.wrap(blocks_from(self.model, self.layers[0])[0], self._note_inputs)
         self.wrap(self.model, self._note_batch)
         if self._split.fraction < 1:
@@ -378,10 +401,27 @@ class HeadDiversity(Attachment):
 
         What a checkpoint recomputes may end where the model's forward does not.
         """
-        recomputed = self._resumed is not None or in_checkpoint()
+        recomputed = self._resumed is not None or in_checkpoint() or self._blocks.running
         if recomputed or self.wrt == "output" or self._split.fraction < 1:
             return None
         return lambda tokens: self._recording.finish_layer(self.layers[-1], tokens, None)
+
+    def _runs_alone(self) -> bool:
+        """Whether a block that runs now belongs to the penalty, and no other context sees it."""
+        wanted = self.checkpoint_blocks and self.fraction == 1 and self._capturing()
+        return wanted and open_attachments() == [self]
+
+    def _copy(self) -> Callable[[], AbstractContextManager[Recording]]:
+        """What enters a copy of the ``with`` block as it is now, and gives what the copy records."""
+        enter = self.recomputation()
+
+        @contextmanager
+        def inside() -> Iterator[Recording]:
+            with paused(), enter() as copied:
+                copied._blocks.running = True
+                yield copied._recording
+
+        return inside
 
     def _note_inputs(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
         self._recording.note_inputs((*args, *kwargs.values()))
@@ -390,3 +430,10 @@ class HeadDiversity(Attachment):
     def _note_batch(self, module: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
         self._recording.batches.append(batch_size(args, kwargs))
         return forward(*args, **kwargs)
+
+
+def _of_run(
+    scale: float, kind: tuple[str, str], grads: HeadGradients, run: Captured
+) -> tuple[Tensor, Tensor]:
+    """``layer_penalty`` for blocks, which may not lead to the context."""
+    return layer_penalty(grads, run, *kind, scale)

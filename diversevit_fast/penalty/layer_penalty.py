@@ -39,6 +39,10 @@ class LayerPenalties:
         """Compute the penalty of run ``i`` from its gradients times ``scale``, again if they are other ones."""
         self._found[i] = layer_penalty(grads, self._runs[i], *self._kind, scale)
 
+    def take(self, i: int, value: Tensor, cosines: Tensor) -> None:
+        """Take the penalty of run ``i`` that a block computed."""
+        self._found[i] = value, cosines
+
     def mean(self) -> tuple[Tensor, list[Tensor]]:
         """The mean over layers of their penalties, each the mean over the samples of its runs.
 

@@ -12,7 +12,7 @@ from benchmarks.scripts import memory
 from benchmarks.scripts.memory import ATTENTION, CHECKPOINTS, MASK, MEASURES, ROWS, STEP, Size
 
 TINY = Size(batch=2, tokens=1025, tiny=True)
-RECORDED = Path(__file__).parents[2] / "benchmarks/results/memory.json"
+RECORDED = Path(__file__).parents[2] / "benchmarks/results"
 
 
 def test_attention_of_eager_keeps_scores_and_ours_none():
@@ -144,12 +144,25 @@ def test_one_workload_alone_leaves_the_others(asked, tmp_path, capsys):
     assert (asked, path.read_text()) == ([], before)
 
 
-def test_the_recorded_file_is_of_this_program():
-    stored = json.loads(RECORDED.read_text())
+def test_another_file_holds_what_another_machine_measured(asked, tmp_path):
+    assert memory.main([*SMALL, "--workload", MASK]) == 0
+    assert memory.main([*SMALL, "--workload", CHECKPOINTS, "--out", "others"]) == 0
+    for name, workload in (("memory", MASK), ("others", CHECKPOINTS)):
+        assert set(json.loads((tmp_path / f"{name}.json").read_text())["peak"]) == {workload}
+
+
+@pytest.mark.parametrize(
+    ("name", "workloads"),
+    [("memory", ROWS.keys() - {CHECKPOINTS}), ("checkpointed_step", {CHECKPOINTS})],
+)
+def test_the_recorded_files_are_of_this_program(name, workloads):
+    stored = json.loads((RECORDED / f"{name}.json").read_text())
     assert {key: stored[key] for key in Size._fields} == Size()._asdict()
-    for measure in MEASURES:
+    measures = [what for what in MEASURES if what in stored]
+    for measure in measures:
         assert {w: tuple(found) for w, found in stored[measure].items()}.items() <= ROWS.items()
-    assert set(stored["resident"]) == set(memory.RESIDENT)
-    assert {MASK, CHECKPOINTS} <= stored["seconds"].keys()
-    for what in (*MEASURES, "seconds"):
+    assert stored["peak"].keys() <= workloads
+    assert set(stored.get("resident", ())) == workloads & set(memory.RESIDENT)
+    assert {MASK, CHECKPOINTS} & workloads <= stored["seconds"].keys()
+    for what in (*measures, "seconds"):
         assert all(n > 0 for found in stored[what].values() for n in found.values())

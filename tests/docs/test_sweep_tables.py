@@ -12,7 +12,7 @@ from tools.docs.sweep_tables import KEPT, compact, main, tables, with_tables
 
 pytest.importorskip("scipy")
 RESULTS = ROOT / "docs/science/results"
-WRITTEN = {f"docs/science/{name}.md": RESULTS / f"{name}.json" for name in ("lambda",)}
+WRITTEN = {f"docs/science/{name}.md": RESULTS / f"{name}.json" for name in ("lambda", "factorial")}
 
 
 @pytest.mark.parametrize("page", WRITTEN)

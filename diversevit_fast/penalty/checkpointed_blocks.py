@@ -1,0 +1,287 @@
+"""Checkpoints around a model's blocks that spare the graph of the pass to the heads' gradients too.
+
+Blocks that a non-reentrant checkpoint runs inside ``HeadDiversity`` are run apart: neither the forward nor that pass
+keeps more of a block than what it was given (``again``). The first run makes a graph and drops it: it tells which
+weights there are, and whether all that the block reads is known. Where it is not, and wherever somebody else could look
+into the block, its forward is run as it is inside PyTorch's checkpoint, which is right and keeps more.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from .._torch_internals import (
+    LEAF,
+    BatchNorm,
+    below_saved_tensors_hooks,
+    fsdp_modules,
+    functorch_active,
+    has_global_hooks,
+    has_hooks_inside,
+    in_checkpoint,
+    in_forward_mode,
+    is_looked_at,
+    place_in_graph,
+    tree_flatten,
+    tree_unflatten,
+)
+from ..attachment.class_swap import Wrapper, run_swapped
+from ..attachment.graph_checks import is_opaque
+from ..attachment.recomputation import recompute_inside
+from ..attachment.torch_calls import Forward
+from ..errors import UnsupportedError
+from . import graph_capture
+from .again import Derivative, Found, Tensors, leaves, node
+from .ambient import Autocast, RandomState
+from .captured import Captured, Recording
+from .head_gradients import HeadGradients
+from .recomputed_gelu import RecomputedGelu
+
+Penalty = Callable[[HeadGradients, Captured], tuple[Tensor, Tensor]]
+"""Computes the penalty and the cosines of a run from its gradients."""
+OnPenalty = Callable[[Captured, Tensor, Tensor], None]
+"""Is called with a run, its penalty and its cosines."""
+Inside = Callable[[], AbstractContextManager[Recording]]
+"""Enters a copy of the context, as it was when a block was called, and gives what that records."""
+
+
+class InnerPass:
+    """What the pass to the heads' gradients asks blocks for, while it runs."""
+
+    def __init__(self) -> None:
+        self.penalty: Penalty | None = None
+        self.found: OnPenalty = lambda run, value, cosines: None
+
+    @contextmanager
+    def running(self, penalty: Penalty, found: OnPenalty) -> Iterator[None]:
+        """A context in which blocks on the way of a backward pass compute the penalties of their layers."""
+        before = self.penalty, self.found
+        self.penalty, self.found = penalty, found
+        try:
+            yield
+        finally:
+            self.penalty, self.found = before
+
+
+class _Block:
+    """The call of a block, which can be run again; its inputs are a probe, the tensors it is given, its weights."""
+
+    def __init__(self, module: nn.Module, arguments: Any, inside: Inside, inner: InnerPass):
+        flat, self._tree = tree_flatten(arguments)
+        self._places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
+        self._others = [None if isinstance(x, Tensor) else x for x in flat]
+        self.given = tuple(flat[i] for i in self._places)
+        self.module, self.inner, self._inside = module, inner, inside
+        device = next((x.device.type for x in self.given), "cpu")
+        self.autocast, self.random = Autocast(device), RandomState(self.given, device)
+        self.weights, self._known = 0, set()
+        self.runs: list[Captured] = []
+
+    def know(self, weights: Sequence[Tensor], runs: list[Captured]) -> None:
+        """Note what the first run found, and forget the tensors, which the graph's node keeps."""
+        self.weights, self._known = len(weights), {id(x) for x in weights}
+        self.runs, self.given = runs, ()
+
+    def arguments(self, tensors: Sequence[Tensor]) -> Any:
+        """Positional and keyword arguments with these tensors."""
+        flat = list(self._others)
+        for place, x in zip(self._places, tensors, strict=True):
+            flat[place] = x
+        return tree_unflatten(flat, self._tree)
+
+    def __call__(self, tensors: Tensors) -> list[Tensor]:
+        return self.run(tensors)[0]
+
+    def run(self, tensors: Tensors) -> tuple[list[Tensor], list[Captured], list[Any]]:
+        """The outputs with their graph, the runs of layers, and the nodes of linear layers after GELUs.
+
+        Raises:
+            UnsupportedError: the block has other weights than in its first run.
+        """
+        given = tensors[1 : 1 + len(self._places)]
+        args, kwargs = self.arguments(given)
+        with self.random(), self.autocast(), self._inside() as recording:
+            output = run_swapped(self.module, args, kwargs)
+            runs, linears = recording.take_runs()
+        outputs = [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]
+        if {id(x) for x in _read(outputs, given, runs)[0]} != self._known:
+            raise UnsupportedError(
+                f"checkpoint: {type(self.module).__name__} is differentiated with other weights than those it "
+                "ran with; replace, freeze or thaw weights after the backward pass"
+            )
+        return outputs, runs, linears
+
+    def derivative(self, given: Sequence[int], asked: Sequence[int]) -> Derivative:
+        ambient, penalty = Autocast(self.autocast.device), self.inner.penalty
+        if penalty is None:
+            return Derivative(self, given, asked, ambient)
+        return _WithPenalties(self, given, asked, ambient, penalty)
+
+
+class _WithPenalties(Derivative):
+    """The gradient of a block, and after it the penalties of the layers in it."""
+
+    def __init__(self, of: _Block, given: Any, asked: Any, ambient: Any, penalty: Penalty):
+        super().__init__(of, given, asked, ambient)
+        self._block, self._penalty = of, penalty
+        self._cosines: list[Tensor] = []
+
+    def differentiate(self, inputs: Tensors, grads: Tensors, twice: bool) -> Found:
+        outputs, runs, linears = self._block.run(inputs)
+        by = [inputs[i] for i in self.asked]
+        captured = [x for run in runs for x in run.tensors]
+        with self.ambient():
+            found = self.gradients(outputs, [*captured, *by], grads, twice)
+            if twice:
+                gelu = RecomputedGelu(outputs[self.given[0]], linears)
+                for x, grad in zip([*captured, *by], found, strict=True):
+                    if grad is not None:
+                        gelu.free(x, grad)
+            of_runs = iter(found)
+            with torch.set_grad_enabled(twice):  # its weights have a gradient
+                made = [self._penalty([next(of_runs) for _ in run.tensors], run) for run in runs]
+        self._cosines = [cosines.detach() for _, cosines in made]
+        return [*found[len(captured) :], *(value for value, _ in made)]
+
+    def finish(self, made: Sequence[Tensor | None]) -> None:
+        values: Any = made[len(self.asked) :]
+        for run, value, cosines in zip(self._block.runs, values, self._cosines, strict=True):
+            self._block.inner.found(run, value, cosines)
+        self._cosines = []
+
+
+class CheckpointedBlocks:
+    """Runs blocks apart where a checkpoint runs them.
+
+    Attributes:
+        inner: tells blocks what to compute.
+        running: a block runs apart, or again.
+        left_out: blocks that cannot be run apart, as a run showed.
+    """
+
+    def __init__(self) -> None:
+        self.inner = InnerPass()
+        self.running = False
+        self.left_out: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def wrapper_of(
+        self,
+        module: nn.Module,
+        alone: Callable[[], bool],
+        recording: Callable[[], Recording],
+        copy: Callable[[], Inside],
+    ) -> Wrapper:
+        """Make the wrapper of a block.
+
+        Args:
+            alone: whether the context captures, and is the only one that sees what runs.
+            recording: what it records.
+            copy: makes what enters a copy of it.
+        """
+        mixes = any(isinstance(m, BatchNorm) for m in module.modules())  # runs change it
+
+        def run(_: nn.Module, forward: Forward, args: tuple, kwargs: dict) -> Any:
+            apart = not (torch.compiler.is_compiling() or self.running or mixes)
+            apart = apart and in_checkpoint(again=True)
+            if not apart or not alone() or module in self.left_out or _looked_into(module):
+                return forward(*args, **kwargs)
+            recompute_inside()
+            block = _Block(module, (args, kwargs), copy(), self.inner)
+            half = block.autocast.uses(torch.float16)  # may have to be tried with several factors
+            if half or any(x.dtype == torch.float16 for x in block.given):
+                return forward(*args, **kwargs)
+            return self._apart(block, forward, recording())
+
+        return run
+
+    def _apart(self, block: _Block, forward: Forward, recording: Recording) -> Any:
+        probe = torch.empty(0, requires_grad=True)
+        begun, start = len(recording.runs), place_in_graph(probe.view(0).grad_fn)
+        dropped: weakref.WeakSet[_Dropped] = weakref.WeakSet()
+        inputs = leaves(block.given, 0)
+        args, kwargs = block.arguments(inputs)
+        self.running = True
+        try:
+            with saved_tensors_hooks(lambda x: _dropped(dropped), _refuse), block.autocast():
+                flat, tree = tree_flatten(forward(*args, **kwargs))
+        finally:
+            self.running = False
+        runs = recording.runs[begun:]
+        del recording.runs[begun:], args, kwargs
+        outputs = [x for x in flat if isinstance(x, Tensor)]
+        weights, known = _read(outputs, inputs, runs, start)
+        made = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
+        runs = [run.without_tensors(probe) for run in runs]
+        flat = [None if isinstance(x, Tensor) else x for x in flat]
+        del outputs, inputs
+        if dropped or not known or any(is_looked_at(x) for x in weights):
+            self.left_out.add(block.module)
+            block.random.restore()
+            args, kwargs = block.arguments(block.given)
+            return forward(*args, **kwargs)
+        recording.runs += runs
+        tensors = probe, *block.given, *weights
+        block.know(weights, runs)
+        with below_saved_tensors_hooks():
+            results = iter(node(block, made, tensors))
+        return tree_unflatten([next(results) if x is None else x for x in flat], tree)
+
+
+def _looked_into(module: nn.Module) -> bool:
+    """Whether what happens inside a block is seen by others, or is not to be done twice."""
+    return (
+        has_global_hooks()
+        or has_hooks_inside(module)
+        or bool(fsdp_modules(module))
+        or functorch_active()
+        or in_forward_mode()
+        or graph_capture.capturing()
+    )
+
+
+class _Dropped:
+    """Stands in a dropped graph for a tensor that it would have saved."""
+
+
+def _dropped(all_of_them: "weakref.WeakSet[_Dropped]") -> _Dropped:
+    made = _Dropped()
+    all_of_them.add(made)
+    return made
+
+
+def _refuse(_: _Dropped) -> Tensor:
+    raise UnsupportedError(
+        "checkpoint: a gradient is taken inside a block that a checkpoint runs; take it outside of the block"
+    )
+
+
+def _read(
+    outputs: Sequence[Tensor], given: Sequence[Tensor], runs: Sequence[Captured], start: int = -1
+) -> tuple[list[Tensor], bool]:
+    """The leaves that a block read besides what it was given, and whether it read nothing but leaves.
+
+    Args:
+        runs: of layers, whose captured tensors may be leaves that the context made.
+        start: how many nodes were recorded before the block's.
+    """
+    own = {id(x) for x in given} | {id(x) for run in runs for x in run.tensors}
+    found: dict[int, Tensor] = {}
+    queue: list[Any] = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    seen, known = {None, *queue}, True
+    for made_by in queue:
+        place = place_in_graph(made_by)
+        if place == LEAF:
+            if id(made_by.variable) not in own:
+                found[id(made_by.variable)] = made_by.variable
+        elif place < start or is_opaque(made_by):
+            known = False
+        for child, _ in made_by.next_functions:
+            if child not in seen:
+                seen.add(child)
+                queue.append(child)
+    return list(found.values()), known

@@ -1,0 +1,379 @@
+"""Blocks that checkpoints run inside the context: gradients of every order are those without, and no graph is kept."""
+
+import itertools
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import diversevit_fast as dvf
+from diversevit_fast._torch_internals import function_modes
+from diversevit_fast.attachment.torch_calls import open_attachments
+from diversevit_fast.errors import UnsupportedError
+from diversevit_fast.testing import assert_within_budget
+from tests.helpers.vits import assert_same, gradients, images_for, timm_vit
+
+
+class Attention(nn.Module):
+    """Attention of 8 features with 2 heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 2
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Returns a tuple, takes a keyword, and does what ``extra`` adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.attn, self.mlp = nn.LayerNorm(8), Attention(), nn.Linear(8, 8)
+        self.extra = lambda x: x
+
+    def forward(self, x, *, scale):
+        x = x + scale * self.attn(self.norm(x))
+        x = self.extra(x + F.gelu(self.mlp(x)))
+        return x, x.mean(1)
+
+
+class Model(nn.Module):
+    """Blocks run by checkpoints if ``checkpoints``; the logits read both results of each."""
+
+    def __init__(self, blocks=3, shared=False):
+        super().__init__()
+        torch.manual_seed(0)
+        made = [Block() for _ in range(blocks)]
+        self.blocks = nn.ModuleList(made)
+        self.order = [*made, made[-1]] if shared else made
+        self.scale, self.head = nn.Parameter(torch.tensor(0.7)), nn.Linear(8, 3)
+        self.checkpoints = False
+        self.double()
+
+    def forward(self, x):
+        means = []
+        for block in self.order:
+            if self.checkpoints:
+                x, mean = checkpoint(block, x, scale=self.scale, use_reentrant=False)
+            else:
+                x, mean = block(x, scale=self.scale)
+            means.append(mean)
+        return self.head(sum(means))
+
+
+TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def logits_and_loss(model, x=TOKENS, **options):
+    diversity = dvf.HeadDiversity(model, **{"layers": "all", **options})
+    with diversity:
+        logits = model(x)
+    kept = getattr(model, "kept", torch.zeros(()))
+    loss = (
+        kept.sum()
+        + F.cross_entropy(logits, torch.arange(len(x)) % 2)
+        + 10 * diversity.penalty(logits)
+    )
+    return logits, loss
+
+
+def nodes_of(logits):
+    """How many blocks were run apart."""
+    queue = [logits.grad_fn]
+    seen = set(queue)
+    for node in queue:
+        new = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= new
+        queue += new
+    return sum(node.name() == "_NodeBackward" for node in seen)
+
+
+def assert_as_without(model, apart=None, ask=gradients, x=TOKENS, **options):
+    """What ``ask(model, loss)`` returns is the same with and without checkpoints; ``apart`` blocks run apart."""
+    model.checkpoints = False
+    logits, loss = logits_and_loss(model, x, **options)
+    assert nodes_of(logits) == 0
+    wanted = ask(model, loss)
+    model.checkpoints = True
+    logits, loss = logits_and_loss(model, x, **options)
+    if apart is not None:
+        assert nodes_of(logits) == apart
+    assert_same(ask(model, loss), wanted)
+    assert not open_attachments()
+    assert not function_modes()
+
+
+@pytest.mark.parametrize(("layers", "apart"), [("all", 3), ("last", 1), ([1], 2), ([0, 2], 3)])
+@pytest.mark.parametrize("wrt", ["input", "output"])
+def test_layers(layers, apart, wrt):
+    assert_as_without(Model(), apart, layers=layers, wrt=wrt)
+
+
+@pytest.mark.parametrize("layers", ["all", "last"])
+def test_timms_switch_runs_blocks_apart(layers):
+    model = timm_vit().train()
+    model.set_grad_checkpointing()
+    with dvf.HeadDiversity(model, layers=layers):
+        logits = model(images_for(model))
+    assert nodes_of(logits) == {"all": 3, "last": 1}[layers]
+
+
+class Saved:
+    """A tensor that a graph saved."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+def test_less_is_kept_by_both_passes():
+    """What graphs hold when loss and penalty are there, by hooks on what they save, weights aside."""
+
+    def kept(model):
+        weights = {p.data_ptr() for p in model.parameters()}
+        alive, images = weakref.WeakSet(), images_for(model, batch=8)
+
+        def pack(x):
+            saved = Saved(x)
+            alive.add(saved)
+            return saved
+
+        diversity = dvf.HeadDiversity(model, layers="all")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.x):
+            with diversity:
+                logits = model(images)
+            penalty = diversity.penalty(logits)
+        storages = {x.data_ptr(): x for x in (saved.x.untyped_storage() for saved in alive)}
+        assert penalty.requires_grad
+        return sum(x.nbytes() for place, x in storages.items() if place not in weights)
+
+    model = timm_vit(global_pool="avg", class_token=False, depth=6).train()
+    whole = kept(model)
+    model.set_grad_checkpointing()
+    assert kept(model) < whole / 6
+
+
+def test_a_shared_block_and_a_frozen_one():
+    model = Model(shared=True)
+    assert_as_without(model, 4)
+    model.blocks[0].requires_grad_(False)
+    model.blocks[1].attn.requires_grad_(False)
+    assert_as_without(model, 4)
+    model.requires_grad_(False).head.requires_grad_(True)
+    assert_as_without(model)
+
+
+def test_backward_with_inputs_and_without():
+    def by_backward(model, loss, inputs=None):
+        model.zero_grad()
+        loss.backward(inputs=inputs)
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    assert_as_without(Model(), 3, ask=by_backward)
+    assert_as_without(
+        Model(), 3, ask=lambda model, loss: by_backward(model, loss, [model.blocks[1].mlp.weight])
+    )
+
+
+def test_gradient_of_the_images_and_third_order():
+    """A gradient penalty of the loss, its penalty included, so that blocks are differentiated three times."""
+    x = TOKENS.clone().requires_grad_()
+
+    def ask(model, loss):
+        weights = [model.blocks[0].attn.qkv.weight, model.blocks[2].mlp.weight, model.scale, x]
+        inner = torch.autograd.grad(loss, weights, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in inner), weights)
+
+    with dvf.use_backend("reference"):
+        assert_as_without(Model(), 3, ask=ask, x=x)
+
+
+def test_a_gradient_penalty_alone():
+    """No penalty of heads is asked for, of the same graph."""
+    x, found = TOKENS.clone().requires_grad_(), []
+    model = Model()
+    for model.checkpoints in (False, True):
+        with dvf.HeadDiversity(model, layers="all"):
+            logits = model(x)
+        (inner,) = torch.autograd.grad(logits.square().sum(), x, create_graph=True)
+        found.append(gradients(model, inner.square().sum() + logits.sum()))
+    assert_same(*found)
+
+
+def test_many_gradients_at_once():
+    model, found = Model(), []
+    each = torch.eye(3, dtype=torch.float64).unsqueeze(1).expand(3, 2, 3)
+    for model.checkpoints in (False, True):
+        with dvf.HeadDiversity(model, layers="all"):
+            logits = model(TOKENS)
+        weights = [model.blocks[0].mlp.weight, model.scale]
+        found.append(torch.autograd.grad(logits, weights, each, is_grads_batched=True))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_is_that_of_the_step_without(dtype):
+    model, x = Model().float(), TOKENS.float()
+    exact = gradients(model.double(), logits_and_loss(model)[1])
+    model.float()
+
+    def step():
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            return gradients(model, logits_and_loss(model, x)[1])
+
+    plain, model.checkpoints = step(), True
+    for ours, eager, g in zip(step(), plain, exact, strict=True):
+        budgeted = eager if dtype == torch.float32 else eager.bfloat16()
+        assert_within_budget(ours, budgeted, g, terms=64)
+
+
+def test_dropout_is_drawn_again_and_random_numbers_go_on():
+    model = Model()
+    model.blocks[1].extra = model.blocks[2].extra = nn.Dropout(0.3)
+    after = []
+
+    def seeded():
+        torch.manual_seed(3)
+        found = gradients(model, logits_and_loss(model)[1])
+        after.append(torch.rand(1))
+        return found
+
+    wanted, model.checkpoints = seeded(), True
+    assert_same(seeded(), wanted)
+    assert after[0] == after[1]
+
+
+def test_every_and_two_forwards_in_one_block():
+    model = Model()
+    diversity, found = dvf.HeadDiversity(model, layers="all", every=2), []
+    for model.checkpoints in (False, True):
+        diversity.step = 0
+        for _ in range(2):
+            with diversity:
+                logits = torch.cat([model(TOKENS), model(2 * TOKENS)])
+            found.append(gradients(model, logits.square().sum() + 10 * diversity.penalty(logits)))
+    assert_same(found[2], found[0])
+    assert_same(found[3], found[1])
+
+
+class TestRunAsTheyAre:
+    """Where a graph that is dropped would be missed, PyTorch's checkpoint keeps its own."""
+
+    def test_a_tensor_that_a_block_keeps_for_the_loss(self):
+        model = Model()
+
+        def keep(x):
+            model.kept = x * x
+            return x
+
+        model.blocks[1].extra = keep
+        assert_as_without(model, 2)
+
+    def test_what_a_block_reads_of_a_graph_outside(self):
+        model = Model()
+        model.blocks[1].extra = lambda x: x * model.scaled
+        forward = model.forward
+
+        def scaled_first(x):
+            model.scaled = model.scale.exp()
+            return forward(x)
+
+        model.forward = scaled_first
+        assert_as_without(model, 2)
+
+    def test_hooks_inside_and_on_a_weight(self):
+        model = Model()
+        model.blocks[0].mlp.register_forward_hook(lambda _m, _i, out: 2 * out)
+        model.blocks[2].mlp.weight.register_hook(lambda g: 3 * g)
+        assert_as_without(model, 1)
+
+    def test_a_batch_norm(self):
+        model = Model()
+        model.blocks[1].extra = nn.Sequential(
+            nn.Flatten(0, 1), nn.BatchNorm1d(8), nn.Unflatten(0, (2, 5))
+        )
+        model.blocks[1].add_module("norm2", model.blocks[1].extra)
+        model.double()
+        assert_as_without(model, 2)
+
+    def test_another_context(self):
+        model = Model()
+        model.checkpoints = True
+        with dvf.capture_heads(model), dvf.HeadDiversity(model, layers="all"):
+            assert nodes_of(model(TOKENS)) == 0
+
+    def test_a_reentrant_checkpoint_inside_is_refused(self):
+        model = Model()
+        model.checkpoints = True
+        model.blocks[1].extra = lambda x: checkpoint(torch.sin, x, use_reentrant=True)
+        with pytest.raises(UnsupportedError, match="pass use_reentrant=False"):
+            logits_and_loss(model)
+
+    def test_where_it_is_not_wanted(self):
+        assert_as_without(Model(), 0, checkpoint_blocks=False)
+
+    def test_no_checkpoint_and_outside(self):
+        model = Model()
+        with dvf.HeadDiversity(model, layers="all"):
+            assert nodes_of(model(TOKENS)) == 0
+        model.checkpoints = True
+        assert nodes_of(model(TOKENS)) == 0
+
+
+def test_saved_tensors_go_where_hooks_around_the_checkpoint_put_them():
+    model, packed = Model(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
+        assert_as_without(model, 3)
+    assert packed
+
+
+def test_other_weights_in_the_backward_pass_are_refused():
+    model = Model()
+    model.checkpoints = True
+    loss = logits_and_loss(model)[1]
+    model.blocks[1].mlp.requires_grad_(False)
+    with pytest.raises(UnsupportedError, match="Block is differentiated with other weights"):
+        loss.backward()
+
+
+def test_an_overwritten_input_is_refused():
+    model = Model()
+    model.checkpoints = True
+    x = TOKENS.clone()
+    loss = logits_and_loss(model, x)[1]
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("when", [1, 2, 3, 4])
+def test_an_exception_in_any_run_leaves_nothing_behind(when):
+    """In the forward, the pass to the heads, and the two runs of the backward pass."""
+    model = Model()
+    model.checkpoints, runs = True, itertools.count(1)
+
+    def fail(x):
+        if next(runs) == when:
+            raise KeyError("mine")
+        return x.clone()
+
+    model.blocks[1].extra = fail
+    with pytest.raises(KeyError, match="mine"):
+        gradients(model, logits_and_loss(model)[1])
+    assert not open_attachments()
+    assert not function_modes()
+    model.blocks[1].extra = lambda x: x
+    assert_as_without(model, 3)
+
+
+def test_a_block_that_gives_its_input_back():
+    """Nothing is recorded, as of a block without a gradient."""
+    model = Model()
+    model.blocks[1].extra = lambda x: x.detach()
+    assert_as_without(model, layers="last")
