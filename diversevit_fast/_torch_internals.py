@@ -1,4 +1,4 @@
-"""The private parts of PyTorch that this library uses; nothing else in it names one.
+"""The private parts of PyTorch that this library uses; besides ``cost.torch_internals`` nothing else in it names one.
 
 Each says what it tells and why no public call does. Each was tried on PyTorch 2.10.0 and 2.14.1 by
 ``tests/test_torch_internals.py``, those of FSDP2 by ``tests/attachment/test_systems.py``. The first ones
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks  # pyright: ignore
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = [
-    "FakeTensorMode",
     "ProxyTorchDispatchMode",
     "tree_flatten",
     "tree_leaves",
@@ -70,13 +69,6 @@ cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 cpu_flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 """Its backward, which the counter does not know either."""
-
-flash_attention = torch.ops.aten._scaled_dot_product_flash_attention
-efficient_attention = torch.ops.aten._scaled_dot_product_efficient_attention
-"""What it runs on a GPU, chosen by a driver that need not be there."""
-
-read_value = torch.ops.aten._local_scalar_dense.default
-"""What a dispatch mode sees where Python asks for a tensor's value."""
 
 BatchNorm = _BatchNorm
 """The base of all batch norms, ``SyncBatchNorm`` among them. The public classes have no other in common."""
@@ -387,63 +379,3 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def own_modules(module: nn.Module) -> dict[str, nn.Module | None]:
     """The module's own dictionary of modules inside it; as ``own_parameters``."""
     return module._modules
-
-
-def is_composite(func: Any) -> bool:
-    """Whether an operator is made of others, of which a dispatch mode may see nothing; ``decompose`` takes it apart."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-
-
-def overload_name(func: Any) -> str:
-    """An operator's name as a dispatch mode sees it, without namespace and overload."""
-    return func._overloadpacket.__name__
-
-
-def argument_is_written(func: Any) -> bool:
-    """Whether the operator writes into one of its arguments."""
-    return func._schema.is_mutable
-
-
-def inside_autocast(device: str) -> bool:
-    """Whether an operator that autocast has changed the operands of is running."""
-    return torch._C._dispatch_tls_is_dispatch_key_excluded(f"Autocast{device.upper()}")
-
-
-def device_of_fake(x: Tensor) -> torch.device:
-    """The device that a fake tensor says it is on."""
-    assert isinstance(x, FakeTensor)
-    return x.fake_device
-
-
-@contextmanager
-def fake_gpu_tensors() -> Iterator[None]:
-    """Inside the block fake tensors on a GPU say so, and autocast works, where there is no GPU.
-
-    ``is_cuda`` and ``is_cpu`` of a fake tensor ask C++, which is told another device (``diversevit_fast.cost.fake``);
-    ``torch.autocast`` asks the driver. The block belongs to the process.
-    """
-    common = torch.cuda.amp.common
-    before = common.amp_definitely_not_available, torch.cuda.is_bf16_supported
-    FakeTensor.is_cuda = property(lambda x: x.fake_device.type == "cuda")  # pyright: ignore
-    FakeTensor.is_cpu = property(lambda x: x.fake_device.type == "cpu")  # pyright: ignore
-    common.amp_definitely_not_available = lambda: False
-    torch.cuda.is_bf16_supported = lambda *_, **__: True
-    try:
-        yield
-    finally:
-        common.amp_definitely_not_available, torch.cuda.is_bf16_supported = before
-        del FakeTensor.is_cuda, FakeTensor.is_cpu
-
-
-def is_fake_failure(error: Exception) -> bool:
-    """Whether fake tensors could not do what was asked of them; their exceptions have no public names."""
-    from torch._subclasses import fake_tensor
-
-    kinds = (
-        fake_tensor.DataDependentOutputException,
-        fake_tensor.DynamicOutputShapeException,
-        fake_tensor.UnsupportedFakeTensorException,
-        fake_tensor.UnsupportedOperatorException,
-    )
-    said = str(error)
-    return isinstance(error, kinds) or "FakeTensor" in said or "fake tensor" in said

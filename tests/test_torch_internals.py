@@ -286,7 +286,11 @@ def test_modules():
     assert isinstance(kernels_internals.has_bfloat16_instructions(), bool)
 
 
-HERE = {"diversevit_fast._torch_internals", "diversevit_kernels.common.torch_internals"}
+HERE = {
+    "diversevit_fast._torch_internals",
+    "diversevit_fast.cost.torch_internals",
+    "diversevit_kernels.common.torch_internals",
+}
 OF_OTHERS = {
     *("_asdict", "_fields", "_make", "_replace"),  # public, of named tuples
     "_attn_implementation",  # transformers'

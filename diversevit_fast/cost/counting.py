@@ -15,18 +15,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from diversevit_kernels.common.torch_internals import TorchDispatchMode
 
-from .._torch_internals import (
-    argument_is_written,
-    cpu_flash_attention,
-    cpu_flash_attention_backward,
-    is_composite,
-    overload_name,
-    read_value,
-    tree_leaves,
-)
+from .._torch_internals import cpu_flash_attention, cpu_flash_attention_backward, tree_leaves
 from ..ops.work import is_operator, order_of, work_of
 from .fake import Disguise, refuse_value
 from .memory import MemoryLog
+from .torch_internals import argument_is_written, is_composite, overload_name, read_value
 
 PRODUCTS, ELEMENTWISE, PENALTY = "matrix products", "elementwise", "penalty"
 ATTENTION = {

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from diversevit_kernels.common.torch_internals import without_modes
 
 from .._torch_internals import (
-    device_of_fake,
-    inside_autocast,
     own_buffers,
     own_parameters,
     tree_leaves,
 )
 from ..errors import UnsupportedError
+from .torch_internals import device_of_fake, inside_autocast
 
 _META = torch.device("meta")
 
@@ -39,6 +39,9 @@ class Disguise:
         self.device = torch.device(device)
         self._gpu = self.device.type == "cuda"
         self._fresh: list[Tensor] = []
+        self._leaves: dict[
+            int, Any
+        ] = {}  # by identity, the nodes of leaves that nothing was computed of yet
         self.autocast = False  # whether it is on where Python last called PyTorch: see ``sdpa``
 
     def device_of(self, x: Tensor) -> torch.device:
@@ -63,11 +66,21 @@ class Disguise:
             return {**kwargs, "device": self.device}
         return kwargs
 
+    def leaf(self, x: Tensor) -> None:
+        """Make the node of a leaf, for which autograd asks for its device, before autocast looks at the leaf."""
+        before, self.autocast = self.autocast, False
+        with torch.enable_grad():
+            self._leaves[id(x)] = get_gradient_edge(x)
+        self.autocast = before
+
     def made(self, args: Any, results: Any) -> None:
         """Note the results of an operator, if autograd records it."""
         if not self._gpu:
             return
         self._fresh = []
+        if self._leaves:
+            for x in tree_leaves(args):  # their nodes are now part of a graph
+                self._leaves.pop(id(x), None)
         if torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(args)
         ):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .._torch_internals import efficient_attention, flash_attention
 from .fake import Disguise
+from .torch_internals import efficient_attention, flash_attention
 
 _WIDEST = 256  # head width of flash attention
 
@@ -34,7 +34,10 @@ class FakeGpuCalls(TorchFunctionMode):
         self._disguise.autocast = torch.is_autocast_enabled("cuda")
         if func is F.scaled_dot_product_attention:
             return _fused(*args, **kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is Tensor.requires_grad_ and result.requires_grad and result.is_leaf:
+            self._disguise.leaf(result)
+        return result
 
 
 def _fused(

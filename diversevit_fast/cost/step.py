@@ -10,13 +10,14 @@ from torch.autograd import set_multithreading_enabled
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
-from .._torch_internals import FakeTensorMode, fake_gpu_tensors, is_fake_failure, tree_leaves
+from .._torch_internals import tree_leaves
 from ..errors import UnsupportedError, UsageError
 from ..penalty.head_diversity import HeadDiversity
 from .counting import Call, StepCounter
 from .fake import Disguise, needs_values, without_memory
 from .memory import Peak
 from .sdpa import FakeGpuCalls
+from .torch_internals import FakeTensorMode, around_backward, fake_gpu_tensors, is_fake_failure
 
 WEIGHT = 100.0
 """Of the penalty in the loss; costs do not depend on it."""
@@ -188,7 +189,8 @@ def _fake(disguise: Disguise) -> Iterator[None]:
         with mode:
             yield
         return
-    with fake_gpu_tensors(), mode, FakeGpuCalls(disguise):
+    calls = FakeGpuCalls(disguise)
+    with fake_gpu_tensors(), mode, calls, around_backward(lambda: calls):
         yield
 
 

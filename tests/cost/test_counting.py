@@ -123,6 +123,19 @@ def test_checkpoints_compute_again_and_keep_less():
     assert again.flops["matrix products"] > plain.flops["matrix products"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [None, "last", "all"])
+def test_checkpoints_on_a_gpu_that_is_not_there(layers, dtype):
+    """What is computed again in a backward pass is seen there too: products are those of a CPU."""
+    pytest.importorskip("triton")
+    model, options = vit(img_size=64, depth=3), {"batch": 4, "dtype": dtype}
+    plain = dvf.cost(model, layers, device="H200", **options)
+    again = dvf.cost(model, layers, device="H200", checkpointing=True, **options)
+    assert again.peak.parts["activations"] < plain.peak.parts["activations"]
+    on_cpu = dvf.cost(model, layers, checkpointing=True, **options)
+    assert again.flops["matrix products"] == on_cpu.flops["matrix products"]
+
+
 def test_memory_is_made_of_its_parts():
     found = dvf.cost(vit(), "all", batch=16)
     assert sum(found.peak.parts.values()) == found.peak_bytes
