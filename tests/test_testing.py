@@ -80,3 +80,8 @@ def test_a_shape_that_would_broadcast_is_refused():
     row = torch.ones(3)
     with pytest.raises(AssertionError, match=r"^result: shape \(1, 3\) instead of \(3,\)$"):
         assert_within_budget(row[None], row, row.double(), terms=1)
+
+
+def test_an_empty_tensor_has_no_error():
+    nothing = torch.empty(0, 3)
+    assert_within_budget(nothing, nothing, nothing.double(), terms=1, name="x")

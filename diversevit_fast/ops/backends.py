@@ -165,6 +165,18 @@ def _kernels(protocol: type, chosen: str, on: torch.device) -> Any:
     return import_module(backend.module.format(operator=_FOLDERS[protocol]))
 
 
+def folder_of(function: str) -> str:
+    """The folder of a backend that has ``function``, which is named after its operator.
+
+    Raises:
+        LookupError: no protocol's folder is part of the name.
+    """
+    found = [folder for folder in _FOLDERS.values() if folder in function]
+    if not found:
+        raise LookupError(f"no folder of {sorted(set(_FOLDERS.values()))} has {function}")
+    return max(found, key=len)
+
+
 if TYPE_CHECKING:  # the type checker compares every backend's functions with the protocols
     import diversevit_kernels.cpu.attention as cpu_attention
     import diversevit_kernels.cpu.gelu as cpu_gelu

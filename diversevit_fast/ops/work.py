@@ -40,6 +40,7 @@ from .attention_qkvpacked import (
     attention_qkvpacked_operator,
     split_qkv,
 )
+from .backends import folder_of
 from .head_penalty import (
     head_penalty_backward_operator,
     head_penalty_double_backward_operator,
@@ -109,7 +110,7 @@ def work_of(name: str, args: tuple[Any, ...], architecture: str | None = None) -
 
 def _work_of(name: str, args: Any, architecture: str | None) -> Work:
     function, operands = _call_of(name, args)
-    folder = next(f for f in ("attention", "layer_norm", "gelu", "head_penalty") if f in function)
+    folder = folder_of(function)
     on_cpu = getattr(import_module(f"diversevit_kernels.cpu.{folder}.work"), function)(*operands)
     if architecture is None:
         return on_cpu

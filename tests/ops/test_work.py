@@ -1,12 +1,14 @@
 """The work that is counted on a CPU is what the kernels' PyTorch paths multiply; C++ computes the same products."""
 
 import itertools
+from importlib import import_module
 
 import pytest
 import torch
 
 from diversevit_fast.cost.counting import PRODUCTS, StepCounter
-from diversevit_fast.ops.work import order_of, work_of
+from diversevit_fast.ops import backends
+from diversevit_fast.ops.work import _TAKES, order_of, work_of
 from diversevit_kernels.common.contracts import (
     AttentionBackward,
     AttentionDoubleBackward,
@@ -128,3 +130,25 @@ def test_names_and_orders():
     assert first.products * N == packed.products
     names = ("gelu", "gelu_backward", "gelu_double_backward")
     assert [order_of(name) for name in names] == ["forward", "backward", "double backward"]
+
+
+def functions_of(protocol):
+    return [name for name in vars(protocol) if name.endswith(("forward", "backward"))]
+
+
+@pytest.mark.parametrize("protocol", backends._FOLDERS, ids=lambda protocol: protocol.__name__)
+def test_every_function_of_a_backend_says_what_it_asks_of_the_machine(protocol):
+    """A new operator that is not counted would be free."""
+    folder = backends._FOLDERS[protocol]
+    work = import_module(f"diversevit_kernels.cpu.{folder}.work")
+    functions = functions_of(protocol)
+    assert len(functions) == 3
+    for function in functions:
+        assert backends.folder_of(function) == folder
+        assert callable(getattr(work, function))
+        assert function.endswith("_forward") or function in _TAKES
+
+
+def test_a_function_of_nobody_is_named():
+    with pytest.raises(LookupError, match="has softplus_forward"):
+        backends.folder_of("softplus_forward")

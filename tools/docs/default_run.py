@@ -55,13 +55,13 @@ def reduce_rows(rows: Sequence[Row]) -> list[Row]:
     return list(kept.values())
 
 
-def result_of(folder: Path, commit: str, cpu_seconds: float) -> dict[str, Any]:
+def result_of(folder: Path, commit: str, cpu_seconds: float | None) -> dict[str, Any]:
     """Return what the page says of a finished run; processor seconds are of all its processes."""
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     cosines = json.loads((folder / "cosines.json").read_text(encoding="utf-8"))
     return {
         "commit": commit,
-        "cpu_seconds": round(cpu_seconds),
+        "cpu_seconds": None if cpu_seconds is None else round(cpu_seconds),
         "settings": record["settings"],
         "splits": {
             name: {"samples": split["samples"], **split["independent"], "groups": split["groups"]}

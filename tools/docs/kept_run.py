@@ -12,14 +12,16 @@ from tools.docs.support import between
 def keep_run(
     program: str,
     description: str | None,
-    result_of: Callable[[Path, str, float], Any],
+    result_of: Callable[[Path, str, Any], Any],
     file: Path | Callable[[Any], Path],
     arguments: Sequence[str] | None = None,
+    timed: bool = True,
 ) -> None:
     """Write ``result_of(run, commit, cpu_seconds)`` to a file, if the command line names a run.
 
     Args:
         file: the file, or what names it, of the result.
+        timed: whether the processor time has to be told.
     """
     parser = argparse.ArgumentParser(f"python -m tools.docs.{program}", description=description)
     parser.add_argument("run", nargs="?", type=Path)
@@ -28,8 +30,8 @@ def keep_run(
     given = parser.parse_args(arguments)
     if given.run is None:
         return
-    if given.commit is None or given.cpu_seconds is None:
-        parser.error("a run needs --commit and --cpu-seconds")
+    if given.commit is None or (timed and given.cpu_seconds is None):
+        parser.error("a run needs --commit" + " and --cpu-seconds" * timed)
     result = result_of(given.run, given.commit, given.cpu_seconds)
     path = file if isinstance(file, Path) else file(result)
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")
