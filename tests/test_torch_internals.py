@@ -207,7 +207,8 @@ def test_checkpoints_that_recompute_and_what_is_saved_around_them():
     leaf = torch.ones(2, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         out = checkpoint(fn, leaf, use_reentrant=False)
-    assert len(saved) == 2  # the checkpoint's input, and that of the sine
+    # the checkpoint's input, and that of the sine; PyTorch 2.10 also saves an empty tensor of its own
+    assert sum(x.numel() > 0 for x in saved) == 2
     out.sum().backward()
     assert said == [(True, True), (False, True), (False, True), (False, False)]
     torch.testing.assert_close(leaf.grad, 2 * torch.ones(2).sin() * torch.ones(2).cos())
