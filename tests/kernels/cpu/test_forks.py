@@ -110,7 +110,9 @@ def test_every_lock_is_fork_safe() -> None:
         for path in (root / folder).rglob("*.py")
         if path.parent.name != "experiment"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in makers
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).rpartition(".")[2] in makers
+        and ast.unparse(node.func) != "torch.cuda.Event"  # a time on a GPU
     }
     assert found == {"forks.py"}
 
