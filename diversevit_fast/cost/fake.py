@@ -17,11 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from diversevit_kernels.common.torch_internals import without_modes
 
-from .._torch_internals import (
-    own_buffers,
-    own_parameters,
-    tree_leaves,
-)
+from .._torch_internals import own_buffers, own_parameters, tree_leaves
 from ..errors import UnsupportedError
 from .torch_internals import device_of_fake, inside_autocast
 
@@ -39,9 +35,8 @@ class Disguise:
         self.device = torch.device(device)
         self._gpu = self.device.type == "cuda"
         self._fresh: list[Tensor] = []
-        self._leaves: dict[
-            int, Any
-        ] = {}  # by identity, the nodes of leaves that nothing was computed of yet
+        # by identity, the nodes of leaves that nothing was computed of yet
+        self._leaves: dict[int, Any] = {}
         self.autocast = False  # whether it is on where Python last called PyTorch: see ``sdpa``
 
     def device_of(self, x: Tensor) -> torch.device:
@@ -78,12 +73,10 @@ class Disguise:
         if not self._gpu:
             return
         self._fresh = []
-        if self._leaves:
-            for x in tree_leaves(args):  # their nodes are now part of a graph
-                self._leaves.pop(id(x), None)
-        if torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(args)
-        ):
+        operands = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+        for x in operands:  # their nodes are now part of a graph
+            self._leaves.pop(id(x), None)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in operands):
             self._fresh = [x for x in tree_leaves(results) if isinstance(x, Tensor)]
 
 
