@@ -261,9 +261,17 @@ def noticing_lost_ranks(ranks: OneProcess, hint: str) -> Iterator[None]:
 
 
 def resume_command(folder: Path, ranks: OneProcess) -> str:
-    """Return the command that resumes the run in ``folder`` the way it was started."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", ranks.count)
-    start = TORCHRUN.format(local) if ranks.launched else "diversevit"
+    """Return the command that resumes the run in ``folder`` the way it was started.
+
+    Of several machines it is each one's, without where they meet, which no process knows.
+    """
+    start = "diversevit"
+    if ranks.launched:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))
+        start = TORCHRUN.format(local)
+        if local < ranks.count:
+            machines = f"torchrun --nnodes {ranks.count // local} ... "
+            start = start.replace("torchrun ", machines)
     return f"{start} run --resume {shlex.quote(str(folder))}"
 
 

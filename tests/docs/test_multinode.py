@@ -144,7 +144,9 @@ def test_a_training_that_lost_a_process_goes_on_unbroken(folder):
 
 def test_the_page_has_the_commands():
     page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"^torchrun --nnodes 2 (?:.*\\\n)*.*$", page, re.MULTILINE)
+    own, run = re.findall(r"^torchrun --nnodes 2 (?:.*\\\n)*.*$", page, re.MULTILINE)
     for option in ("--nproc-per-node", "--rdzv-backend c10d", "--rdzv-endpoint", "--rdzv-id"):
-        assert option in command
-    assert "examples/torchrun_multinode.py --checkpoints" in command
+        assert option in own
+        assert option in run
+    assert "examples/torchrun_multinode.py --checkpoints" in own
+    assert "--no-python diversevit run" in run

@@ -28,7 +28,7 @@ from diversevit_fast.errors import UsageError
 from diversevit_fast.experiment import evaluate, metrics, resolve, resume, run
 from diversevit_fast.experiment import train as training
 from diversevit_fast.experiment.cli import main
-from diversevit_fast.experiment.distributed import Ranks
+from diversevit_fast.experiment.distributed import OneProcess, Ranks, resume_command
 from diversevit_fast.experiment.progress import Progress
 from diversevit_fast.experiment.run import Interrupted
 from diversevit_fast.models import DiverseViT
@@ -441,6 +441,20 @@ def test_ranks_refuse_the_checkpoint_of_one_process(tmp_path):
     assert re.fullmatch(said, first[2]), first[2]
     assert (first[0], second) == (2, (2, "", ""))
     assert (tmp_path / "out.partial/checkpoints/diversevit-seed0.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("here", "start"),
+    [
+        ("16", "torchrun --nproc-per-node 16 --no-python diversevit"),
+        ("8", "torchrun --nnodes 2 ... --nproc-per-node 8 --no-python diversevit"),
+    ],
+)
+def test_how_to_resume_names_the_machines(here, start, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    ranks = OneProcess(torch.device("cpu"))
+    ranks.count, ranks.launched = 16, True
+    assert resume_command(Path("a run"), ranks) == f"{start} run --resume 'a run'"
 
 
 @pytest.mark.slow
