@@ -8,7 +8,7 @@ from diversevit_fast.experiment import Grid
 from diversevit_fast.experiment.sweep_folder import SweepFolder
 from diversevit_fast.experiment.sweep_report import ALL_HEADS, BEST_HEAD
 from tests.helpers.pages import PAGES, ROOT
-from tools.docs.sweep_tables import KEPT, compact, main, tables, with_tables
+from tools.docs.sweep_tables import KEPT, added, compact, main, tables, with_tables
 
 pytest.importorskip("scipy")
 RESULTS = ROOT / "docs/science/results"
@@ -47,6 +47,33 @@ def test_numbers_of_a_table():
     assert "| 0 | 3 | 0.610 (0.600 to 0.620) | 0.610 | 0.500 | 1.2e-04 | 0.500 | 0.5 |" in said
     assert "| 2 | +0.100 |" in said
     assert "| 0.1 | 0.1 | 0.1 | cannot tell |" in said
+
+
+def of_seeds(*seeds: int) -> dict:
+    """The made-up results of some seeds."""
+    results = made_up()
+    rows = [row for row in results["rows"] if row["seed"] in seeds]
+    grid = {**results["grid"], "seeds": list(seeds)}
+    return {**results, "grid": grid, "cells": 2 * len(seeds), "rows": rows}
+
+
+def test_seeds_of_another_sweep_are_added():
+    assert tables(added(of_seeds(0, 2), of_seeds(1))) == tables(made_up())
+    both = added(of_seeds(0), {**of_seeds(1), "torch": "3"})
+    assert (both["cells"], both["torch"]) == (4, "2, 3")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (of_seeds(0, 1), "both sweeps have trained seed 0"),
+        ({**of_seeds(1), "samples": {"train": 5}}, "differ in samples"),
+        ({**of_seeds(1), "grid": {**of_seeds(1)["grid"], "varied": {}}}, "differ in varied"),
+    ],
+)
+def test_what_cannot_be_added(more, said):
+    with pytest.raises(ValueError, match=said):
+        added(of_seeds(0), more)
 
 
 def test_a_page_without_a_place_for_them_is_refused():

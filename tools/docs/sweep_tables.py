@@ -1,7 +1,7 @@
 """Keep a sweep's results as compact JSON, and write the tables of its page from that.
 
-``python -m tools.docs.sweep_tables SWEEP_FOLDER RESULTS.json`` keeps them;
-``python -m tools.docs.sweep_tables RESULTS.json PAGE.md`` writes the part of the page between
+``python -m tools.docs.sweep_tables SWEEP_FOLDER RESULTS.json`` keeps them, ``--add`` beside those of other seeds that
+are kept there; ``python -m tools.docs.sweep_tables RESULTS.json PAGE.md`` writes the part of the page between
 ``<!-- results:begin -->`` and ``<!-- results:end -->``.
 """
 
@@ -51,6 +51,32 @@ def compact(folder: Path) -> dict[str, Any]:
             for row in rows
             if row["rule"] in (BEST_HEAD, ALL_HEADS)
         ],
+    }
+
+
+def added(kept: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return two sweeps' results as one's: the same settings and data, other seeds.
+
+    Raises:
+        ValueError: the sweeps differ in more than seeds, or share one.
+    """
+    for name in ("fixed", "varied", "pilot_seeds"):
+        if kept["grid"][name] != more["grid"][name]:
+            raise ValueError(f"the sweeps differ in {name}")
+    if kept["samples"] != more["samples"]:
+        raise ValueError("the sweeps differ in samples")
+    trained = [{row["seed"] for row in results["rows"]} for results in (kept, more)]
+    if both := trained[0] & trained[1]:
+        raise ValueError(f"both sweeps have trained seed {min(both)}")
+    seeds = sorted({*kept["grid"]["seeds"], *more["grid"]["seeds"]})
+    settings = kept["cells"] // len(kept["grid"]["seeds"])
+    versions = dict.fromkeys((*kept["torch"].split(", "), *more["torch"].split(", ")))
+    return {
+        **kept,
+        "grid": {**kept["grid"], "seeds": seeds},
+        "cells": settings * len(seeds),
+        "torch": ", ".join(versions),
+        "rows": [*kept["rows"], *more["rows"]],
     }
 
 
@@ -148,10 +174,13 @@ def _short(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def main(source: str, target: str) -> None:
+def main(*arguments: str) -> None:
+    *options, source, target = arguments
     path = Path(target)
     if Path(source).is_dir():
         kept = compact(Path(source))
+        if options == ["--add"]:
+            kept = added(json.loads(path.read_text("utf-8")), kept)
         rows = ",\n".join(json.dumps(row) for row in kept.pop("rows"))
         text = json.dumps(kept, indent=1)[:-2]
         path.write_text(f'{text},\n "rows": [\n{rows}\n]}}\n', encoding="utf-8")
