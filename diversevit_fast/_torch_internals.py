@@ -179,6 +179,11 @@ def will_run(node: Any) -> bool:
     return torch._C._will_engine_execute_node(node)
 
 
+def backward_pass() -> int:
+    """A number of the backward pass that runs, other than that of any before it; -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
 def write_count(x: Tensor) -> int:
     """How often the tensor's memory was written to in place. Only autograd's errors mention it publicly."""
     return x._version

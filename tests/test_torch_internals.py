@@ -159,7 +159,7 @@ def test_hooks_of_saved_tensors():
 
 
 def test_which_nodes_of_a_backward_pass_run():
-    said = []
+    said, passes = [], []
 
     class Ask(torch.autograd.Function):
         @staticmethod
@@ -169,12 +169,17 @@ def test_which_nodes_of_a_backward_pass_run():
         @staticmethod
         def backward(ctx, g):
             said.append([internals.will_run(node) for node, _ in ctx.next_functions])
+            passes.append(internals.backward_pass())
             return g, g
 
     a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
     out = Ask.apply(a * 2, b * 2)
+    total = out.sum() + Ask.apply(a * 3, b * 3).sum()
+    torch.autograd.grad(total, a, retain_graph=True)
+    assert said == [[True, False], [True, False]]
     torch.autograd.grad(out.sum(), a)
-    assert said == [[True, False]]
+    assert passes[0] == passes[1] < passes[2]
+    assert internals.backward_pass() == -1
 
 
 def test_checkpoints():

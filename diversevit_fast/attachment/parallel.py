@@ -10,9 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
-from .._torch_internals import fsdp_modules, is_fsdp_root, reshards_after_backward, running_ddp
+from .._torch_internals import (
+    backward_pass,
+    fsdp_modules,
+    is_fsdp_root,
+    reshards_after_backward,
+    running_ddp,
+    will_run,
+)
 from ..errors import UnsupportedError
 
 
@@ -46,11 +55,14 @@ def is_ddp(model: Any) -> bool:
     return isinstance(model, nn.parallel.DistributedDataParallel)
 
 
-def check_ddp_forward(wrapped: bool) -> None:
+def check_ddp_forward(wrapped: bool) -> "OneBackwardPass | None":
     """Refuse a forward after which the ranks would diverge.
 
     Args:
         wrapped: the model was passed inside DDP, so it must be running inside DDP's forward.
+
+    Returns:
+        What refuses a second backward pass, where DDP would not average its gradients.
 
     Raises:
         UnsupportedError: DDP runs with ``static_graph``, or the module inside was called past it.
@@ -63,6 +75,55 @@ def check_ddp_forward(wrapped: bool) -> None:
             "model: the module inside DDP was called past it, so gradients would not be averaged over "
             "ranks; call the DDP model, or give HeadDiversity its .module"
         )
+    if running is None or not running.require_backward_grad_sync:
+        return None
+    several = dist.get_world_size(running.process_group) > 1
+    return OneBackwardPass(running.module) if several else None
+
+
+class OneBackwardPass:
+    """Refuses a second backward pass of one forward: DDP has averaged the gradients of the first, and is done.
+
+    Passes that change no parameter's ``grad`` do not count, such as ``autograd.grad`` by the images.
+
+    Args:
+        model: the module inside DDP.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model, self._seen = model, -1
+
+    def watch(self, *roots: Tensor) -> None:
+        """Look at backward passes that come through these tensors.
+
+        Raises:
+            UnsupportedError: then, in the second pass.
+        """
+        for root in roots:
+            if root.requires_grad:
+                root.register_hook(self._note)
+
+    def _note(self, _: Tensor) -> None:
+        now = backward_pass()
+        if now == self._seen or not self._is_averaged():
+            return
+        if self._seen >= 0:
+            raise UnsupportedError(
+                "penalty: loss and penalty are differentiated in two backward passes, and DDP would not average "
+                "the gradients of the second over ranks; add the two and call backward once"
+            )
+        self._seen = now
+
+    def _is_averaged(self) -> bool:
+        """Whether the running backward pass adds to the ``grad`` of a parameter."""
+        return any(_adds_to(p) for p in self._model.parameters() if p.requires_grad)
+
+
+def _adds_to(parameter: nn.Parameter) -> bool:
+    try:
+        return will_run(get_gradient_edge(parameter).node)
+    except RuntimeError:  # autograd.grad was asked for it
+        return False
 
 
 def _refuse_static_graph(model: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..attachment.attention_modules import AttentionLayer
+from ..attachment.parallel import OneBackwardPass
 from .input_projections import ProjectionOutput, input_projections
 from .recomputed_gelu import linear_after_gelu
 
@@ -55,6 +56,7 @@ class Recording:
         earlier: nodes of the graph that were there before the first tensor was captured.
         resumed: a tensor was captured before what a checkpoint recomputes.
         linears: nodes of the linear layers that read the output of a GELU.
+        one_pass: refuses a second backward pass, where DDP would not average its gradients.
     """
 
     runs: list[Captured] = field(default_factory=list)
@@ -62,6 +64,7 @@ class Recording:
     earlier: set[Any] = field(default_factory=set)
     resumed: bool = False
     linears: list[Any] = field(default_factory=list)
+    one_pass: OneBackwardPass | None = None
     _projections: list[tuple[ProjectionOutput, Tensor]] = field(default_factory=list)
 
     @property

@@ -198,7 +198,10 @@ class HeadDiversity(Attachment):
             runs, samples = self._checked(runs, score, earlier)
         value, self.cosines = self._differentiate(score, runs, weights, linears).mean()
         self.samples = samples
-        return value if self.every == 1 else value * self.every
+        value = value if self.every == 1 else value * self.every
+        if self._recording.one_pass is not None:
+            self._recording.one_pass.watch(logits, value)
+        return value
 
     def check(self) -> None:
         """Wait for the steps so far, and refuse them if logits of one were not finite: for the end of an epoch.
@@ -332,7 +335,7 @@ class HeadDiversity(Attachment):
         if not torch.compiler.is_compiling() and self._resumed is None:
             self._refuse_other_draws()
             self._split.check_reached(layer.name, len(x))
-            check_ddp_forward(self._in_ddp)
+            self._recording.one_pass = check_ddp_forward(self._in_ddp)
         return x if x.requires_grad else x.detach().requires_grad_()
 
     @property

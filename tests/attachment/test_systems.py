@@ -414,9 +414,9 @@ def test_ddp():
     ranks.run("ddp", "ddp_accumulation")
 
 
-@system("a forward of the module inside DDP, where the DDP model was given", "refused")
+@system("DDP: its module called past it; loss and penalty in two backward passes", "refused")
 def test_ddp_called_past():
-    ranks.run("ddp_called_past")
+    ranks.run("ddp_called_past", "ddp_two_passes")
 
 
 @system("FSDP2 (fully_shard), with and without resharding after forward; HSDP", "right")

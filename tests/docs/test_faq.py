@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import diversevit_fast as dvf
+from diversevit_fast.attachment.parallel import OneBackwardPass
 from tests.helpers.pages import blocks
 
 timm = pytest.importorskip("timm")
@@ -74,6 +75,14 @@ def reentrant():
     penalty(model)[0].backward()
 
 
+def two_passes():
+    model = vit()
+    value, logits = penalty(model)
+    OneBackwardPass(model).watch(logits, value)  # as under DDP with several ranks
+    F.cross_entropy(logits, labels).backward(retain_graph=True)
+    value.backward()
+
+
 def third_derivative():
     q = torch.randn(1, 2, 5, 8, requires_grad=True)
     value = dvf.attention(q, q, q).pow(3).sum()
@@ -92,6 +101,7 @@ RAISED: list[Callable[[], object]] = [
     lambda: penalty(x=images * float("nan")),
     lambda: penalty(torch.compile(vit(), backend="eager")),
     reentrant,
+    two_passes,
     lambda: dvf.HeadDiversity(nn.DataParallel(vit())),
     lambda: dvf.HeadDiversity(nn.Linear(2, 2)),
     third_derivative,

@@ -130,6 +130,49 @@ def ddp_accumulation() -> None:
     check(whole.module, expect)
 
 
+def ddp_two_passes() -> None:
+    """DDP averages the gradients of one backward pass; what only asks for gradients is none of them."""
+    plain = average_vit()
+    expect = expected(plain)
+    images, labels = map(mine, batch(plain))
+
+    def parts(whole: nn.Module, given: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        x, diversity = images.clone().requires_grad_(), dvf.HeadDiversity(given)
+        with diversity:
+            logits = whole(x)
+        return F.cross_entropy(logits, labels), 100 * diversity.penalty(logits), x
+
+    def in_ddp() -> nn.Module:
+        return nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+
+    for order in (1, -1):
+        for inside in (False, True):
+            whole = in_ddp()
+            first, second = parts(whole, whole.module if inside else whole)[:2][::order]
+            first.backward(retain_graph=True)
+            with pytest.raises(UnsupportedError, match="two backward passes"):
+                second.backward()
+
+    whole = in_ddp()
+    weight = whole.module.blocks[0].attn.qkv.weight
+    loss, penalty, x = parts(whole, whole)
+    for asked in (loss, penalty):
+        torch.autograd.grad(asked, (x, weight), retain_graph=True)
+        asked.backward(inputs=[x], retain_graph=True)
+    (loss + penalty).backward()
+    check(whole.module, expect)
+
+    whole.zero_grad()
+    with whole.no_sync():
+        loss, penalty, _ = parts(whole, whole.module)
+    loss.backward(retain_graph=True)
+    penalty.backward()
+    for p in whole.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= WORLD
+    check(whole.module, expect)
+
+
 def ddp_static_graph() -> None:
     model = average_vit()
     images, labels = batch(model)
