@@ -355,6 +355,11 @@ def reshards_after_backward(module: Any) -> bool:
     return _fsdp_group(module).reshard_after_backward
 
 
+def is_gathered(module: Any) -> bool:
+    """Whether FSDP2 holds the module's parameters whole: public are only ``unshard`` and ``reshard``."""
+    return _fsdp_group(module).is_unsharded
+
+
 def is_fsdp_root(module: Any) -> bool:
     """Whether FSDP2 takes the module for the outermost of a model, which it finds at the first forward."""
     return module._get_fsdp_state()._is_root

@@ -18,6 +18,7 @@ from .._torch_internals import (
     backward_pass,
     fsdp_modules,
     is_fsdp_root,
+    is_gathered,
     reshards_after_backward,
     running_ddp,
     will_run,
@@ -117,6 +118,35 @@ class OneBackwardPass:
     def _is_averaged(self) -> bool:
         """Whether the running backward pass adds to the ``grad`` of a parameter."""
         return any(_adds_to(p) for p in self._model.parameters() if p.requires_grad)
+
+
+def watch_backward(
+    model: nn.Module, one_pass: OneBackwardPass | None, logits: Tensor, penalty: Tensor
+) -> None:
+    """Have a backward pass of the penalty refused where it would be wrong, or read what is no longer there.
+
+    Args:
+        model: what the penalty is of.
+        one_pass: of a model inside DDP.
+        logits, penalty: on the way of the loss, and the penalty.
+
+    Raises:
+        UnsupportedError: in a backward pass: the second under DDP, or FSDP2 has freed parameters before it.
+    """
+    if one_pass is not None:
+        one_pass.watch(logits, penalty)
+    gathered = [module for module in fsdp_modules(model) if is_gathered(module)]
+    if not gathered or not penalty.requires_grad:
+        return
+
+    def check(_: Tensor) -> None:
+        if not all(map(is_gathered, gathered)):
+            raise UnsupportedError(
+                "penalty: another backward pass came first, after which FSDP2 freed parameters that the penalty "
+                "reads; add loss and penalty and call backward once, or call set_reshard_after_backward(False)"
+            )
+
+    penalty.register_hook(check)
 
 
 def _adds_to(parameter: nn.Parameter) -> bool:

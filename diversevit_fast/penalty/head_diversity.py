@@ -16,7 +16,13 @@ from ..attachment.call_arguments import batch_size
 from ..attachment.class_token import ClassTokenShortcut
 from ..attachment.graph_checks import depends_on
 from ..attachment.indices import Integers
-from ..attachment.parallel import check_ddp_forward, is_ddp, keep_unsharded, unwrap
+from ..attachment.parallel import (
+    check_ddp_forward,
+    is_ddp,
+    keep_unsharded,
+    unwrap,
+    watch_backward,
+)
 from ..attachment.replacements import OPERATORS, call_second_order
 from ..attachment.support import refuse
 from ..attachment.torch_calls import open_attachments, paused
@@ -199,8 +205,7 @@ class HeadDiversity(Attachment):
         value, self.cosines = self._differentiate(score, runs, weights, linears).mean()
         self.samples = samples
         value = value if self.every == 1 else value * self.every
-        if self._recording.one_pass is not None:
-            self._recording.one_pass.watch(logits, value)
+        watch_backward(self.model, self._recording.one_pass, logits, value)
         return value
 
     def check(self) -> None:

@@ -414,9 +414,9 @@ def test_ddp():
     ranks.run("ddp", "ddp_accumulation")
 
 
-@system("DDP: its module called past it; loss and penalty in two backward passes", "refused")
+@system("a module called past its DDP; DDP, FSDP2: backward of loss, then of penalty", "refused")
 def test_ddp_called_past():
-    ranks.run("ddp_called_past", "ddp_two_passes")
+    ranks.run("ddp_called_past", "ddp_two_passes", "fsdp2_two_passes")
 
 
 @system("FSDP2 (fully_shard), with and without resharding after forward; HSDP", "right")

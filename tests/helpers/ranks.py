@@ -318,6 +318,33 @@ def check_sharded(
         check(model, expect)
 
 
+def fsdp2_two_passes() -> None:
+    """The penalty's first, which frees nothing that the loss does not gather again; the loss's frees too much."""
+    model = average_vit()
+    images, labels = map(mine, batch(model))
+    for options in ({"wrt": "input"}, {"wrt": "output", "layers": "all"}):
+        model = average_vit()
+        expect = expected(model, **options)
+        check_sharded(model, expect, True, **options)
+        for order in (-1, 1):
+            model.zero_grad()
+            diversity = dvf.HeadDiversity(model, **options)
+            with diversity:
+                logits = model(images)
+            parts = F.cross_entropy(logits, labels), 100 * diversity.penalty(logits)
+            first, second = parts[::order]
+            first.backward(retain_graph=True)
+            if order < 0:
+                second.backward()
+                check(model, expect)
+            else:
+                with pytest.raises(UnsupportedError, match="FSDP2 freed parameters"):
+                    second.backward()
+        model.zero_grad()
+        loss_of(model, diversity, images, labels).backward()
+        check(model, expect)
+
+
 def fsdp2_without_a_root() -> None:
     from torch.distributed.fsdp import fully_shard
 

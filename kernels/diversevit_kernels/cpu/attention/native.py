@@ -17,6 +17,7 @@ from ...common.dropout import threshold
 from ...common.dtypes import accumulation_dtype
 from ...common.forks import kernel_threads
 from ..runtime.cpp_library import library
+from ..runtime.pointers import pointers
 from .inputs import Inputs
 
 _Int = ctypes.c_int64
@@ -79,6 +80,7 @@ def call(
     gradient = mask.new_zeros(mask.shape, dtype=wide) if mask_grad and mask is not None else None
     (B, H, Nq, d), (_, Hkv, Nk, dv) = q.shape, v.shape
     sizes = (B, H, Hkv, Nq, Nk, d, dv, is_causal, kernel_threads())
+    places = pointers(dense)
     request = _Call(
         **dict(zip(_SIZES, sizes, strict=True)),
         scale=scale,
@@ -86,7 +88,7 @@ def call(
         ddmask=_mask_struct(cotangent),
         gmask=_mask_struct(gradient),
         softmax=softmax.data_ptr(),
-        **{name: _Tensor(x.data_ptr(), (_Int * 3)(*x.stride()[:3])) for name, x in dense.items()},
+        **{name: _Tensor(at, (_Int * 3)(*dense[name].stride()[:3])) for name, at in places.items()},
     )
     if seed is not None:
         request.seed = seed.data_ptr()

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...common.forks import kernel_threads
 from ..runtime.allocator import new_empty
 from ..runtime.cpp_library import library
+from ..runtime.pointers import pointers
 
 _SIZES = ("elements", "threads", "tanh")
 _TENSORS = ("x", "dy", "ddx", "y", "dx", "gx", "gdy")
@@ -45,7 +46,7 @@ def call(direction: str, approximate: str, *results: str, **operands: Tensor) ->
     made = {name: new_empty(x, *x.shape) for name in results}
     request = _Call(
         *(x.numel(), kernel_threads(), approximate == "tanh"),
-        **{name: t.data_ptr() for name, t in (*dense.items(), *made.items())},
+        **pointers(dense | made),
     )
     functions: Any = library("gelu")
     functions[f"gelu_{direction}_{str(x.dtype).removeprefix('torch.')}"](ctypes.byref(request))

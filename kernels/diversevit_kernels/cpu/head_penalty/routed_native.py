@@ -21,6 +21,7 @@ from ...common.grouping import Grouping
 from ...common.torch_internals import has_bfloat16_instructions
 from ..runtime.allocator import new_empty
 from ..runtime.cpp_library import library
+from ..runtime.pointers import pointers
 
 _Int = ctypes.c_int64
 
@@ -79,16 +80,17 @@ def _call(functions: Any, name: str, g: Grouping, r: Tensor, w: Tensor, **tensor
     r, w = (x if x.stride(-1) == 1 else x.contiguous() for x in (r, w))
     sizes = (g.B, g.N, g.H, r.shape[-1], w.shape[-1], g.by_token, kernel_threads())
     dr = tensors.pop("dgrad_qkv", None)
+    at = pointers({"grad_qkv": r, "weight": w, **tensors})
     request = _Call(
         **dict(zip(_SIZES, sizes, strict=True)),
-        grad_qkv=_Routes(r.data_ptr(), (_Int * 4)(*r.stride()[:4])),
-        weight=_Weight(w.data_ptr(), (_Int * 3)(*w.stride()[:3])),
+        grad_qkv=_Routes(at.pop("grad_qkv"), (_Int * 4)(*r.stride()[:4])),
+        weight=_Weight(at.pop("weight"), (_Int * 3)(*w.stride()[:3])),
         **(
             {}
             if dr is None
             else {"dgrad_qkv": _Routes(dr.data_ptr(), (_Int * 4)(*dr.stride()[:4]))}
         ),
-        **{name: x.data_ptr() for name, x in tensors.items()},
+        **at,
     )
     dtype = str(r.dtype).removeprefix("torch.")
     return functions[f"routed_head_penalty_{name}_{dtype}"](ctypes.byref(request))

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...common.forks import kernel_threads
 from ..runtime.allocator import new_empty
 from ..runtime.cpp_library import library
+from ..runtime.pointers import pointers
 from .inputs import Inputs
 
 _TENSORS = (
@@ -52,7 +53,7 @@ def call(direction: str, x: Tensor, axes: int, eps: float = 0.0, **tensors: Tens
     split = x.ndim - axes
     request = _Call(
         *(math.prod(x.shape[:split]), math.prod(x.shape[split:]), kernel_threads(), eps),
-        **{name: t.data_ptr() for name, t in dense.items()},
+        **pointers(dense),
     )
     functions: Any = library("layer_norm")
     functions[f"layer_norm_{direction}_{str(x.dtype).removeprefix('torch.')}"](
