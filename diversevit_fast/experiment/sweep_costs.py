@@ -79,7 +79,7 @@ def _predicted(settings: Settings, plain: bool, device: Device | str, weights: P
 def _calibration() -> Device | None:
     """The rates of this CPU, if they were measured on it as it is."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         try:
             return load()
         except (UserWarning, UsageError):  # of another machine, or damaged: cost itself says so

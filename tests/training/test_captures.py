@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from benchmarks.fake_gpu.counters import counting
 from diversevit_fast.models import DiverseViT
 warnings.simplefilter("error")
+warnings.simplefilter("ignore", DeprecationWarning)  # Triton compiles with some on Python 3.13
 torch.backends.cudnn.enabled = False
 torch.backends.cuda.enable_cudnn_sdp(False)
 images, labels = torch.rand(8, 3, 16, 8, device="cuda"), torch.arange(8, device="cuda") % 2
