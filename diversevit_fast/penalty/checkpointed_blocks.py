@@ -27,8 +27,6 @@ from .._torch_internals import (
     in_forward_mode,
     is_looked_at,
     place_in_graph,
-    tree_flatten,
-    tree_unflatten,
 )
 from ..attachment.class_swap import Wrapper, run_swapped
 from ..attachment.graph_checks import is_opaque
@@ -40,6 +38,7 @@ from .again import Derivative, Found, Tensors, leaves, node
 from .ambient import Autocast, RandomState
 from .captured import Captured, Recording
 from .head_gradients import HeadGradients
+from .nested import split
 from .recomputed_gelu import RecomputedGelu
 
 Penalty = Callable[[HeadGradients, Captured], tuple[Tensor, Tensor]]
@@ -72,10 +71,7 @@ class _Block:
     """The call of a block, which can be run again; its inputs are a probe, the tensors it is given, its weights."""
 
     def __init__(self, module: nn.Module, arguments: Any, inside: Inside, inner: InnerPass):
-        flat, self._tree = tree_flatten(arguments)
-        self._places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
-        self._others = [None if isinstance(x, Tensor) else x for x in flat]
-        self.given = tuple(flat[i] for i in self._places)
+        self.given, self.arguments = split(arguments)
         self.module, self.inner, self._inside = module, inner, inside
         device = next((x.device.type for x in self.given), "cpu")
         self.autocast, self.random = Autocast(device), RandomState(self.given, device)
@@ -87,13 +83,6 @@ class _Block:
         self.weights, self._known = len(weights), {id(x) for x in weights}
         self.runs, self.given = runs, ()
 
-    def arguments(self, tensors: Sequence[Tensor]) -> Any:
-        """Positional and keyword arguments with these tensors."""
-        flat = list(self._others)
-        for place, x in zip(self._places, tensors, strict=True):
-            flat[place] = x
-        return tree_unflatten(flat, self._tree)
-
     def __call__(self, tensors: Tensors) -> list[Tensor]:
         return self.run(tensors)[0]
 
@@ -103,12 +92,12 @@ class _Block:
         Raises:
             UnsupportedError: the block has other weights than in its first run.
         """
-        given = tensors[1 : 1 + len(self._places)]
-        args, kwargs = self.arguments(given)
+        given = tensors[1 : len(tensors) - self.weights]
+        args, kwargs = self.arguments.around(given)
         with self.random(), self.autocast(), self._inside() as recording:
             output = run_swapped(self.module, args, kwargs)
             runs, linears = recording.take_runs()
-        outputs = [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]
+        outputs = list(split(output)[0])
         if {id(x) for x in _read(outputs, given, runs)[0]} != self._known:
             raise UnsupportedError(
                 f"checkpoint: {type(self.module).__name__} is differentiated with other weights than those it "
@@ -204,32 +193,29 @@ class CheckpointedBlocks:
         begun, start = len(recording.runs), place_in_graph(probe.view(0).grad_fn)
         dropped: weakref.WeakSet[_Dropped] = weakref.WeakSet()
         inputs = leaves(block.given, 0)
-        args, kwargs = block.arguments(inputs)
+        args, kwargs = block.arguments.around(inputs)
         self.running = True
         try:
             with saved_tensors_hooks(lambda x: _dropped(dropped), _refuse), block.autocast():
-                flat, tree = tree_flatten(forward(*args, **kwargs))
+                outputs, results = split(forward(*args, **kwargs))
         finally:
             self.running = False
         runs = recording.runs[begun:]
         del recording.runs[begun:], args, kwargs
-        outputs = [x for x in flat if isinstance(x, Tensor)]
         weights, known = _read(outputs, inputs, runs, start)
         made = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
         runs = [run.without_tensors(probe) for run in runs]
-        flat = [None if isinstance(x, Tensor) else x for x in flat]
         del outputs, inputs
         if dropped or not known or any(is_looked_at(x) for x in weights):
             self.left_out.add(block.module)
             block.random.restore()
-            args, kwargs = block.arguments(block.given)
+            args, kwargs = block.arguments.around(block.given)
             return forward(*args, **kwargs)
         recording.runs += runs
         tensors = probe, *block.given, *weights
         block.know(weights, runs)
         with below_saved_tensors_hooks():
-            results = iter(node(block, made, tensors))
-        return tree_unflatten([next(results) if x is None else x for x in flat], tree)
+            return results.around(node(block, made, tensors))
 
 
 def _looked_into(module: nn.Module) -> bool:

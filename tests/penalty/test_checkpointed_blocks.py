@@ -68,6 +68,37 @@ class Model(nn.Module):
         return self.head(sum(means))
 
 
+class Returns(Block):
+    """Returns what ``returned`` makes of itself, its input and its output."""
+
+    returned = staticmethod(lambda block, x, y: y)
+
+    def forward(self, x, *, scale):
+        return self.returned(self, x, super().forward(x, scale=scale)[0])
+
+
+class Returning(Model):
+    """Goes on with the tensors and their mean that ``take`` finds in what blocks return."""
+
+    def __init__(self, returned, take):
+        super().__init__()
+        for block in self.blocks:
+            block.__class__, block.returned = Returns, returned
+            block.temperature = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+        self.take = take
+
+    def forward(self, x):
+        means = []
+        for block in self.blocks:
+            if self.checkpoints:
+                made = checkpoint(block, x, scale=self.scale, use_reentrant=False)
+            else:
+                made = block(x, scale=self.scale)
+            x = self.take(made)
+            means.append(x.mean(1))
+        return self.head(sum(means))
+
+
 TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
@@ -167,6 +198,18 @@ def test_a_shared_block_and_a_frozen_one():
     assert_as_without(model, 4)
     model.requires_grad_(False).head.requires_grad_(True)
     assert_as_without(model)
+
+
+@pytest.mark.parametrize(
+    ("returned", "take"),
+    [
+        (lambda block, x, y: (y, None), lambda made: made[0]),
+        (lambda block, x, y: {"a": None, "b": [y, 3.0]}, lambda made: made["b"][1] * made["b"][0]),
+    ],
+    ids=["none-last", "none-first"],
+)
+def test_results(returned, take):
+    assert_as_without(Returning(returned, take), 3)
 
 
 def test_backward_with_inputs_and_without():
