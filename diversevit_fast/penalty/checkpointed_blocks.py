@@ -126,8 +126,9 @@ class _WithPenalties(Derivative):
         captured = [x for run in runs for x in run.tensors]
         with self.ambient():
             found = self.gradients(outputs, [*captured, *by], grads, twice)
-            if twice:
-                gelu = RecomputedGelu(outputs[self.given[0]], linears)
+            last = max((x for x in outputs if x.grad_fn is not None), key=_place, default=None)
+            if twice and last is not None:
+                gelu = RecomputedGelu(last, linears)
                 for x, grad in zip([*captured, *by], found, strict=True):
                     if grad is not None:
                         gelu.free(x, grad)
@@ -228,6 +229,10 @@ def _looked_into(module: nn.Module) -> bool:
         or in_forward_mode()
         or graph_capture.capturing()
     )
+
+
+def _place(made: Tensor) -> int:
+    return place_in_graph(made.grad_fn)
 
 
 class _Dropped:

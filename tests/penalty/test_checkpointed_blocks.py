@@ -205,8 +205,9 @@ def test_a_shared_block_and_a_frozen_one():
     [
         (lambda block, x, y: (y, None), lambda made: made[0]),
         (lambda block, x, y: {"a": None, "b": [y, 3.0]}, lambda made: made["b"][1] * made["b"][0]),
+        (lambda block, x, y: (x, y), lambda made: made[0] + made[1]),
     ],
-    ids=["none-last", "none-first"],
+    ids=["none-last", "none-first", "its-input-first"],
 )
 def test_results(returned, take):
     assert_as_without(Returning(returned, take), 3)
