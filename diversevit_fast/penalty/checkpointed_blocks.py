@@ -261,7 +261,9 @@ def _read(
         start: how many nodes were recorded before the block's.
     """
     own = {id(x) for x in given} | {id(x) for run in runs for x in run.tensors}
-    found: dict[int, Tensor] = {}
+    # a weight may be given back as it is
+    returned = (x for x in outputs if x.requires_grad and x.grad_fn is None)
+    found = {id(x): x for x in returned if id(x) not in own}
     queue: list[Any] = [x.grad_fn for x in outputs if x.grad_fn is not None]
     seen, known = {None, *queue}, True
     for made_by in queue:

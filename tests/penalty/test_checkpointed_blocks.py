@@ -206,8 +206,9 @@ def test_a_shared_block_and_a_frozen_one():
         (lambda block, x, y: (y, None), lambda made: made[0]),
         (lambda block, x, y: {"a": None, "b": [y, 3.0]}, lambda made: made["b"][1] * made["b"][0]),
         (lambda block, x, y: (x, y), lambda made: made[0] + made[1]),
+        (lambda block, x, y: (y, block.temperature), lambda made: made[0] * made[1]),
     ],
-    ids=["none-last", "none-first", "its-input-first"],
+    ids=["none-last", "none-first", "its-input-first", "a-weight"],
 )
 def test_results(returned, take):
     assert_as_without(Returning(returned, take), 3)
