@@ -118,7 +118,7 @@ class _WithPenalties(Derivative):
     def __init__(self, of: _Block, given: Any, asked: Any, ambient: Any, penalty: Penalty):
         super().__init__(of, given, asked, ambient)
         self._block, self._penalty = of, penalty
-        self._cosines: list[Tensor] = []
+        self._cosines: list[Tensor | None] = []
 
     def differentiate(self, inputs: Tensors, grads: Tensors, twice: bool) -> Found:
         outputs, runs, linears = self._block.run(inputs)
@@ -134,14 +134,22 @@ class _WithPenalties(Derivative):
                         gelu.free(x, grad)
             of_runs = iter(found)
             with torch.set_grad_enabled(twice):  # its weights have a gradient
-                made = [self._penalty([next(of_runs) for _ in run.tensors], run) for run in runs]
-        self._cosines = [cosines.detach() for _, cosines in made]
+                made = [self._made([next(of_runs) for _ in run.tensors], run) for run in runs]
+        self._cosines = [cosines for _, cosines in made]
         return [*found[len(captured) :], *(value for value, _ in made)]
+
+    def _made(self, grads: HeadGradients, run: Captured) -> tuple[Tensor | None, Tensor | None]:
+        """The penalty and the cosines of a run; None where what the gradient is taken of does not depend on it."""
+        if all(g is None for g in grads):
+            return None, None
+        value, cosines = self._penalty(grads, run)
+        return value, cosines.detach()
 
     def finish(self, made: Sequence[Tensor | None]) -> None:
         values: Any = made[len(self.asked) :]
         for run, value, cosines in zip(self._block.runs, values, self._cosines, strict=True):
-            self._block.inner.found(run, value, cosines)
+            if cosines is not None:
+                self._block.inner.found(run, value, cosines)
         self._cosines = []
 
 

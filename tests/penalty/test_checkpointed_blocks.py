@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import diversevit_fast as dvf
 from diversevit_fast._torch_internals import function_modes
 from diversevit_fast.attachment.torch_calls import open_attachments
-from diversevit_fast.errors import UnsupportedError
+from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.testing import assert_within_budget
 from tests.helpers.vits import assert_same, gradients, images_for, timm_vit
 
@@ -212,6 +212,18 @@ def test_a_shared_block_and_a_frozen_one():
 )
 def test_results(returned, take):
     assert_as_without(Returning(returned, take), 3)
+
+
+@pytest.mark.parametrize("wrt", ["input", "output"])
+def test_a_layer_in_a_result_that_nobody_reads(wrt):
+    model = Returning(lambda block, x, y: (F.gelu(block.mlp(x)), y), lambda made: made[0])
+    model.checkpoints = True
+    with pytest.raises(UsageError, match=r"do not depend on blocks\.0\.attn, blocks\.1\.attn"):
+        logits_and_loss(model, wrt=wrt)
+    model.blocks[1].returned = lambda block, x, y: (y, y)
+    with pytest.raises(UsageError, match=r"do not depend on blocks\.0\.attn, blocks\.2\.attn"):
+        logits_and_loss(model, wrt=wrt)
+    assert_as_without(model, layers=[1], wrt=wrt)
 
 
 def test_backward_with_inputs_and_without():
