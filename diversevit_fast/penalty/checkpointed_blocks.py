@@ -6,6 +6,7 @@ weights there are, and whether all that the block reads is known. Where it is no
 into the block, its forward is run as it is inside PyTorch's checkpoint, which is right and keeps more.
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -36,6 +37,7 @@ from ..errors import UnsupportedError
 from . import graph_capture
 from .again import Derivative, Found, Tensors, leaves, node
 from .ambient import Autocast, RandomState
+from .before_run import BeforeRun
 from .captured import Captured, Recording
 from .head_gradients import HeadGradients
 from .nested import split
@@ -77,6 +79,12 @@ class _Block:
         self.autocast, self.random = Autocast(device), RandomState(self.given, device)
         self.weights, self._known = 0, set()
         self.runs: list[Captured] = []
+
+    def gave(self, arguments: Any, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``arguments`` are still those around ``tensors``: nothing was put into a list, or taken out."""
+        found, others = split(arguments)
+        same = len(found) == len(tensors) and all(map(operator.is_, found, tensors))
+        return same and self.arguments.is_same(others)
 
     def know(self, weights: Sequence[Tensor], runs: list[Captured]) -> None:
         """Note what the first run found, and forget the tensors, which the graph's node keeps."""
@@ -191,17 +199,23 @@ class CheckpointedBlocks:
             recompute_inside()
             block = _Block(module, (args, kwargs), copy(), self.inner)
             half = block.autocast.uses(torch.float16)  # may have to be tried with several factors
-            if half or any(x.dtype == torch.float16 for x in block.given):
+            half = half or any(x.dtype == torch.float16 for x in block.given)
+            if half or not block.arguments.is_plain:
                 return forward(*args, **kwargs)
-            return self._apart(block, forward, recording())
+            if (result := self._apart(block, forward, recording())) is not None:
+                return result[0]
+            self.left_out.add(module)
+            block.random.restore()
+            return forward(*args, **kwargs)
 
         return run
 
-    def _apart(self, block: _Block, forward: Forward, recording: Recording) -> Any:
+    def _apart(self, block: _Block, forward: Forward, recording: Recording) -> tuple[Any] | None:
+        """What the block returns, run apart; None if it cannot be."""
         probe = torch.empty(0, requires_grad=True)
         begun, start = len(recording.runs), place_in_graph(probe.view(0).grad_fn)
         dropped: weakref.WeakSet[_Dropped] = weakref.WeakSet()
-        inputs = leaves(block.given, 0)
+        before, inputs = BeforeRun(block.module, block.given), leaves(block.given, 0)
         args, kwargs = block.arguments.around(inputs)
         self.running = True
         try:
@@ -209,22 +223,21 @@ class CheckpointedBlocks:
                 outputs, results = split(forward(*args, **kwargs))
         finally:
             self.running = False
+        before.refuse_changed_inputs(type(block.module).__name__)
+        stateful = before.put_buffers_back() or not block.gave((args, kwargs), inputs)
         runs = recording.runs[begun:]
         del recording.runs[begun:], args, kwargs
         weights, known = _read(outputs, inputs, runs, start)
         made = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
         runs = [run.without_tensors(probe) for run in runs]
         del outputs, inputs
-        if dropped or not known or any(is_looked_at(x) for x in weights):
-            self.left_out.add(block.module)
-            block.random.restore()
-            args, kwargs = block.arguments.around(block.given)
-            return forward(*args, **kwargs)
+        if dropped or stateful or not known or any(is_looked_at(x) for x in weights):
+            return None
         recording.runs += runs
         tensors = probe, *block.given, *weights
         block.know(weights, runs)
         with below_saved_tensors_hooks():
-            return results.around(node(block, made, tensors))
+            return (results.around(node(block, made, tensors)),)
 
 
 def _looked_into(module: nn.Module) -> bool:

@@ -7,138 +7,21 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import diversevit_fast as dvf
 from diversevit_fast._torch_internals import function_modes
 from diversevit_fast.attachment.torch_calls import open_attachments
 from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.testing import assert_within_budget
+from tests.helpers.checkpointed import (
+    TOKENS,
+    Model,
+    Returning,
+    assert_as_without,
+    logits_and_loss,
+    nodes_of,
+)
 from tests.helpers.vits import assert_same, gradients, images_for, timm_vit
-
-
-class Attention(nn.Module):
-    """Attention of 8 features with 2 heads."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_heads = 2
-        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
-
-    def forward(self, x):
-        qkv = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """Returns a tuple, takes a keyword, and does what ``extra`` adds."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.attn, self.mlp = nn.LayerNorm(8), Attention(), nn.Linear(8, 8)
-        self.extra = lambda x: x
-
-    def forward(self, x, *, scale):
-        x = x + scale * self.attn(self.norm(x))
-        x = self.extra(x + F.gelu(self.mlp(x)))
-        return x, x.mean(1)
-
-
-class Model(nn.Module):
-    """Blocks run by checkpoints if ``checkpoints``; the logits read both results of each."""
-
-    def __init__(self, blocks=3, shared=False):
-        super().__init__()
-        torch.manual_seed(0)
-        made = [Block() for _ in range(blocks)]
-        self.blocks = nn.ModuleList(made)
-        self.order = [*made, made[-1]] if shared else made
-        self.scale, self.head = nn.Parameter(torch.tensor(0.7)), nn.Linear(8, 3)
-        self.checkpoints = False
-        self.double()
-
-    def forward(self, x):
-        means = []
-        for block in self.order:
-            if self.checkpoints:
-                x, mean = checkpoint(block, x, scale=self.scale, use_reentrant=False)
-            else:
-                x, mean = block(x, scale=self.scale)
-            means.append(mean)
-        return self.head(sum(means))
-
-
-class Returns(Block):
-    """Returns what ``returned`` makes of itself, its input and its output."""
-
-    returned = staticmethod(lambda block, x, y: y)
-
-    def forward(self, x, *, scale):
-        return self.returned(self, x, super().forward(x, scale=scale)[0])
-
-
-class Returning(Model):
-    """Goes on with the tensors and their mean that ``take`` finds in what blocks return."""
-
-    def __init__(self, returned, take):
-        super().__init__()
-        for block in self.blocks:
-            block.__class__, block.returned = Returns, returned
-            block.temperature = nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
-        self.take = take
-
-    def forward(self, x):
-        means = []
-        for block in self.blocks:
-            if self.checkpoints:
-                made = checkpoint(block, x, scale=self.scale, use_reentrant=False)
-            else:
-                made = block(x, scale=self.scale)
-            x = self.take(made)
-            means.append(x.mean(1))
-        return self.head(sum(means))
-
-
-TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-def logits_and_loss(model, x=TOKENS, **options):
-    diversity = dvf.HeadDiversity(model, **{"layers": "all", **options})
-    with diversity:
-        logits = model(x)
-    kept = getattr(model, "kept", torch.zeros(()))
-    loss = (
-        kept.sum()
-        + F.cross_entropy(logits, torch.arange(len(x)) % 2)
-        + 10 * diversity.penalty(logits)
-    )
-    return logits, loss
-
-
-def nodes_of(logits):
-    """How many blocks were run apart."""
-    queue = [logits.grad_fn]
-    seen = set(queue)
-    for node in queue:
-        new = {child for child, _ in node.next_functions if child is not None} - seen
-        seen |= new
-        queue += new
-    return sum(node.name() == "_NodeBackward" for node in seen)
-
-
-def assert_as_without(model, apart=None, ask=gradients, x=TOKENS, **options):
-    """What ``ask(model, loss)`` returns is the same with and without checkpoints; ``apart`` blocks run apart."""
-    model.checkpoints = False
-    logits, loss = logits_and_loss(model, x, **options)
-    assert nodes_of(logits) == 0
-    wanted = ask(model, loss)
-    model.checkpoints = True
-    logits, loss = logits_and_loss(model, x, **options)
-    if apart is not None:
-        assert nodes_of(logits) == apart
-    assert_same(ask(model, loss), wanted)
-    assert not open_attachments()
-    assert not function_modes()
 
 
 @pytest.mark.parametrize(("layers", "apart"), [("all", 3), ("last", 1), ([1], 2), ([0, 2], 3)])
@@ -319,70 +202,6 @@ def test_every_and_two_forwards_in_one_block():
     assert_same(found[3], found[1])
 
 
-class TestRunAsTheyAre:
-    """Where a graph that is dropped would be missed, PyTorch's checkpoint keeps its own."""
-
-    def test_a_tensor_that_a_block_keeps_for_the_loss(self):
-        model = Model()
-
-        def keep(x):
-            model.kept = x * x
-            return x
-
-        model.blocks[1].extra = keep
-        assert_as_without(model, 2)
-
-    def test_what_a_block_reads_of_a_graph_outside(self):
-        model = Model()
-        model.blocks[1].extra = lambda x: x * model.scaled
-        forward = model.forward
-
-        def scaled_first(x):
-            model.scaled = model.scale.exp()
-            return forward(x)
-
-        model.forward = scaled_first
-        assert_as_without(model, 2)
-
-    def test_hooks_inside_and_on_a_weight(self):
-        model = Model()
-        model.blocks[0].mlp.register_forward_hook(lambda _m, _i, out: 2 * out)
-        model.blocks[2].mlp.weight.register_hook(lambda g: 3 * g)
-        assert_as_without(model, 1)
-
-    def test_a_batch_norm(self):
-        model = Model()
-        model.blocks[1].extra = nn.Sequential(
-            nn.Flatten(0, 1), nn.BatchNorm1d(8), nn.Unflatten(0, (2, 5))
-        )
-        model.blocks[1].add_module("norm2", model.blocks[1].extra)
-        model.double()
-        assert_as_without(model, 2)
-
-    def test_another_context(self):
-        model = Model()
-        model.checkpoints = True
-        with dvf.capture_heads(model), dvf.HeadDiversity(model, layers="all"):
-            assert nodes_of(model(TOKENS)) == 0
-
-    def test_a_reentrant_checkpoint_inside_is_refused(self):
-        model = Model()
-        model.checkpoints = True
-        model.blocks[1].extra = lambda x: checkpoint(torch.sin, x, use_reentrant=True)
-        with pytest.raises(UnsupportedError, match="pass use_reentrant=False"):
-            logits_and_loss(model)
-
-    def test_where_it_is_not_wanted(self):
-        assert_as_without(Model(), 0, checkpoint_blocks=False)
-
-    def test_no_checkpoint_and_outside(self):
-        model = Model()
-        with dvf.HeadDiversity(model, layers="all"):
-            assert nodes_of(model(TOKENS)) == 0
-        model.checkpoints = True
-        assert nodes_of(model(TOKENS)) == 0
-
-
 def test_saved_tensors_go_where_hooks_around_the_checkpoint_put_them():
     model, packed = Model(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
@@ -407,6 +226,13 @@ def test_an_overwritten_input_is_refused():
     x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_block_that_changes_what_it_is_given_is_refused():
+    model = Returning(lambda block, x, y: x.mul_(2) + y, lambda made: made)
+    model.checkpoints = True
+    with pytest.raises(UnsupportedError, match="Returns changes a tensor that it is given"):
+        logits_and_loss(model, TOKENS.clone())
 
 
 @pytest.mark.parametrize("when", [1, 2, 3, 4])
