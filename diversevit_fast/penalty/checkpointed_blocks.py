@@ -217,6 +217,7 @@ class CheckpointedBlocks:
         dropped: weakref.WeakSet[_Dropped] = weakref.WeakSet()
         before, inputs = BeforeRun(block.module, block.given), leaves(block.given, 0)
         args, kwargs = block.arguments.around(inputs)
+        own = [weakref.ref(x) for x in inputs if x.requires_grad]
         self.running = True
         try:
             with saved_tensors_hooks(lambda x: _dropped(dropped), _refuse), block.autocast():
@@ -231,7 +232,8 @@ class CheckpointedBlocks:
         made = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
         runs = [run.without_tensors(probe) for run in runs]
         del outputs, inputs
-        if dropped or stateful or not known or any(is_looked_at(x) for x in weights):
+        kept = bool(dropped) or any(x() is not None for x in own)  # something leads to the graph
+        if kept or stateful or not known or any(is_looked_at(x) for x in weights):
             return None
         recording.runs += runs
         tensors = probe, *block.given, *weights

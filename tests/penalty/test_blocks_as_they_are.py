@@ -20,14 +20,31 @@ from tests.helpers.checkpointed import (
 from tests.helpers.vits import assert_same, gradients
 
 
-def test_a_tensor_that_a_block_keeps_for_the_loss():
+@pytest.mark.parametrize("of", [lambda x: x * x, lambda x: x], ids=["square", "itself"])
+def test_a_tensor_that_a_block_keeps_for_the_loss(of):
     model = Model()
 
     def keep(x):
-        model.kept = x * x
+        model.kept = of(x)
         return x
 
     model.blocks[1].extra = keep
+    assert_as_without(model, 2)
+
+
+@pytest.mark.parametrize("of", [lambda x: x, lambda x: x[:, 0]], ids=["itself", "a-view"])
+def test_an_input_that_a_block_keeps_for_the_loss(of):
+    """No node of the block's graph saved anything of it."""
+    model = Model()
+
+    def keep(norm, x):
+        model.kept = of(x)
+        return nn.LayerNorm.forward(norm, x)
+
+    class Keeping(nn.LayerNorm):
+        forward = keep
+
+    model.blocks[1].norm.__class__ = Keeping
     assert_as_without(model, 2)
 
 
