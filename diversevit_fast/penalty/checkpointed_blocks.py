@@ -28,6 +28,7 @@ from .._torch_internals import (
     in_forward_mode,
     is_looked_at,
     place_in_graph,
+    write_count,
 )
 from ..attachment.class_swap import Wrapper, run_swapped
 from ..attachment.graph_checks import is_opaque
@@ -77,7 +78,8 @@ class _Block:
         self.module, self.inner, self._inside = module, inner, inside
         device = next((x.device.type for x in self.given), "cpu")
         self.autocast, self.random = Autocast(device), RandomState(self.given, device)
-        self.weights, self._known = 0, set()
+        self.weights = 0
+        self._known: dict[int, int] = {}  # weight -> how often it was written to
         self.runs: list[Captured] = []
 
     def gave(self, arguments: Any, tensors: Sequence[Tensor]) -> bool:
@@ -88,7 +90,7 @@ class _Block:
 
     def know(self, weights: Sequence[Tensor], runs: list[Captured]) -> None:
         """Note what the first run found, and forget the tensors, which the graph's node keeps."""
-        self.weights, self._known = len(weights), {id(x) for x in weights}
+        self.weights, self._known = len(weights), {id(x): write_count(x) for x in weights}
         self.runs, self.given = runs, ()
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
@@ -98,7 +100,7 @@ class _Block:
         """The outputs with their graph, the runs of layers, and the nodes of linear layers after GELUs.
 
         Raises:
-            UnsupportedError: the block has other weights than in its first run.
+            UnsupportedError: the block has other weights than in its first run, or hooks on one.
         """
         given = tensors[1 : len(tensors) - self.weights]
         args, kwargs = self.arguments.around(given)
@@ -106,10 +108,16 @@ class _Block:
             output = run_swapped(self.module, args, kwargs)
             runs, linears = recording.take_runs()
         outputs = list(split(output)[0])
-        if {id(x) for x in _read(outputs, given, runs)[0]} != self._known:
+        weights, name = _read(outputs, given, runs)[0], type(self.module).__name__
+        if {id(x): write_count(x) for x in weights} != self._known:
             raise UnsupportedError(
-                f"checkpoint: {type(self.module).__name__} is differentiated with other weights than those it "
-                "ran with; replace, freeze or thaw weights after the backward pass"
+                f"checkpoint: {name} is differentiated with other weights than those it ran with; "
+                "replace, change, freeze or thaw weights after the backward pass"
+            )
+        if any(is_looked_at(x) for x in weights):
+            raise UnsupportedError(
+                f"checkpoint: a weight of {name} got a hook after the forward, which would be called in each "
+                "run; register hooks before it"
             )
         return outputs, runs, linears
 

@@ -209,12 +209,24 @@ def test_saved_tensors_go_where_hooks_around_the_checkpoint_put_them():
     assert packed
 
 
-def test_other_weights_in_the_backward_pass_are_refused():
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda linear: linear.requires_grad_(False), "Block is differentiated with other weights"),
+        (
+            lambda linear: linear.weight.detach().mul_(2),
+            "Block is differentiated with other weights",
+        ),
+        (lambda linear: linear.weight.register_hook(torch.neg), "weight of Block got a hook"),
+    ],
+    ids=["frozen", "written", "hooked"],
+)
+def test_a_weight_that_is_changed_before_the_backward_pass_is_refused(change, match):
     model = Model()
     model.checkpoints = True
     loss = logits_and_loss(model)[1]
-    model.blocks[1].mlp.requires_grad_(False)
-    with pytest.raises(UnsupportedError, match="Block is differentiated with other weights"):
+    change(model.blocks[1].mlp)
+    with pytest.raises(UnsupportedError, match=match):
         loss.backward()
 
 
