@@ -37,7 +37,7 @@ from ..attachment.torch_calls import Forward
 from ..errors import UnsupportedError
 from . import graph_capture
 from .again import Derivative, Found, Tensors, leaves, node
-from .ambient import Autocast, RandomState
+from .ambient import Autocast, Modes, RandomState
 from .before_run import BeforeRun
 from .captured import Captured, Recording
 from .head_gradients import HeadGradients
@@ -78,6 +78,7 @@ class _Block:
         self.module, self.inner, self._inside = module, inner, inside
         device = next((x.device.type for x in self.given), "cpu")
         self.autocast, self.random = Autocast(device), RandomState(self.given, device)
+        self.modes = Modes(module)
         self.weights = 0
         self._known: dict[int, int] = {}  # weight -> how often it was written to
         self.runs: list[Captured] = []
@@ -104,7 +105,7 @@ class _Block:
         """
         given = tensors[1 : len(tensors) - self.weights]
         args, kwargs = self.arguments.around(given)
-        with self.random(), self.autocast(), self._inside() as recording:
+        with self.random(), self.autocast(), self.modes(), self._inside() as recording:
             output = run_swapped(self.module, args, kwargs)
             runs, linears = recording.take_runs()
         outputs = list(split(output)[0])

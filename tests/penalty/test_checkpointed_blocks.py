@@ -189,6 +189,22 @@ def test_dropout_is_drawn_again_and_random_numbers_go_on():
     assert after[0] == after[1]
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_mode_is_that_of_the_forward(trained):
+    model = Model()
+    dropout = model.blocks[1].dropout = nn.Dropout(0.3)
+    model.blocks[1].extra = lambda x: dropout(x)
+    found = []
+    for model.checkpoints in (False, True):
+        torch.manual_seed(3)
+        model.train(trained)
+        loss = logits_and_loss(model)[1]
+        model.train(not trained)
+        found.append(gradients(model, loss))
+        assert dropout.training is not trained
+    assert_same(*found)
+
+
 def test_every_and_two_forwards_in_one_block():
     model = Model()
     diversity, found = dvf.HeadDiversity(model, layers="all", every=2), []
