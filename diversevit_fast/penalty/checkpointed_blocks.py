@@ -236,13 +236,14 @@ class CheckpointedBlocks:
         before.refuse_changed_inputs(type(block.module).__name__)
         stateful = before.put_buffers_back() or not block.gave((args, kwargs), inputs)
         runs = recording.runs[begun:]
+        unfit = stateful or any(x.dtype == torch.float16 for run in runs for x in run.tensors)
         del recording.runs[begun:], args, kwargs
         weights, known = _read(outputs, inputs, runs, start)
         made = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
         runs = [run.without_tensors(probe) for run in runs]
         del outputs, inputs
         kept = bool(dropped) or any(x() is not None for x in own)  # something leads to the graph
-        if kept or stateful or not known or any(is_looked_at(x) for x in weights):
+        if kept or unfit or not known or any(is_looked_at(x) for x in weights):
             return None
         recording.runs += runs
         tensors = probe, *block.given, *weights

@@ -110,6 +110,21 @@ def test_what_a_block_puts_into_an_argument(container):
     assert_as_without(Listing(container), 0)
 
 
+def test_attention_in_float16_between_float64():
+    """Its gradients vanish if they are not scaled."""
+
+    class Half(type(Model().blocks[0].attn)):
+        def forward(self, x):
+            return super().forward(x.half()).double()
+
+    model = Model()
+    model.blocks[1].attn.__class__ = Half
+    model.blocks[1].attn.half()
+    with torch.no_grad():
+        model.head.weight.mul_(1e-6)
+    assert_as_without(model, 2)
+
+
 def test_another_context():
     model = Model()
     model.checkpoints = True
