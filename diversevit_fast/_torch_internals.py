@@ -196,6 +196,16 @@ def checkpoint_frame() -> Any:
     return next(cell.cell_contents for name, cell in variables if name == "frame")
 
 
+def checkpoint_frames() -> list[Any]:
+    """``checkpoint_frame`` of every checkpoint whose forward runs here, the innermost first."""
+    frame = checkpoint_frame()
+    found = [] if frame is None else [frame]
+    if _top_hooks(True) is None:
+        return found
+    with below_saved_tensors_hooks():
+        return found + checkpoint_frames()
+
+
 def saved_tensors_hooked() -> bool:
     """Whether somebody's ``saved_tensors_hooks`` are entered: a checkpoint's, ``save_on_cpu`` ..."""
     return _top_hooks(True) is not None

@@ -192,6 +192,23 @@ def test_checkpoints():
         assert not internals.in_checkpoint()
 
 
+def test_checkpoints_around_checkpoints():
+    frames = []
+
+    def inner(y):
+        frames.append(internals.checkpoint_frames())
+        assert internals.checkpoint_frame() is frames[0][0]
+        return y * y
+
+    def outer(y):
+        with torch.autograd.graph.save_on_cpu():
+            return checkpoint(inner, y, use_reentrant=False)
+
+    checkpoint(outer, torch.ones(2, requires_grad=True), use_reentrant=False)
+    assert len(frames[0]) == 2
+    assert internals.checkpoint_frames() == []
+
+
 def test_checkpoints_that_recompute_and_what_is_saved_around_them():
     said, saved = [], []
 
