@@ -123,6 +123,16 @@ def test_checkpoints_compute_again_and_keep_less():
     assert again.flops["matrix products"] > plain.flops["matrix products"]
 
 
+def test_a_context_that_keeps_what_checkpoints_compute_again():
+    model = vit(img_size=64, depth=6)
+    options = {"layers": "all", "checkpoint_blocks": False, "check_finite": False}
+    wanted = dvf.cost(model, options, batch=16, checkpointing=True)
+    found = dvf.cost(model, dvf.HeadDiversity(model, **options), batch=16, checkpointing=True)
+    assert found.peak == wanted.peak
+    assert found.launches == wanted.launches
+    assert found.peak_bytes > dvf.cost(model, "all", batch=16, checkpointing=True).peak_bytes
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layers", [None, "last", "all"])
 def test_checkpoints_on_a_gpu_that_is_not_there(layers, dtype):
