@@ -115,6 +115,12 @@ def test_every_is_a_mean_and_the_largest_memory():
     assert found.peak == max(one.peak, none.peak)
 
 
+def test_a_hybrid_takes_what_its_stem_takes():
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_r_s16_p8_224", num_classes=5)
+    assert dvf.cost(model, batch=2).spec.sample.shape == (3, 224, 224)
+
+
 def test_checkpoints_compute_again_and_keep_less():
     model = vit(img_size=64, depth=6)
     plain = dvf.cost(model, "last", batch=16)
