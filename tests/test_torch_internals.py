@@ -192,6 +192,24 @@ def test_checkpoints():
         assert not internals.in_checkpoint()
 
 
+def test_functions_that_are_differentiable_once():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Once(Twice):
+        backward = torch.autograd.function.once_differentiable(Twice.backward)
+
+    x = torch.ones(2, requires_grad=True)
+    nodes = [y.grad_fn for y in (Once.apply(x), Twice.apply(x), x.sin())]
+    assert [internals.is_differentiable_once(type(node)) for node in nodes] == [True, False, False]
+
+
 def test_checkpoints_around_checkpoints():
     frames = []
 
