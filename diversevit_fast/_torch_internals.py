@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks as _top_hooks  # pyright: ignore
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
@@ -138,6 +139,18 @@ def node_class(function: type[torch.autograd.Function]) -> type:
     return function._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
 
 
+_DIFFERENTIABLE_ONCE = once_differentiable(lambda ctx: None).__code__
+
+
+def is_differentiable_once(node: type) -> bool:
+    """Whether graph nodes of this class are of a ``Function`` whose backward is marked ``once_differentiable``.
+
+    The class of a node does not publish the ``Function`` that it is of, nor a mark whether it was marked.
+    """
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return getattr(backward, "__code__", None) is _DIFFERENTIABLE_ONCE
+
+
 def operator_node_name(operator: torch.library.CustomOpDef) -> str:
     """``name()`` of the graph nodes that a ``torch.library`` operator records."""
     overload = overload_of(operator)
@@ -199,6 +212,16 @@ def checkpoint_frame() -> Any:
         return None
     variables = zip(hooks[0].__code__.co_freevars, hooks[0].__closure__, strict=True)
     return next(cell.cell_contents for name, cell in variables if name == "frame")
+
+
+def checkpoint_frames() -> list[Any]:
+    """``checkpoint_frame`` of every checkpoint whose forward runs here, the innermost first."""
+    frame = checkpoint_frame()
+    found = [] if frame is None else [frame]
+    if _top_hooks(True) is None:
+        return found
+    with below_saved_tensors_hooks():
+        return found + checkpoint_frames()
 
 
 def saved_tensors_hooked() -> bool:

@@ -197,6 +197,41 @@ def test_checkpoints():
         assert not internals.in_checkpoint()
 
 
+def test_functions_that_are_differentiable_once():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Once(Twice):
+        backward = torch.autograd.function.once_differentiable(Twice.backward)
+
+    x = torch.ones(2, requires_grad=True)
+    nodes = [y.grad_fn for y in (Once.apply(x), Twice.apply(x), x.sin())]
+    assert [internals.is_differentiable_once(type(node)) for node in nodes] == [True, False, False]
+
+
+def test_checkpoints_around_checkpoints():
+    frames = []
+
+    def inner(y):
+        frames.append(internals.checkpoint_frames())
+        assert internals.checkpoint_frame() is frames[0][0]
+        return y * y
+
+    def outer(y):
+        with torch.autograd.graph.save_on_cpu():
+            return checkpoint(inner, y, use_reentrant=False)
+
+    checkpoint(outer, torch.ones(2, requires_grad=True), use_reentrant=False)
+    assert len(frames[0]) == 2
+    assert internals.checkpoint_frames() == []
+
+
 def test_checkpoints_that_recompute_and_what_is_saved_around_them():
     said, saved = [], []
 

@@ -1,7 +1,7 @@
 """Check that the graph from the captured tensors to the logits can be differentiated twice.
 
-The nodes of torch.compile and of reentrant checkpointing refuse a second derivative or silently drop it.
-They are found before a gradient is taken, and reported in one line with a hint.
+The nodes of torch.compile, of reentrant checkpointing and of functions marked ``once_differentiable`` refuse a second
+derivative or silently drop it. They are found before a gradient is taken, and reported in one line with a hint.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from .._torch_internals import is_differentiable_once
 from ..errors import UnsupportedError
 
 _HINTS = {
@@ -20,9 +21,20 @@ _HINTS = {
 }
 
 
+_ONCE = (
+    "runs a Function whose backward is marked once_differentiable; PyTorch drops its second derivative where "
+    "single gradients are asked for"
+)
+
+
 def is_opaque(node: Any) -> bool:
     """Whether the node refuses a second derivative, or drops it."""
-    return type(node).__name__ in _HINTS
+    return _hint_of(type(node)) is not None
+
+
+def _hint_of(kind: type) -> str | None:
+    """Why nodes of this class are opaque, and what to do; None of others."""
+    return _HINTS.get(kind.__name__) or (_ONCE if is_differentiable_once(kind) else None)
 
 
 def depends_on(
@@ -41,7 +53,7 @@ def depends_on(
     root, targets = _node_of(score), set().union(*groups)
     nodes = _below(root, set(earlier) if targets.isdisjoint(earlier) else set())
     found = [not nodes.isdisjoint(group) for group in groups]
-    if not any(found) or any(kind.__name__ in _HINTS for kind in set(map(type, nodes))):
+    if not any(found) or any(map(_hint_of, set(map(type, nodes)))):
         _refuse_opaque(root, targets)
     return found
 
@@ -67,12 +79,11 @@ def _refuse_opaque(root: Any, targets: set[Any]) -> None:
     for node, children in _leaves_first(root):
         if node in targets or any(child in above for child in children):
             above.add(node)
-        name = type(node).__name__
-        if name in _HINTS:
-            opaque.append((node, name))
-    for node, name in opaque:
+        if (hint := _hint_of(type(node))) is not None:
+            opaque.append((node, hint))
+    for node, hint in opaque:
         if not above or node in above:
-            raise UnsupportedError(f"model: what makes the logits {_HINTS[name]}")
+            raise UnsupportedError(f"model: what makes the logits {hint}")
 
 
 def _node_of(x: Tensor) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._torch_internals import checkpoint_frame, in_reentrant_checkpoint
+from .._torch_internals import checkpoint_frame, checkpoint_frames, in_reentrant_checkpoint
 from ..errors import UnsupportedError
 from .attention_modules import AttentionLayer
 from .torch_calls import open_attachments, paused
@@ -30,15 +30,26 @@ class Moment(NamedTuple):
 
 
 def recompute_inside() -> None:
-    """Let the non-reentrant checkpoint that runs here, if one does, recompute inside copies of the open blocks.
+    """Let the non-reentrant checkpoints that run here recompute inside copies of the open blocks.
 
-    To be called before a block does the first thing in a checkpoint.
+    To be called before a block does the first thing in a checkpoint. What the innermost has not seen, those around
+    it have not either.
     """
-    frame = None if torch.compiler.is_compiling() else checkpoint_frame()
-    if frame is None or hasattr(frame.recompute_fn, "inside"):
+    innermost = None if torch.compiler.is_compiling() else checkpoint_frame()
+    if innermost is None or _is_inside(innermost):
         return
-    recompute = frame.recompute_fn
     copies: list[Callable[[], Any]] = [block.recomputation() for block in open_attachments()]
+    for frame in checkpoint_frames():
+        if not _is_inside(frame):
+            frame.recompute_fn = _inside(copies, frame.recompute_fn)
+
+
+def _is_inside(frame: Any) -> bool:
+    return hasattr(frame.recompute_fn, "inside")
+
+
+def _inside(copies: list[Callable[[], Any]], recompute: Callable[..., Any]) -> Callable[..., Any]:
+    """``recompute`` inside copies of blocks, while those that are open are paused."""
 
     def inside(*args: Any) -> Any:
         with paused(), ExitStack() as stack:
@@ -47,7 +58,7 @@ def recompute_inside() -> None:
             return recompute(*args)
 
     inside.inside = True  # pyright: ignore[reportFunctionMemberAccess]
-    frame.recompute_fn = inside
+    return inside
 
 
 def copies_of(make: Callable[[], Any], pool: list[Any]) -> Callable[[Any], Any]:

@@ -27,11 +27,12 @@ from .parallel import (
     traffic_of,
 )
 from .samples import sample_of
-from .step import Counted, Optimizers, StepSpec, count_step
+from .step import Counted, Optimizers, StepSpec, count_step, is_too_large
 
 MOST_BATCH = 1 << 31
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OPTIONS = ("wrt", "granularity", "reduction", "target", "every", "fraction")
+_OPTIONS += ("check_finite", "checkpoint_blocks")
 
 
 class Seconds(NamedTuple):
@@ -191,7 +192,8 @@ class Cost:
 
         A few steps are counted; an allocator's gaps need room besides.
         """
-        if isinstance(memory, bool) or not isinstance(memory, int | float) or not memory > 0:
+        number = isinstance(memory, int | float) and not isinstance(memory, bool)
+        if not number or not 0 < memory < float("inf"):
             raise usage_error("memory", "bytes, more than 0", reprlib.repr(memory), "80e9 is 80 GB")
         most = 1 << 24
 
@@ -298,7 +300,7 @@ def _count(spec: StepSpec) -> Counted:
     try:
         return count_step(spec)
     except RuntimeError as failure:
-        if "overflow" in str(failure) or "exceeds" in str(failure):
+        if is_too_large(failure):
             got = f"{spec.batch} of {list(spec.sample.shape)}"
             raise usage_error(
                 "batch", "samples whose tensors any machine can address", got, "make it smaller"
@@ -331,8 +333,12 @@ def _model_of(model: object) -> nn.Module:
         if not timm.is_model(model.partition(".")[0]):
             hint = "timm.list_models('vit*') lists them"
             raise usage_error("model", "a name of timm's", reprlib.repr(model), hint)
-        with torch.device("meta"):
-            return timm.create_model(model)
+        try:
+            with torch.device("meta"):
+                return timm.create_model(model)
+        except RuntimeError as failure:  # a tag that there is not
+            got = f"{reprlib.repr(model)} ({failure})"
+            raise usage_error("model", "a name of timm's", got, "leave the tag out") from None
     if not isinstance(model, nn.Module):
         wanted, got = "a module, or a name of timm's", type(model).__name__
         raise usage_error("model", wanted, got, "pass the model itself")

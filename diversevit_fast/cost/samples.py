@@ -47,9 +47,11 @@ def _is_size(n: object) -> bool:
 
 def _images_of(model: Any) -> tuple[int, ...] | None:
     """Shape of an image, from where timm, this library, torchvision and transformers keep it."""
-    embed = getattr(model, "patch_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
     if (size := getattr(embed, "img_size", None)) is not None:
-        channels = getattr(getattr(embed, "proj", None), "in_channels", 3)
+        # of the first convolution: in a hybrid there is one before the embedding's own
+        convolutions = (m.in_channels for m in embed.modules() if isinstance(m, nn.Conv2d))
+        channels = next(convolutions, 3)
         return (channels, *_pair(size))
     config = getattr(model, "config", None)
     if isinstance(config, dict):  # DiverseViT, TimmClassifier

@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from .._torch_internals import tree_leaves
-from ..errors import UnsupportedError, UsageError
+from ..errors import UnsupportedError, UsageError, usage_error
 from ..penalty.head_diversity import HeadDiversity
 from .counting import Call, StepCounter
 from .fake import Disguise, needs_values, without_memory
@@ -80,8 +80,7 @@ def _run(spec: StepSpec, counter: StepCounter, device: torch.device) -> Counted:
     parameters = list(model.parameters())
     buffers = list(model.buffers())
     trained = [p for p in parameters if p.requires_grad]
-    optimizer = spec.optimizer(trained)
-    _make_state(optimizer, trained)
+    optimizer = _made(spec, trained)
     state = [x for x in tree_leaves(list(optimizer.state.values())) if isinstance(x, Tensor)]
     sample = spec.sample
     batch = torch.empty((spec.batch, *sample.shape), dtype=sample.dtype, device=device)
@@ -124,7 +123,7 @@ def take_step(
     with torch.autocast(device, narrow, enabled=narrow is not None):
         counter.phase = "forward"
         with diversity or nullcontext():
-            logits = _logits(model(images))
+            logits = _logits(model, images)
         loss = F.cross_entropy(logits, labels)
         if diversity is not None:
             counter.phase = "penalty"
@@ -142,7 +141,16 @@ def take_step(
     counter.phase = None
 
 
-def _logits(output: Any) -> Tensor:
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    try:
+        output = model(images)
+    except (AssertionError, ValueError, TypeError, RuntimeError) as failure:
+        ours = isinstance(failure, UsageError | UnsupportedError)
+        if ours or is_fake_failure(failure) or is_too_large(failure):
+            raise
+        wanted, shape = "a model that takes its batch", list(images.shape)
+        hint = "say another batch or inputs"
+        raise usage_error("model", wanted, f"of {shape} {_said(failure)}", hint) from failure
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -150,6 +158,34 @@ def _logits(output: Any) -> Tensor:
             f"model: expected logits [B, classes] as its output, got {got}; wrap it in a module that returns them"
         )
     return logits
+
+
+def is_too_large(failure: Exception) -> bool:
+    """Whether PyTorch refused a tensor since no machine could address it."""
+    return isinstance(failure, RuntimeError) and any(
+        word in str(failure) for word in ("overflow", "exceeds")
+    )
+
+
+def _said(failure: Exception) -> str:
+    return f"{type(failure).__name__} ({' '.join(str(failure).split())[:200]})"
+
+
+def _made(spec: StepSpec, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer, with what it keeps.
+
+    Raises:
+        UsageError: there is nothing to train, or it is none for these parameters.
+    """
+    if not trained:
+        raise usage_error("model", "parameters with a gradient", "none", "thaw some of them")
+    try:
+        optimizer = spec.optimizer(trained)
+        _make_state(optimizer, trained)
+    except (AttributeError, ValueError, TypeError, RuntimeError) as failure:
+        wanted, hint = "one that steps all trained parameters", "say 'adamw'"
+        raise usage_error("optimizer", wanted, _said(failure), hint) from failure
+    return optimizer
 
 
 def switch_checkpointing(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ def cost(
     numbers = _gpus_of(gpus, device, parallel, memory)
     if figure is not None:
         form_of(figure)
-    if memory is not None and not memory > 0:
+    if memory is not None and not 0 < memory < math.inf:
         raise usage_error("memory", "GB, more than 0", memory, "say --memory 80")
     steps = {s.strip(): _penalty_of(s.strip(), every, fraction) for s in layers.split(",")}
     if calibrate:

@@ -1,10 +1,10 @@
-"""What a forward finds around it, noted and put back where it is run again: autocast and random numbers."""
+"""What a forward finds around it, noted and put back where it is run again: autocast, random numbers and modes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 
@@ -57,3 +57,21 @@ class RandomState:
         with torch.random.fork_rng(self._numbers, device_type=kind):
             self.restore()
             yield
+
+
+class Modes:
+    """A context in which the modules inside one are in training mode, or not, as they were when it was made."""
+
+    def __init__(self, module: nn.Module):
+        self._training = [(inner, inner.training) for inner in module.modules()]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        changed = [inner for inner, training in self._training if inner.training != training]
+        for inner in changed:
+            inner.training = not inner.training
+        try:
+            yield
+        finally:
+            for inner in changed:
+                inner.training = not inner.training

@@ -6,6 +6,7 @@ weights there are, and whether all that the block reads is known. Where it is no
 into the block, its forward is run as it is inside PyTorch's checkpoint, which is right and keeps more.
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,8 +28,7 @@ from .._torch_internals import (
     in_forward_mode,
     is_looked_at,
     place_in_graph,
-    tree_flatten,
-    tree_unflatten,
+    write_count,
 )
 from ..attachment.class_swap import Wrapper, run_swapped
 from ..attachment.graph_checks import is_opaque
@@ -37,9 +37,11 @@ from ..attachment.torch_calls import Forward
 from ..errors import UnsupportedError
 from . import graph_capture
 from .again import Derivative, Found, Tensors, leaves, node
-from .ambient import Autocast, RandomState
+from .ambient import Autocast, Modes, RandomState
+from .before_run import BeforeRun
 from .captured import Captured, Recording
 from .head_gradients import HeadGradients
+from .nested import split
 from .recomputed_gelu import RecomputedGelu
 
 Penalty = Callable[[HeadGradients, Captured], tuple[Tensor, Tensor]]
@@ -72,27 +74,25 @@ class _Block:
     """The call of a block, which can be run again; its inputs are a probe, the tensors it is given, its weights."""
 
     def __init__(self, module: nn.Module, arguments: Any, inside: Inside, inner: InnerPass):
-        flat, self._tree = tree_flatten(arguments)
-        self._places = [i for i, x in enumerate(flat) if isinstance(x, Tensor)]
-        self._others = [None if isinstance(x, Tensor) else x for x in flat]
-        self.given = tuple(flat[i] for i in self._places)
+        self.given, self.arguments = split(arguments)
         self.module, self.inner, self._inside = module, inner, inside
         device = next((x.device.type for x in self.given), "cpu")
         self.autocast, self.random = Autocast(device), RandomState(self.given, device)
-        self.weights, self._known = 0, set()
+        self.modes = Modes(module)
+        self.weights = 0
+        self._known: dict[int, int] = {}  # weight -> how often it was written to
         self.runs: list[Captured] = []
+
+    def gave(self, arguments: Any, tensors: Sequence[Tensor]) -> bool:
+        """Whether ``arguments`` are still those around ``tensors``: nothing was put into a list, or taken out."""
+        found, others = split(arguments)
+        same = len(found) == len(tensors) and all(map(operator.is_, found, tensors))
+        return same and self.arguments.is_same(others)
 
     def know(self, weights: Sequence[Tensor], runs: list[Captured]) -> None:
         """Note what the first run found, and forget the tensors, which the graph's node keeps."""
-        self.weights, self._known = len(weights), {id(x) for x in weights}
+        self.weights, self._known = len(weights), {id(x): write_count(x) for x in weights}
         self.runs, self.given = runs, ()
-
-    def arguments(self, tensors: Sequence[Tensor]) -> Any:
-        """Positional and keyword arguments with these tensors."""
-        flat = list(self._others)
-        for place, x in zip(self._places, tensors, strict=True):
-            flat[place] = x
-        return tree_unflatten(flat, self._tree)
 
     def __call__(self, tensors: Tensors) -> list[Tensor]:
         return self.run(tensors)[0]
@@ -101,18 +101,24 @@ class _Block:
         """The outputs with their graph, the runs of layers, and the nodes of linear layers after GELUs.
 
         Raises:
-            UnsupportedError: the block has other weights than in its first run.
+            UnsupportedError: the block has other weights than in its first run, or hooks on one.
         """
-        given = tensors[1 : 1 + len(self._places)]
-        args, kwargs = self.arguments(given)
-        with self.random(), self.autocast(), self._inside() as recording:
+        given = tensors[1 : len(tensors) - self.weights]
+        args, kwargs = self.arguments.around(given)
+        with self.random(), self.autocast(), self.modes(), self._inside() as recording:
             output = run_swapped(self.module, args, kwargs)
             runs, linears = recording.take_runs()
-        outputs = [x for x in tree_flatten(output)[0] if isinstance(x, Tensor)]
-        if {id(x) for x in _read(outputs, given, runs)[0]} != self._known:
+        outputs = list(split(output)[0])
+        weights, name = _read(outputs, given, runs)[0], type(self.module).__name__
+        if {id(x): write_count(x) for x in weights} != self._known:
             raise UnsupportedError(
-                f"checkpoint: {type(self.module).__name__} is differentiated with other weights than those it "
-                "ran with; replace, freeze or thaw weights after the backward pass"
+                f"checkpoint: {name} is differentiated with other weights than those it ran with; "
+                "replace, change, freeze or thaw weights after the backward pass"
+            )
+        if any(is_looked_at(x) for x in weights):
+            raise UnsupportedError(
+                f"checkpoint: a weight of {name} got a hook after the forward, which would be called in each "
+                "run; register hooks before it"
             )
         return outputs, runs, linears
 
@@ -129,7 +135,7 @@ class _WithPenalties(Derivative):
     def __init__(self, of: _Block, given: Any, asked: Any, ambient: Any, penalty: Penalty):
         super().__init__(of, given, asked, ambient)
         self._block, self._penalty = of, penalty
-        self._cosines: list[Tensor] = []
+        self._cosines: list[Tensor | None] = []
 
     def differentiate(self, inputs: Tensors, grads: Tensors, twice: bool) -> Found:
         outputs, runs, linears = self._block.run(inputs)
@@ -137,21 +143,30 @@ class _WithPenalties(Derivative):
         captured = [x for run in runs for x in run.tensors]
         with self.ambient():
             found = self.gradients(outputs, [*captured, *by], grads, twice)
-            if twice:
-                gelu = RecomputedGelu(outputs[self.given[0]], linears)
+            last = max((x for x in outputs if x.grad_fn is not None), key=_place, default=None)
+            if twice and last is not None:
+                gelu = RecomputedGelu(last, linears)
                 for x, grad in zip([*captured, *by], found, strict=True):
                     if grad is not None:
                         gelu.free(x, grad)
             of_runs = iter(found)
             with torch.set_grad_enabled(twice):  # its weights have a gradient
-                made = [self._penalty([next(of_runs) for _ in run.tensors], run) for run in runs]
-        self._cosines = [cosines.detach() for _, cosines in made]
+                made = [self._made([next(of_runs) for _ in run.tensors], run) for run in runs]
+        self._cosines = [cosines for _, cosines in made]
         return [*found[len(captured) :], *(value for value, _ in made)]
+
+    def _made(self, grads: HeadGradients, run: Captured) -> tuple[Tensor | None, Tensor | None]:
+        """The penalty and the cosines of a run; None where what the gradient is taken of does not depend on it."""
+        if all(g is None for g in grads):
+            return None, None
+        value, cosines = self._penalty(grads, run)
+        return value, cosines.detach()
 
     def finish(self, made: Sequence[Tensor | None]) -> None:
         values: Any = made[len(self.asked) :]
         for run, value, cosines in zip(self._block.runs, values, self._cosines, strict=True):
-            self._block.inner.found(run, value, cosines)
+            if cosines is not None:
+                self._block.inner.found(run, value, cosines)
         self._cosines = []
 
 
@@ -193,43 +208,48 @@ class CheckpointedBlocks:
             recompute_inside()
             block = _Block(module, (args, kwargs), copy(), self.inner)
             half = block.autocast.uses(torch.float16)  # may have to be tried with several factors
-            if half or any(x.dtype == torch.float16 for x in block.given):
+            half = half or any(x.dtype == torch.float16 for x in block.given)
+            if half or not block.arguments.is_plain:
                 return forward(*args, **kwargs)
-            return self._apart(block, forward, recording())
+            if (result := self._apart(block, forward, recording())) is not None:
+                return result[0]
+            self.left_out.add(module)
+            block.random.restore()
+            return forward(*args, **kwargs)
 
         return run
 
-    def _apart(self, block: _Block, forward: Forward, recording: Recording) -> Any:
+    def _apart(self, block: _Block, forward: Forward, recording: Recording) -> tuple[Any] | None:
+        """What the block returns, run apart; None if it cannot be."""
         probe = torch.empty(0, requires_grad=True)
         begun, start = len(recording.runs), place_in_graph(probe.view(0).grad_fn)
         dropped: weakref.WeakSet[_Dropped] = weakref.WeakSet()
-        inputs = leaves(block.given, 0)
-        args, kwargs = block.arguments(inputs)
+        before, inputs = BeforeRun(block.module, block.given), leaves(block.given, 0)
+        args, kwargs = block.arguments.around(inputs)
+        own = [weakref.ref(x) for x in inputs if x.requires_grad]
         self.running = True
         try:
             with saved_tensors_hooks(lambda x: _dropped(dropped), _refuse), block.autocast():
-                flat, tree = tree_flatten(forward(*args, **kwargs))
+                outputs, results = split(forward(*args, **kwargs))
         finally:
             self.running = False
+        before.refuse_changed_inputs(type(block.module).__name__)
+        stateful = before.put_buffers_back() or not block.gave((args, kwargs), inputs)
         runs = recording.runs[begun:]
+        unfit = stateful or any(x.dtype == torch.float16 for run in runs for x in run.tensors)
         del recording.runs[begun:], args, kwargs
-        outputs = [x for x in flat if isinstance(x, Tensor)]
         weights, known = _read(outputs, inputs, runs, start)
         made = [x.detach().requires_grad_(x.requires_grad) for x in outputs]
         runs = [run.without_tensors(probe) for run in runs]
-        flat = [None if isinstance(x, Tensor) else x for x in flat]
         del outputs, inputs
-        if dropped or not known or any(is_looked_at(x) for x in weights):
-            self.left_out.add(block.module)
-            block.random.restore()
-            args, kwargs = block.arguments(block.given)
-            return forward(*args, **kwargs)
+        kept = bool(dropped) or any(x() is not None for x in own)  # something leads to the graph
+        if kept or unfit or not known or any(is_looked_at(x) for x in weights):
+            return None
         recording.runs += runs
         tensors = probe, *block.given, *weights
         block.know(weights, runs)
         with below_saved_tensors_hooks():
-            results = iter(node(block, made, tensors))
-        return tree_unflatten([next(results) if x is None else x for x in flat], tree)
+            return (results.around(node(block, made, tensors)),)
 
 
 def _looked_into(module: nn.Module) -> bool:
@@ -242,6 +262,10 @@ def _looked_into(module: nn.Module) -> bool:
         or in_forward_mode()
         or graph_capture.capturing()
     )
+
+
+def _place(made: Tensor) -> int:
+    return place_in_graph(made.grad_fn)
 
 
 class _Dropped:
@@ -270,7 +294,9 @@ def _read(
         start: how many nodes were recorded before the block's.
     """
     own = {id(x) for x in given} | {id(x) for run in runs for x in run.tensors}
-    found: dict[int, Tensor] = {}
+    # a weight may be given back as it is
+    returned = (x for x in outputs if x.requires_grad and x.grad_fn is None)
+    found = {id(x): x for x in returned if id(x) not in own}
     queue: list[Any] = [x.grad_fn for x in outputs if x.grad_fn is not None]
     seen, known = {None, *queue}, True
     for made_by in queue:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import diversevit_fast as dvf
@@ -26,11 +27,36 @@ class Reentrant(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=True)
 
 
+class Once(torch.autograd.Function):
+    """Its second derivative is refused by ``backward``, and dropped where single gradients are asked for."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class Squared(nn.Module):
+    """Runs a module and what is differentiable once."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return Once.apply(self.inner(x))
+
+
 def compiled(module):
     return torch.compile(module, backend="aot_eager")
 
 
-OPAQUE = {"reentrant": Reentrant, "compiled": compiled}
+OPAQUE = {"reentrant": Reentrant, "compiled": compiled, "once": Squared}
 PLACES = ("blocks.2", "blocks.2.mlp", "blocks.2.norm2", "fc_norm", "head")
 
 
@@ -54,7 +80,9 @@ def test_swapped_in_after_some_steps(opaque, place, layers):
     expect = [step(model, diversity, images)[1] for _ in range(2)][1]
     before = put(model, place, opaque(model.get_submodule(place)))
     for _ in range(2):
-        with pytest.raises(UnsupportedError, match=r"compile only|use_reentrant=False"):
+        with pytest.raises(
+            UnsupportedError, match=r"compile only|use_reentrant=False|marked once_diff"
+        ):
             step(model, diversity, images)
     put(model, place, before)
     torch.testing.assert_close(step(model, diversity, images)[1], expect)
@@ -179,3 +207,15 @@ def test_nothing_of_a_step_is_kept_alive():
     step(model, diversity, images_for(model))
     assert diversity._recording.earlier == set()
     assert diversity._recording.runs == []
+
+
+@pytest.mark.parametrize("place", ["blocks.1.mlp", "blocks.2.mlp", "blocks.2.norm2"])
+def test_differentiable_once_inside_checkpointed_blocks(place):
+    """Taken by single gradients there, as ``autograd.grad`` of a whole model."""
+    model = vit().train()
+    model.set_grad_checkpointing()
+    put(model, place, Squared(model.get_submodule(place)))
+    with pytest.raises(UnsupportedError, match="marked once_differentiable"):
+        step(model, dvf.HeadDiversity(model, layers="all"), images_for(model))
+    if place == "blocks.1.mlp":  # the layer is above it
+        step(model, dvf.HeadDiversity(model, layers="last"), images_for(model))

@@ -122,6 +122,18 @@ def test_the_whole_model():
         assert_same(gradients(model, loss_of(model)), wanted)
 
 
+@pytest.mark.parametrize("checkpoint_blocks", [True, False])
+@pytest.mark.parametrize("layers", ["last", "all", [1]], ids=str)
+def test_the_whole_model_and_its_blocks(layers, checkpoint_blocks):
+    """In the outer checkpoint's first moments an inner one runs."""
+    model = timm_vit().train()
+    wanted = gradients(model, loss_of(model, layers=layers))
+    model.set_grad_checkpointing()
+    model.forward = _checkpointed(model.forward)
+    options = {"layers": layers, "checkpoint_blocks": checkpoint_blocks}
+    assert_same(gradients(model, loss_of(model, **options)), wanted)
+
+
 def test_with_other_contexts():
     model = timm_vit().train()
 

@@ -115,12 +115,28 @@ def test_every_is_a_mean_and_the_largest_memory():
     assert found.peak == max(one.peak, none.peak)
 
 
+def test_a_hybrid_takes_what_its_stem_takes():
+    with torch.device("meta"):
+        model = timm.create_model("vit_tiny_r_s16_p8_224", num_classes=5)
+    assert dvf.cost(model, batch=2).spec.sample.shape == (3, 224, 224)
+
+
 def test_checkpoints_compute_again_and_keep_less():
     model = vit(img_size=64, depth=6)
     plain = dvf.cost(model, "last", batch=16)
     again = dvf.cost(model, "last", batch=16, checkpointing=True)
     assert again.peak.parts["activations"] < 0.6 * plain.peak.parts["activations"]
     assert again.flops["matrix products"] > plain.flops["matrix products"]
+
+
+def test_a_context_that_keeps_what_checkpoints_compute_again():
+    model = vit(img_size=64, depth=6)
+    options = {"layers": "all", "checkpoint_blocks": False, "check_finite": False}
+    wanted = dvf.cost(model, options, batch=16, checkpointing=True)
+    found = dvf.cost(model, dvf.HeadDiversity(model, **options), batch=16, checkpointing=True)
+    assert found.peak == wanted.peak
+    assert found.launches == wanted.launches
+    assert found.peak_bytes > dvf.cost(model, "all", batch=16, checkpointing=True).peak_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

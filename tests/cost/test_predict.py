@@ -76,8 +76,9 @@ def test_the_largest_batch_is_the_largest():
 def test_one_line(options, said):
     with pytest.raises(dvf.UsageError, match=said):
         dvf.cost(vit(), batch=2, **options)
-    with pytest.raises(dvf.UsageError, match="memory"):
-        dvf.cost(vit(), batch=2).largest_batch(0)
+    for memory in (0, float("inf"), float("nan")):
+        with pytest.raises(dvf.UsageError, match="memory"):
+            dvf.cost(vit(), batch=2).largest_batch(memory)
 
 
 def test_a_calibration_is_kept(tmp_path):
@@ -137,7 +138,9 @@ def test_the_command(capsys, tmp_path):
         (("--device", "TPU"), "device: expected one of"),
         (("--layers", "first"), "layers: expected"),
         (("--memory", "-1"), "memory: expected"),
+        (("--memory", "inf"), "memory: expected"),
         (("no_such_vit",), "model: expected"),
+        (("vit_tiny_patch16_224.no_such_tag",), "Invalid pretrained tag (no_such_tag)"),
     ],
 )
 def test_the_command_says_mistakes_in_one_line(capsys, args, said):

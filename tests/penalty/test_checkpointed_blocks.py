@@ -7,107 +7,21 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import diversevit_fast as dvf
 from diversevit_fast._torch_internals import function_modes
 from diversevit_fast.attachment.torch_calls import open_attachments
-from diversevit_fast.errors import UnsupportedError
+from diversevit_fast.errors import UnsupportedError, UsageError
 from diversevit_fast.testing import assert_within_budget
+from tests.helpers.checkpointed import (
+    TOKENS,
+    Model,
+    Returning,
+    assert_as_without,
+    logits_and_loss,
+    nodes_of,
+)
 from tests.helpers.vits import assert_same, gradients, images_for, timm_vit
-
-
-class Attention(nn.Module):
-    """Attention of 8 features with 2 heads."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_heads = 2
-        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
-
-    def forward(self, x):
-        qkv = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """Returns a tuple, takes a keyword, and does what ``extra`` adds."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.attn, self.mlp = nn.LayerNorm(8), Attention(), nn.Linear(8, 8)
-        self.extra = lambda x: x
-
-    def forward(self, x, *, scale):
-        x = x + scale * self.attn(self.norm(x))
-        x = self.extra(x + F.gelu(self.mlp(x)))
-        return x, x.mean(1)
-
-
-class Model(nn.Module):
-    """Blocks run by checkpoints if ``checkpoints``; the logits read both results of each."""
-
-    def __init__(self, blocks=3, shared=False):
-        super().__init__()
-        torch.manual_seed(0)
-        made = [Block() for _ in range(blocks)]
-        self.blocks = nn.ModuleList(made)
-        self.order = [*made, made[-1]] if shared else made
-        self.scale, self.head = nn.Parameter(torch.tensor(0.7)), nn.Linear(8, 3)
-        self.checkpoints = False
-        self.double()
-
-    def forward(self, x):
-        means = []
-        for block in self.order:
-            if self.checkpoints:
-                x, mean = checkpoint(block, x, scale=self.scale, use_reentrant=False)
-            else:
-                x, mean = block(x, scale=self.scale)
-            means.append(mean)
-        return self.head(sum(means))
-
-
-TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-def logits_and_loss(model, x=TOKENS, **options):
-    diversity = dvf.HeadDiversity(model, **{"layers": "all", **options})
-    with diversity:
-        logits = model(x)
-    kept = getattr(model, "kept", torch.zeros(()))
-    loss = (
-        kept.sum()
-        + F.cross_entropy(logits, torch.arange(len(x)) % 2)
-        + 10 * diversity.penalty(logits)
-    )
-    return logits, loss
-
-
-def nodes_of(logits):
-    """How many blocks were run apart."""
-    queue = [logits.grad_fn]
-    seen = set(queue)
-    for node in queue:
-        new = {child for child, _ in node.next_functions if child is not None} - seen
-        seen |= new
-        queue += new
-    return sum(node.name() == "_NodeBackward" for node in seen)
-
-
-def assert_as_without(model, apart=None, ask=gradients, x=TOKENS, **options):
-    """What ``ask(model, loss)`` returns is the same with and without checkpoints; ``apart`` blocks run apart."""
-    model.checkpoints = False
-    logits, loss = logits_and_loss(model, x, **options)
-    assert nodes_of(logits) == 0
-    wanted = ask(model, loss)
-    model.checkpoints = True
-    logits, loss = logits_and_loss(model, x, **options)
-    if apart is not None:
-        assert nodes_of(logits) == apart
-    assert_same(ask(model, loss), wanted)
-    assert not open_attachments()
-    assert not function_modes()
 
 
 @pytest.mark.parametrize(("layers", "apart"), [("all", 3), ("last", 1), ([1], 2), ([0, 2], 3)])
@@ -167,6 +81,32 @@ def test_a_shared_block_and_a_frozen_one():
     assert_as_without(model, 4)
     model.requires_grad_(False).head.requires_grad_(True)
     assert_as_without(model)
+
+
+@pytest.mark.parametrize(
+    ("returned", "take"),
+    [
+        (lambda block, x, y: (y, None), lambda made: made[0]),
+        (lambda block, x, y: {"a": None, "b": [y, 3.0]}, lambda made: made["b"][1] * made["b"][0]),
+        (lambda block, x, y: (x, y), lambda made: made[0] + made[1]),
+        (lambda block, x, y: (y, block.temperature), lambda made: made[0] * made[1]),
+    ],
+    ids=["none-last", "none-first", "its-input-first", "a-weight"],
+)
+def test_results(returned, take):
+    assert_as_without(Returning(returned, take), 3)
+
+
+@pytest.mark.parametrize("wrt", ["input", "output"])
+def test_a_layer_in_a_result_that_nobody_reads(wrt):
+    model = Returning(lambda block, x, y: (F.gelu(block.mlp(x)), y), lambda made: made[0])
+    model.checkpoints = True
+    with pytest.raises(UsageError, match=r"do not depend on blocks\.0\.attn, blocks\.1\.attn"):
+        logits_and_loss(model, wrt=wrt)
+    model.blocks[1].returned = lambda block, x, y: (y, y)
+    with pytest.raises(UsageError, match=r"do not depend on blocks\.0\.attn, blocks\.2\.attn"):
+        logits_and_loss(model, wrt=wrt)
+    assert_as_without(model, layers=[1], wrt=wrt)
 
 
 def test_backward_with_inputs_and_without():
@@ -249,6 +189,22 @@ def test_dropout_is_drawn_again_and_random_numbers_go_on():
     assert after[0] == after[1]
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_mode_is_that_of_the_forward(trained):
+    model = Model()
+    dropout = model.blocks[1].dropout = nn.Dropout(0.3)
+    model.blocks[1].extra = lambda x: dropout(x)
+    found = []
+    for model.checkpoints in (False, True):
+        torch.manual_seed(3)
+        model.train(trained)
+        loss = logits_and_loss(model)[1]
+        model.train(not trained)
+        found.append(gradients(model, loss))
+        assert dropout.training is not trained
+    assert_same(*found)
+
+
 def test_every_and_two_forwards_in_one_block():
     model = Model()
     diversity, found = dvf.HeadDiversity(model, layers="all", every=2), []
@@ -262,70 +218,6 @@ def test_every_and_two_forwards_in_one_block():
     assert_same(found[3], found[1])
 
 
-class TestRunAsTheyAre:
-    """Where a graph that is dropped would be missed, PyTorch's checkpoint keeps its own."""
-
-    def test_a_tensor_that_a_block_keeps_for_the_loss(self):
-        model = Model()
-
-        def keep(x):
-            model.kept = x * x
-            return x
-
-        model.blocks[1].extra = keep
-        assert_as_without(model, 2)
-
-    def test_what_a_block_reads_of_a_graph_outside(self):
-        model = Model()
-        model.blocks[1].extra = lambda x: x * model.scaled
-        forward = model.forward
-
-        def scaled_first(x):
-            model.scaled = model.scale.exp()
-            return forward(x)
-
-        model.forward = scaled_first
-        assert_as_without(model, 2)
-
-    def test_hooks_inside_and_on_a_weight(self):
-        model = Model()
-        model.blocks[0].mlp.register_forward_hook(lambda _m, _i, out: 2 * out)
-        model.blocks[2].mlp.weight.register_hook(lambda g: 3 * g)
-        assert_as_without(model, 1)
-
-    def test_a_batch_norm(self):
-        model = Model()
-        model.blocks[1].extra = nn.Sequential(
-            nn.Flatten(0, 1), nn.BatchNorm1d(8), nn.Unflatten(0, (2, 5))
-        )
-        model.blocks[1].add_module("norm2", model.blocks[1].extra)
-        model.double()
-        assert_as_without(model, 2)
-
-    def test_another_context(self):
-        model = Model()
-        model.checkpoints = True
-        with dvf.capture_heads(model), dvf.HeadDiversity(model, layers="all"):
-            assert nodes_of(model(TOKENS)) == 0
-
-    def test_a_reentrant_checkpoint_inside_is_refused(self):
-        model = Model()
-        model.checkpoints = True
-        model.blocks[1].extra = lambda x: checkpoint(torch.sin, x, use_reentrant=True)
-        with pytest.raises(UnsupportedError, match="pass use_reentrant=False"):
-            logits_and_loss(model)
-
-    def test_where_it_is_not_wanted(self):
-        assert_as_without(Model(), 0, checkpoint_blocks=False)
-
-    def test_no_checkpoint_and_outside(self):
-        model = Model()
-        with dvf.HeadDiversity(model, layers="all"):
-            assert nodes_of(model(TOKENS)) == 0
-        model.checkpoints = True
-        assert nodes_of(model(TOKENS)) == 0
-
-
 def test_saved_tensors_go_where_hooks_around_the_checkpoint_put_them():
     model, packed = Model(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
@@ -333,12 +225,24 @@ def test_saved_tensors_go_where_hooks_around_the_checkpoint_put_them():
     assert packed
 
 
-def test_other_weights_in_the_backward_pass_are_refused():
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda linear: linear.requires_grad_(False), "Block is differentiated with other weights"),
+        (
+            lambda linear: linear.weight.detach().mul_(2),
+            "Block is differentiated with other weights",
+        ),
+        (lambda linear: linear.weight.register_hook(torch.neg), "weight of Block got a hook"),
+    ],
+    ids=["frozen", "written", "hooked"],
+)
+def test_a_weight_that_is_changed_before_the_backward_pass_is_refused(change, match):
     model = Model()
     model.checkpoints = True
     loss = logits_and_loss(model)[1]
-    model.blocks[1].mlp.requires_grad_(False)
-    with pytest.raises(UnsupportedError, match="Block is differentiated with other weights"):
+    change(model.blocks[1].mlp)
+    with pytest.raises(UnsupportedError, match=match):
         loss.backward()
 
 
@@ -350,6 +254,13 @@ def test_an_overwritten_input_is_refused():
     x.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_block_that_changes_what_it_is_given_is_refused():
+    model = Returning(lambda block, x, y: x.mul_(2) + y, lambda made: made)
+    model.checkpoints = True
+    with pytest.raises(UnsupportedError, match="Returns changes a tensor that it is given"):
+        logits_and_loss(model, TOKENS.clone())
 
 
 @pytest.mark.parametrize("when", [1, 2, 3, 4])
