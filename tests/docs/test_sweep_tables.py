@@ -53,7 +53,8 @@ def of_seeds(*seeds: int) -> dict:
     """The made-up results of some seeds."""
     results = made_up()
     rows = [row for row in results["rows"] if row["seed"] in seeds]
-    grid = {**results["grid"], "seeds": list(seeds)}
+    fixed = {**results["grid"]["fixed"], "seeds": [seeds[0]]}
+    grid = {**results["grid"], "seeds": list(seeds), "fixed": fixed}
     return {**results, "grid": grid, "cells": 2 * len(seeds), "rows": rows}
 
 

@@ -61,7 +61,7 @@ def added(kept: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: the sweeps differ in more than seeds, or share one.
     """
     for name in ("fixed", "varied", "pilot_seeds"):
-        if kept["grid"][name] != more["grid"][name]:
+        if _without_seeds(kept["grid"][name]) != _without_seeds(more["grid"][name]):
             raise ValueError(f"the sweeps differ in {name}")
     if kept["samples"] != more["samples"]:
         raise ValueError("the sweeps differ in samples")
@@ -78,6 +78,11 @@ def added(kept: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         "torch": ", ".join(versions),
         "rows": [*kept["rows"], *more["rows"]],
     }
+
+
+def _without_seeds(part: Any) -> Any:
+    """What is fixed in a sweep also names its first seed."""
+    return {k: v for k, v in part.items() if k != "seeds"} if isinstance(part, dict) else part
 
 
 def tables(results: Mapping[str, Any]) -> str:
