@@ -27,18 +27,19 @@ def require(module: str, *, extra: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as missing:
-        if missing.name is None or not module.startswith(missing.name):
-            raise
-        raise usage_error(
-            module.partition(".")[0],
-            "an installed package",
-            "no such module",
-            install_command(extra),
-        ) from None
-    except (MemoryError, ImportError):
+    except MemoryError:
         raise
-    except Exception as failure:  # for example because of an environment variable
+    except (
+        Exception
+    ) as failure:  # for example because of an environment variable, or a library of the system
+        missing = failure.name if isinstance(failure, ModuleNotFoundError) else None
+        if missing is not None and module.startswith(missing):
+            raise usage_error(
+                module.partition(".")[0],
+                "an installed package",
+                "no such module",
+                install_command(extra),
+            ) from None
         got = f"{type(failure).__name__}: {failure}"
         raise usage_error(
             module, "a package that can be imported", got, "mend that first"

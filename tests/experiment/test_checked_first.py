@@ -330,10 +330,18 @@ def test_ranks_that_cannot_meet(idle, monkeypatch, capsys):
     assert "ranks: expected the others at :::1, got The server socket has failed; start" in said
 
 
-def test_a_package_that_fails_when_it_is_imported(tmp_path, monkeypatch):
-    (tmp_path / "brittle.py").write_text("int('x')")
+@pytest.mark.parametrize(
+    ("source", "got"),
+    [
+        ("int('x')", "ValueError"),
+        ("raise ImportError('libxcb.so.1: cannot open it')", r"ImportError: libxcb.so.1: cannot"),
+        ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+    ],
+)
+def test_a_package_that_fails_when_it_is_imported(source, got, tmp_path, monkeypatch):
+    (tmp_path / "brittle.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(
-        UsageError, match=r"^brittle: expected a package that can be imported, got V"
-    ):
+    monkeypatch.delitem(sys.modules, "brittle", raising=False)
+    expected = rf"^brittle: expected a package that can be imported, got {got}"
+    with pytest.raises(UsageError, match=expected):
         require("brittle", extra="train")
