@@ -29,9 +29,7 @@ def require(module: str, *, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as failure:  # for example because of an environment variable, or a library of the system
+    except Exception as failure:  # of an environment variable, or a library of the system
         missing = failure.name if isinstance(failure, ModuleNotFoundError) else None
         if missing is not None and module.startswith(missing):
             raise usage_error(

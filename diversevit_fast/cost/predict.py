@@ -31,8 +31,10 @@ from .step import Counted, Optimizers, StepSpec, count_step, is_too_large
 
 MOST_BATCH = 1 << 31
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OPTIONS = ("wrt", "granularity", "reduction", "target", "every", "fraction")
-_OPTIONS += ("check_finite", "checkpoint_blocks")
+_OPTIONS = (
+    *("wrt", "granularity", "reduction", "target", "every", "fraction"),
+    *("check_finite", "checkpoint_blocks"),
+)
 
 
 class Seconds(NamedTuple):

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from .._torch_internals import tree_flatten, tree_unflatten
 
-_VALUES = (bool, int, float, complex, str, bytes, range, slice, Enum)
-_VALUES += (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
+_VALUES = (
+    *(bool, int, float, complex, str, bytes, range, slice, Enum),
+    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
+)
 
 
 class Nested:

@@ -37,7 +37,7 @@ def compact(folder: Path) -> dict[str, Any]:
     sweep = SweepFolder.open(folder)
     rows = Results(sweep).rows(sweep.progress().done)
     grid = sweep.grid.to_json()
-    grid["fixed"] = json.loads(said_of(sweep.grid.fixed, ("source", "threads", "workers")))
+    grid["fixed"] = json.loads(said_of(sweep.grid.fixed, ("seeds", "source", "threads", "workers")))
     return {
         "grid": grid,
         "cells": len(sweep.cells),
@@ -61,7 +61,7 @@ def added(kept: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: the sweeps differ in more than seeds, or share one.
     """
     for name in ("fixed", "varied", "pilot_seeds"):
-        if _without_seeds(kept["grid"][name]) != _without_seeds(more["grid"][name]):
+        if kept["grid"][name] != more["grid"][name]:
             raise ValueError(f"the sweeps differ in {name}")
     if kept["samples"] != more["samples"]:
         raise ValueError("the sweeps differ in samples")
@@ -78,11 +78,6 @@ def added(kept: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         "torch": ", ".join(versions),
         "rows": [*kept["rows"], *more["rows"]],
     }
-
-
-def _without_seeds(part: Any) -> Any:
-    """What is fixed in a sweep also names its first seed."""
-    return {k: v for k, v in part.items() if k != "seeds"} if isinstance(part, dict) else part
 
 
 def tables(results: Mapping[str, Any]) -> str:

@@ -34,13 +34,14 @@ class _Weight(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("strides", _Int * 3))
 
 
+_STRIDED = {"grad_qkv": _Routes, "dgrad_qkv": _Routes, "weight": _Weight}
 _SIZES = ("B", "N", "H", "d", "D", "by_token", "threads")
 
 
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _Int) for name in _SIZES),
-        *(("grad_qkv", _Routes), ("dgrad_qkv", _Routes), ("weight", _Weight)),
+        *_STRIDED.items(),
         *((name, ctypes.c_void_p) for name in ("gram", "m", "dweight")),
     )
 
@@ -79,18 +80,14 @@ def _call(functions: Any, name: str, g: Grouping, r: Tensor, w: Tensor, **tensor
     """Call a function of the library; ``tensors`` are its other operands and results, by the names in ``_Call``."""
     r, w = (x if x.stride(-1) == 1 else x.contiguous() for x in (r, w))
     sizes = (g.B, g.N, g.H, r.shape[-1], w.shape[-1], g.by_token, kernel_threads())
-    dr = tensors.pop("dgrad_qkv", None)
-    at = pointers({"grad_qkv": r, "weight": w, **tensors})
-    request = _Call(
-        **dict(zip(_SIZES, sizes, strict=True)),
-        grad_qkv=_Routes(at.pop("grad_qkv"), (_Int * 4)(*r.stride()[:4])),
-        weight=_Weight(at.pop("weight"), (_Int * 3)(*w.stride()[:3])),
-        **(
-            {}
-            if dr is None
-            else {"dgrad_qkv": _Routes(dr.data_ptr(), (_Int * 4)(*dr.stride()[:4]))}
-        ),
-        **at,
-    )
+    tensors |= {"grad_qkv": r, "weight": w}
+    places = {name: _place(name, tensors[name], at) for name, at in pointers(tensors).items()}
+    request = _Call(**dict(zip(_SIZES, sizes, strict=True)), **places)
     dtype = str(r.dtype).removeprefix("torch.")
     return functions[f"routed_head_penalty_{name}_{dtype}"](ctypes.byref(request))
+
+
+def _place(name: str, x: Tensor, at: int) -> Any:
+    """Where the tensor is, and the strides of all axes but the last where the library asks for them."""
+    kind = _STRIDED.get(name)
+    return at if kind is None else kind(at, (_Int * (x.ndim - 1))(*x.stride()[:-1]))
